@@ -1,0 +1,32 @@
+"""Merge tokens, bytes and models in JAX.
+
+A plan is computed from data by a pure function and is small. It is applied by a pure function that is linear and local.
+
+    Plan, SoftPlan                    where each of n positions goes
+    merge, unmerge, compose           the algebra
+    identity, from_parents            plans to start from
+    tokens, words, params             the planners: which tokens, bytes, weights become one?
+    attention                         what a plan means to attention
+    checkpoint, testing               merge checkpoints on disk; the laws, as tests (loaded on first use)
+"""
+
+import importlib
+
+from jaxmerge import attention as attention, params as params, tokens as tokens, words as words
+from jaxmerge._plan import (
+    Plan as Plan,
+    SoftPlan as SoftPlan,
+    compose as compose,
+    from_parents as from_parents,
+    identity as identity,
+    merge as merge,
+    unmerge as unmerge,
+)
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in ("checkpoint", "testing"):  # these need more than jax and numpy
+        return importlib.import_module(f"jaxmerge.{name}")
+    raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")

@@ -1,0 +1,452 @@
+"""The algebra: a plan says where each of n positions goes; `merge`, `unmerge` and `compose` apply it.
+
+A plan is a 0/1 matrix A with A[segment_ids[i], i] = 1, kept as the two arguments of `jax.ops.segment_sum`.
+
+    merge(plan, x)          y = W A x      W divides by the mass of each segment (reduce="mean")
+    unmerge(plan, y)        x = Aᵀ y
+    compose(outer, inner)   A = A_outer A_inner
+    plan.sizes              A 1
+
+Leading axes are batch, the plan's last axis is the one that merges, trailing axes are features: no `axis=` argument.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
+
+Reduce = Literal["mean", "sum", "max", "first"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each of n positions goes: position i joins segment `segment_ids[i]` of `num_segments`.
+
+    Ids below 0 are dropped on purpose; ids from `num_segments` up did not fit and are counted by `overflow`. Integers
+    carry no gradient: gradients flow through what the plan is applied to. A plan is a pytree: it crosses `jit`, `vmap`,
+    `scan` and `eval_shape`, and can be saved.
+
+    Attributes:
+      segment_ids: `Int[Array, "*batch n"]`.
+      num_segments: m, a Python int (shapes are static).
+
+    Raises:
+      ValueError: `segment_ids` has no axis, or `num_segments` is negative.
+      TypeError: `segment_ids` are not integers, or `num_segments` is not a Python int.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> plan = jm.Plan(jnp.array([0, 0, 1, -1]), 2)
+      >>> jm.merge(plan, jnp.array([1.0, 3.0, 5.0, 7.0])).tolist()
+      [2.0, 5.0]
+    """
+
+    segment_ids: Any
+    num_segments: int = dataclasses.field(metadata=dict(static=True))
+
+    def __post_init__(self):
+        try:
+            m = operator.index(self.num_segments)
+        except TypeError:
+            raise TypeError(
+                f"Plan: num_segments must be a Python int, because shapes are static; got {self.num_segments!r}. "
+                "Inside jit, pass it from outside or mark it static."
+            ) from None
+        if m < 0:
+            raise ValueError(f"Plan: num_segments must be 0 or more, got {m}.")
+        object.__setattr__(self, "num_segments", m)
+        ids = self.segment_ids
+        if not hasattr(ids, "dtype") or not hasattr(ids, "ndim"):
+            return  # a placeholder: tree_map over axes, specs or None
+        if ids.ndim == 0:
+            raise ValueError("Plan: segment_ids must have at least one axis, the n positions; got a scalar.")
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights.")
+
+    @property
+    def num_positions(self) -> int:
+        """n, the length of the merged axis."""
+        return self.segment_ids.shape[-1]
+
+    @property
+    def kept(self) -> Bool[Array, "*batch n"]:
+        """Which positions belong to a segment."""
+        return (self.segment_ids >= 0) & (self.segment_ids < self.num_segments)
+
+    @property
+    def sizes(self) -> Int[Array, "*batch m"]:
+        """Positions in each segment: A 1. An empty slot has size 0."""
+        return _segment_sum(self, jnp.ones_like(self.segment_ids, jnp.int32))
+
+    @property
+    def overflow(self) -> Int[Array, "*batch"]:
+        """How many positions found no room: ids at or above `num_segments`."""
+        return jnp.sum(self.segment_ids >= self.num_segments, axis=-1, dtype=jnp.int32)
+
+    @property
+    def matrix(self) -> Bool[Array, "*batch m n"]:
+        """A itself, dense: which position is in which segment. An attention mask from segments to positions."""
+        return self.segment_ids[..., None, :] == jnp.arange(self.num_segments)[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftPlan:
+    """A plan whose matrix is any row-weighted real matrix: A = `weights`. Gradients flow through the weights.
+
+    Attributes:
+      weights: `Float[Array, "*batch m n"]`.
+
+    Raises:
+      ValueError: `weights` has fewer than two axes.
+      TypeError: `weights` are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> plan = jm.SoftPlan(jnp.array([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]))
+      >>> jm.merge(plan, jnp.array([1.0, 3.0, 5.0]), reduce="sum").tolist()
+      [2.0, 4.0]
+    """
+
+    weights: Any
+
+    def __post_init__(self):
+        w = self.weights
+        if not hasattr(w, "dtype") or not hasattr(w, "ndim"):
+            return
+        if w.ndim < 2:
+            raise ValueError(f"SoftPlan: weights must have shape (*batch, m, n), got {w.shape}.")
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(f"SoftPlan: weights must be floating point, got {w.dtype}; use Plan for integer segment ids.")
+
+    @property
+    def num_segments(self) -> int:
+        """m, the number of rows."""
+        return self.weights.shape[-2]
+
+    @property
+    def num_positions(self) -> int:
+        """n, the number of columns."""
+        return self.weights.shape[-1]
+
+    @property
+    def kept(self) -> Bool[Array, "*batch n"]:
+        """Which positions have weight anywhere."""
+        return (self.weights != 0).any(axis=-2)
+
+    @property
+    def sizes(self) -> Float[Array, "*batch m"]:
+        """The mass of each row: A 1."""
+        return self.weights.astype(jnp.float32).sum(axis=-1)
+
+    @property
+    def overflow(self) -> Int[Array, "*batch"]:
+        """Always 0: a dense matrix has room for every position."""
+        return jnp.zeros(self.weights.shape[:-2], jnp.int32)
+
+    @property
+    def matrix(self) -> Float[Array, "*batch m n"]:
+        """A itself: the weights."""
+        return self.weights
+
+
+def merge(
+    plan: Plan | SoftPlan,
+    x: PyTree[Shaped[ArrayLike, "..."]],
+    *,
+    weight: Shaped[ArrayLike, "*batch n"] | None = None,
+    reduce: Reduce = "mean",
+) -> PyTree[Shaped[Array, "..."]]:
+    """Bring each segment's positions together: y = W A x, for every leaf of `x`.
+
+    Args:
+      plan: n positions to m segments, batch shape `*batch`.
+      x: a pytree whose leaves have shape (*batch, n, *features).
+      weight: mass of each position (ToMe's token sizes); `mean` and `sum` only.
+      reduce: "mean" is sum(w x) / sum(w); "sum" is sum(w x); "max" is elementwise, its gradient shared by ties; "first"
+        takes the lowest position and is a gather, so a pruning plan is cheapest with it. Empty slots are 0.
+
+    Returns:
+      Leaves of shape (*batch, m, *features), of the input's dtype; sums and means are taken in float32 or wider.
+
+    Law:
+      <merge(p, x, reduce="sum"), y> = <x, unmerge(p, y)>, and
+      merge(outer, merge(inner, x), weight=inner.sizes) = merge(compose(outer, inner), x).
+
+    Raises:
+      ValueError: a leaf's leading shape is not the plan's; `weight` with "max" or "first"; those two on a `SoftPlan`.
+      TypeError: "mean" of integers.
+
+    On TPU sums run as one-hot matmuls, where a NaN or inf in a kept position spreads over its batch row; elsewhere they
+    stay in their segment.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> plan = jm.Plan(jnp.array([0, 1, 0]), 2)
+      >>> jm.merge(plan, {"a": jnp.array([1.0, 2.0, 4.0])}, weight=jnp.array([3.0, 1.0, 1.0]))["a"].tolist()
+      [1.75, 2.0]
+
+    Source: `merge_wavg` of Token Merging (arXiv:2210.09461) is `weight=sizes`; its mean, sum and amax modes are here.
+    """
+    if reduce not in ("mean", "sum", "max", "first"):
+        raise ValueError(f'merge: reduce must be "mean", "sum", "max" or "first", got {reduce!r}.')
+    if reduce in ("max", "first") and weight is not None:
+        raise ValueError(f'merge: weight has no meaning for reduce="{reduce}"; leave it out, or use "mean" or "sum".')
+    if reduce in ("max", "first") and isinstance(plan, SoftPlan):
+        raise ValueError(f'merge: reduce="{reduce}" needs a Plan; a SoftPlan can be applied with "mean" or "sum".')
+    batch_n = (*_batch(plan), plan.num_positions)
+    if weight is not None:
+        weight = jnp.asarray(weight)
+        if weight.shape != batch_n:
+            raise ValueError(f"merge: weight must have the plan's shape {batch_n}, got {weight.shape}.")
+        weight = weight.astype(_accumulator(weight.dtype))
+    mass = plan.sizes if weight is None else _apply(plan, weight) if reduce == "mean" else None
+    empty = mass == 0 if reduce == "mean" else plan.sizes == 0 if reduce in ("max", "first") else None
+
+    def one(x):
+        x = jnp.asarray(x)
+        _check_leading(x, batch_n, "merge", "x")
+        if plan.num_positions == 0:
+            return jnp.zeros((*_batch(plan), plan.num_segments, *x.shape[len(batch_n) :]), x.dtype)
+        if reduce == "first":
+            return jnp.where(_like(empty, x), 0, _take(jnp.where(empty, 0, _first(plan)), x)).astype(x.dtype)
+        if reduce == "max":
+            return jnp.where(_like(empty, x), 0, _segment_max(plan, x)).astype(x.dtype)
+        if (reduce == "mean" or isinstance(plan, SoftPlan)) and not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
+        y = x if weight is None else x.astype(jnp.promote_types(_accumulator(x.dtype), weight.dtype)) * _like(weight, x)
+        y = _apply(plan, y)
+        if reduce == "mean":
+            y = jnp.where(_like(empty, y), 0, y / _like(jnp.where(empty, 1, mass), y))
+        return y.astype(x.dtype)
+
+    return jax.tree.map(one, x)
+
+
+def unmerge(
+    plan: Plan | SoftPlan, y: PyTree[Shaped[ArrayLike, "..."]], *, fill: float | int | bool = 0
+) -> PyTree[Shaped[Array, "..."]]:
+    """Give each position the value of its segment: x = Aᵀ y, for every leaf of `y`.
+
+    Args:
+      plan: n positions to m segments, batch shape `*batch`.
+      y: a pytree whose leaves have shape (*batch, m, *features).
+      fill: the value of positions that belong to no segment.
+
+    Returns:
+      Leaves of shape (*batch, n, *features), of the input's dtype.
+
+    Law:
+      merge(p, unmerge(p, y)) = y on every slot that is not empty.
+
+    Raises:
+      ValueError: a leaf's leading shape is not (*batch, m).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.unmerge(jm.Plan(jnp.array([0, 1, 0, -1]), 2), jnp.array([5.0, 7.0]), fill=9).tolist()
+      [5.0, 7.0, 5.0, 9.0]
+
+    Source: Token Merging's `unmerge` (arXiv:2210.09461), also right with a distillation token, where the official one is not.
+    """
+    batch_m = (*_batch(plan), plan.num_segments)
+    kept = plan.kept
+
+    def one(y):
+        y = jnp.asarray(y)
+        _check_leading(y, batch_m, "unmerge", "y")
+        if isinstance(plan, SoftPlan):
+            x = _matmul(jnp.swapaxes(plan.weights, -1, -2), y)
+        elif plan.num_segments == 0:
+            x = jnp.zeros((*kept.shape, *y.shape[kept.ndim :]), y.dtype)
+        else:
+            x = _take(jnp.where(kept, plan.segment_ids, 0), y)
+        return jnp.where(_like(kept, x), x, fill).astype(y.dtype)
+
+    return jax.tree.map(one, y)
+
+
+def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
+    """The plan that does `inner` first and `outer` to its result: A_outer A_inner.
+
+    Two hard plans give a hard plan; a soft one on either side gives a soft plan. What either plan drops stays dropped, and
+    what overflowed stays counted.
+
+    Law:
+      merge(compose(outer, inner), x, reduce="sum") = merge(outer, merge(inner, x, reduce="sum"), reduce="sum").
+
+    Raises:
+      ValueError: `outer` does not read what `inner` writes, or their batch shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> inner, outer = jm.Plan(jnp.array([0, 0, 1, 2]), 3), jm.Plan(jnp.array([0, 1, 0]), 2)
+      >>> jm.compose(outer, inner).segment_ids.tolist()
+      [0, 0, 1, 0]
+    """
+    if outer.num_positions != inner.num_segments:
+        remedy = " Are the arguments swapped? compose(outer, inner) applies inner first." if (
+            inner.num_positions == outer.num_segments
+        ) else ""
+        raise ValueError(
+            f"compose: outer reads {outer.num_positions} positions but inner writes {inner.num_segments} segments.{remedy}"
+        )
+    if _batch(outer) != _batch(inner):
+        raise ValueError(f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one.")
+    if isinstance(outer, SoftPlan) or isinstance(inner, SoftPlan):
+        return SoftPlan(_matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
+    ids = inner.segment_ids
+    beyond = jnp.where(ids < 0, -1, outer.num_segments)
+    if inner.num_segments == 0:
+        return Plan(beyond.astype(jnp.int32), outer.num_segments)
+    onward = _take(jnp.where(inner.kept, ids, 0), outer.segment_ids)
+    return Plan(jnp.where(inner.kept, onward, beyond).astype(jnp.int32), outer.num_segments)
+
+
+def identity(n: int, batch: tuple[int, ...] = ()) -> Plan:
+    """The plan that leaves n positions as they are, where a stack of plans begins.
+
+    Law:
+      merge(identity(n), x) = x; compose(p, identity(n)) = p.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> jm.identity(3).segment_ids.tolist()
+      [0, 1, 2]
+    """
+    return Plan(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n)), n)
+
+
+def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan:
+    """The plan in which every position follows its parent to a root; segments are numbered in the roots' order.
+
+    This is how most planners speak: "token i merges into token j". A position that is its own parent is a root. Chains are
+    followed to their end; positions on a cycle, or with a parent outside [0, n), lead to no root and are dropped.
+
+    Args:
+      parents: the position that each position merges into.
+      num_segments: m, room for that many roots. What hangs on further roots is counted by `overflow`.
+
+    Raises:
+      ValueError: `parents` has no axis. TypeError: `parents` are not integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.from_parents(jnp.array([0, 0, 2, 1]), 2).segment_ids.tolist()
+      [0, 0, 1, 0]
+    """
+    parents = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
+    n = parents.shape[-1]
+    here = jnp.arange(n, dtype=parents.dtype)
+    inside = (parents >= 0) & (parents < n)
+    to = jnp.where(inside, parents, here)
+    is_root = inside & (parents == here)
+    for _ in range(max(n - 1, 0).bit_length()):  # pointer jumping: a chain of n needs log2 n doublings
+        to = _take(to, to)
+    rank = jnp.cumsum(is_root, axis=-1, dtype=jnp.int32) - 1
+    ids = jnp.where(_take(to, is_root), _take(to, rank), -1) if n else rank
+    return Plan(ids, num_segments)
+
+
+# --- how a plan touches an array -----------------------------------------------------------------------------------
+# Every gather and scatter below is batched (vmap), takes its layout from the array it works on, and names no mesh. So it
+# partitions over batch and feature axes without a collective, under Auto and Explicit axes alike.
+
+
+def _batch(plan: Plan | SoftPlan) -> tuple[int, ...]:
+    return plan.segment_ids.shape[:-1] if isinstance(plan, Plan) else plan.weights.shape[:-2]
+
+
+def _dtype(plan: Plan | SoftPlan) -> Any:
+    return jnp.float32 if isinstance(plan, Plan) else plan.weights.dtype
+
+
+def _accumulator(dtype: Any) -> Any:
+    """float32 or wider for floating point; exact types as they are."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+
+
+def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) -> None:
+    if x.shape[: len(expected)] != expected:
+        raise ValueError(
+            f"{verb}: {name} must begin with the plan's shape {expected} (batch, then positions), got {x.shape}. "
+            "Plans carry their own batch axes; use jax.vmap or broadcast the plan to share one."
+        )
+
+
+def _like(w: Array, x: Array) -> Array:
+    """w with trailing axes of length 1, to broadcast over the features of x."""
+    return w.reshape(*w.shape, *(1,) * (x.ndim - w.ndim))
+
+
+def _batched(f: Callable[..., Array], rank: int) -> Callable[..., Array]:
+    for _ in range(rank):
+        f = jax.vmap(f)
+    return f
+
+
+def _take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """x[batch, indices[batch, i]]: indices are known to be in bounds."""
+    return _batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
+
+
+def _blank(x: Array, m: int, value: Any) -> Array:
+    """(m, *features) of one value, laid out as x (n, *features) is."""
+    row = jnp.full_like(x[:1], value) if x.shape[0] else jnp.full((1, *x.shape[1:]), value, x.dtype)
+    return jnp.broadcast_to(row, (m, *x.shape[1:]))
+
+
+def _slots(plan: Plan) -> Int[Array, "*batch n"]:
+    """Segment ids with every drop sent past the end, where scatters ignore it."""
+    return jnp.where(plan.kept, plan.segment_ids, plan.num_segments)
+
+
+def _apply(plan: Plan | SoftPlan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """A x, accumulated in float32 or wider."""
+    return _segment_sum(plan, x) if isinstance(plan, Plan) else _matmul(plan.weights, x)
+
+
+def _segment_sum(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    m, rank = plan.num_segments, plan.segment_ids.ndim - 1
+
+    def scatter(ids, kept, x):
+        x = x.astype(_accumulator(x.dtype))
+        return _batched(lambda i, x: _blank(x, m, 0).at[i].add(x, mode="drop"), rank)(ids, x)
+
+    def one_hot(ids, kept, x):  # scatters serialise on TPU; the matrix unit does not
+        x = jnp.where(_like(kept, x), x, jnp.zeros((), x.dtype))
+        return _matmul((ids[..., None, :] == jnp.arange(m)[:, None]).astype(x.dtype), x)
+
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return scatter(_slots(plan), plan.kept, x)
+    return lax.platform_dependent(_slots(plan), plan.kept, x, tpu=one_hot, default=scatter)
+
+
+def _segment_max(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else False if x.dtype == bool else jnp.iinfo(x.dtype).min
+    put = lambda i, x: _blank(x, plan.num_segments, low).at[i].max(x, mode="drop")
+    return _batched(put, plan.segment_ids.ndim - 1)(_slots(plan), x)
+
+
+def _first(plan: Plan) -> Int[Array, "*batch m"]:
+    """The lowest position in each segment; n for an empty one."""
+    n, ids = plan.num_positions, _slots(plan)
+    here = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), ids.shape)
+    put = lambda i, p: _blank(p, plan.num_segments, n).at[i].min(p, mode="drop")
+    return _batched(put, ids.ndim - 1)(ids, here)
+
+
+def _matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """A x over the axis that the plan names, accumulated in float32 or wider, features of any rank."""
+    rank = a.ndim - 2
+    dims = (((rank + 1,), (rank,)), (tuple(range(rank)), tuple(range(rank))))
+    wide = jnp.promote_types(a.dtype, x.dtype)
+    return lax.dot_general(
+        a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=_accumulator(wide)
+    )

@@ -1,0 +1,189 @@
+"""What a plan means to attention: one additive bias per key.
+
+A key that stands for s tokens weighs log s (proportional attention); a softly deleted key weighs its gate; padding weighs
+"minus infinity". All three add up to one vector, offered in two forms: as `bias=` for `jax.nn.dot_product_attention`, and as
+extra feature columns, [q, 1]·[k, bias], which any attention kernel can take without change.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Shaped
+
+from jaxmerge._plan import Plan, SoftPlan
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""The weight of a key that must not be seen: finite, so that a query with no key at all stays free of NaN."""
+
+
+def key_bias(
+    sizes: Plan | SoftPlan | Shaped[Array, "*batch m"] | None = None,
+    *,
+    gate: Float[Array, "*batch m"] | None = None,
+    mask: Bool[Array, "*batch m"] | None = None,
+) -> Float[Array, "*batch m"]:
+    """The bias that each key adds to its attention logits: log size + gate, and `MASKED` where there is no key.
+
+    Args:
+      sizes: how many tokens each key stands for: a plan, or its sizes. Size 0 is an empty slot.
+      gate: additive weights, 0 for a key that is fully there, very negative for one that is deleted (MrT5).
+      mask: True where the key may be seen.
+
+    Returns:
+      float32, for `bias=bias[..., None, None, :]` or `append_bias`.
+
+    Law:
+      softmax(q·k + key_bias(sizes)) over merged keys equals softmax(q·k) over the unmerged ones, each group summed.
+
+    Raises:
+      ValueError: nothing was given, or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> bias = jm.attention.key_bias(jm.Plan(jnp.array([0, 0, 1]), 3))
+      >>> [round(b, 3) for b in bias.tolist()[:2]], bias[2].item() < -1e38
+      ([0.693, 0.0], True)
+
+    Source: proportional attention, Token Merging (arXiv:2210.09461); the soft delete mask, MrT5 (arXiv:2410.20771).
+    """
+    if isinstance(sizes, Plan | SoftPlan):
+        sizes = sizes.sizes
+    given = {k: v.shape for k, v in dict(sizes=sizes, gate=gate, mask=mask).items() if v is not None}
+    if not given:
+        raise ValueError("key_bias: give at least one of sizes, gate and mask.")
+    if len(set(given.values())) > 1:
+        raise ValueError(f"key_bias: sizes, gate and mask must have one shape (*batch, m), got {given}.")
+    bias = jnp.zeros(next(iter(given.values())), jnp.float32)
+    if sizes is not None:
+        there = sizes > 0
+        bias = bias + jnp.log(jnp.where(there, sizes, 1).astype(jnp.float32))
+        mask = there if mask is None else mask & there
+    if gate is not None:
+        bias = bias + gate.astype(jnp.float32)
+    return bias if mask is None else jnp.where(mask, bias, MASKED)
+
+
+def append_bias(
+    q: Float[Array, "*batch t h d"],
+    k: Float[Array, "*batch s g d"],
+    v: Float[Array, "*batch s g d"],
+    bias: Float[Array, "*batch s"],
+    *,
+    scale: float | None = None,
+    multiple_of: int = 1,
+) -> tuple[Float[Array, "*batch t h e"], Float[Array, "*batch s g e"], Float[Array, "*batch s g e"]]:
+    """Write the key bias into extra feature columns, so that an attention kernel without `bias=` applies it unchanged.
+
+    The logits become scale · [q, 1, ...]·[k, b_high, b_low, ...] with b = bias / scale split over as many columns as the
+    dtype needs to carry 16 bits of it: one in float32, two in bfloat16 and float16. Pass the kernel the returned arrays
+    and the *same* `scale` (its own default would read the new, larger d), and keep the first d features of what it returns.
+
+    Args:
+      q, k, v: queries, keys and values, heads before features, as `jax.nn.dot_product_attention` has them.
+      bias: from `key_bias`.
+      scale: the kernel's factor on q·k; by default 1 / sqrt(d) of the arrays given.
+      multiple_of: pad the features with zeros up to a multiple, where a kernel demands 8, 64 or 128.
+
+    Returns:
+      q, k and v with e = d + columns (+ padding) features, in their own dtypes; v is padded with zeros, because kernels
+      want one size.
+
+    Law:
+      attention(*append_bias(q, k, v, b), scale)[..., :d] = attention(q, k, v, bias=b), to the rounding of the dtype.
+
+    Raises:
+      ValueError: shapes that do not fit, `multiple_of` below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+      >>> bias = jm.attention.key_bias(jnp.array([[1, 2, 3, 4]]))
+      >>> out = jax.nn.dot_product_attention(*jm.attention.append_bias(q, k, v, bias), scale=8**-0.5)[..., :8]
+      >>> want = jm.attention.proportional_attention(q, k, v, bias)
+      >>> bool(jnp.allclose(out, want, atol=1e-5))
+      True
+    """
+    if k.shape != v.shape or k.shape[:-2] != bias.shape or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            "append_bias: expected q (*batch, t, h, d), k and v (*batch, s, g, d) and bias (*batch, s); "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}, bias {bias.shape}."
+        )
+    if multiple_of < 1:
+        raise ValueError(f"append_bias: multiple_of must be 1 or more, got {multiple_of}.")
+    d = q.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    rest = jnp.clip(bias.astype(jnp.float32) / scale, MASKED, -MASKED)
+    floor = float(jnp.finfo(k.dtype).min) * 0.7
+    columns = []
+    for _ in range(1 if jnp.finfo(k.dtype).nmant >= 23 else 2):
+        part = jnp.maximum(rest, floor).astype(k.dtype)
+        columns.append(part)
+        rest = jnp.where(rest <= floor, 0, rest - part.astype(jnp.float32))
+    pad = -(d + len(columns)) % multiple_of
+    extra = jnp.stack([*columns, *[jnp.zeros_like(columns[0])] * pad], axis=-1)
+    extra = jnp.broadcast_to(extra[..., None, :], (*k.shape[:-1], len(columns) + pad))
+    ones = jnp.broadcast_to((jnp.arange(len(columns) + pad) < len(columns)).astype(q.dtype), (*q.shape[:-1], len(columns) + pad))
+    widen = lambda x, columns: jnp.concatenate([x, columns], axis=-1)
+    return widen(q, ones), widen(k, extra), widen(v, jnp.zeros_like(extra))
+
+
+def proportional_attention(
+    q: Float[Array, "*batch t h d"],
+    k: Float[Array, "*batch s g d"],
+    v: Float[Array, "*batch s g d"],
+    bias: Float[Array, "*batch s"] | None,
+    *,
+    mask: Bool[Array, "..."] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch t h d"]:
+    """Attention in which every key weighs what it stands for: `jax.nn.dot_product_attention` with a key bias.
+
+    Args:
+      q, k, v: heads before features; fewer key heads than query heads are shared (GQA).
+      bias: from `key_bias`; None before the first merge.
+      mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`.
+
+    Law:
+      with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> x = jax.random.normal(jax.random.key(0), (3, 1, 4))
+      >>> plan = jm.Plan(jnp.array([0, 1, 0]), 2)
+      >>> short, long = jm.merge(plan, x), jm.unmerge(plan, jm.merge(plan, x))
+      >>> a = jm.attention.proportional_attention(short, short, short, jm.attention.key_bias(plan))
+      >>> b = jm.attention.proportional_attention(long, long, long, None)
+      >>> bool(jnp.allclose(jm.unmerge(plan, a), b, atol=1e-6))
+      True
+
+    Source: Token Merging, section 3.2 (arXiv:2210.09461).
+    """
+    b = None if bias is None else bias[..., None, None, :]
+    if b is not None and q.ndim == 3:
+        b = b[0] if b.ndim == 4 else b
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=b, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
+    )
+
+
+def segment_mask(plan: Plan, *, causal: bool = False) -> Bool[Array, "*batch n n"]:
+    """Which positions may see which, inside their own segment only: block-diagonal attention.
+
+    Args:
+      plan: words, windows, documents.
+      causal: see no later position.
+
+    Returns:
+      True where query i may see key j. A dropped position sees itself alone, so that no row is empty.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.attention.segment_mask(jm.Plan(jnp.array([0, 0, 1]), 2)).astype(int).tolist()
+      [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    ids, n = plan.segment_ids, plan.num_positions
+    same = (ids[..., :, None] == ids[..., None, :]) & plan.kept[..., None, :]
+    same = jnp.tril(same) if causal else same
+    return same | jnp.eye(n, dtype=bool)

@@ -1,0 +1,40 @@
+"""Eight CPU devices for every test, set before jax starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# libtpu, where installed, compiles ahead of time and must not look for a TPU host.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request) -> Mesh:
+    """A 4 x 2 mesh (data, model) of virtual devices, once with Auto and once with Explicit axes."""
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(request.param,) * 2)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("tokens/tome_a") -> {name: array}: outputs of official implementations."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as z:
+            return {k: z[k] for k in z.files}
+
+    return load
