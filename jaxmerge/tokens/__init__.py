@@ -1,1 +1,3 @@
 """Pillar 1: which tokens become one? Every planner is a pure function that returns a `Plan` or a `SoftPlan`."""
+
+from jaxmerge.tokens._prune import keep as keep, keep_top_k as keep_top_k
