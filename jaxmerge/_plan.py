@@ -67,7 +67,9 @@ class Plan:
         if ids.ndim == 0:
             raise ValueError("Plan: segment_ids must have at least one axis, the n positions; got a scalar.")
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights.")
+            raise TypeError(
+                f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights."
+            )
 
     @property
     def num_positions(self) -> int:
@@ -92,7 +94,7 @@ class Plan:
     @property
     def matrix(self) -> Bool[Array, "*batch m n"]:
         """A itself, dense: which position is in which segment. An attention mask from segments to positions."""
-        return self.segment_ids[..., None, :] == jnp.arange(self.num_segments)[:, None]
+        return jax.nn.one_hot(self.segment_ids, self.num_segments, axis=-2, dtype=bool)
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +125,9 @@ class SoftPlan:
         if w.ndim < 2:
             raise ValueError(f"SoftPlan: weights must have shape (*batch, m, n), got {w.shape}.")
         if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(f"SoftPlan: weights must be floating point, got {w.dtype}; use Plan for integer segment ids.")
+            raise TypeError(
+                f"SoftPlan: weights must be floating point, got {w.dtype}; use Plan for integer segment ids."
+            )
 
     @property
     def num_segments(self) -> int:
@@ -205,25 +209,26 @@ def merge(
         weight = jnp.asarray(weight)
         if weight.shape != batch_n:
             raise ValueError(f"merge: weight must have the plan's shape {batch_n}, got {weight.shape}.")
-        weight = weight.astype(_accumulator(weight.dtype))
+        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
     mass = plan.sizes if weight is None else _apply(plan, weight) if reduce == "mean" else None
     empty = mass == 0 if reduce == "mean" else plan.sizes == 0 if reduce in ("max", "first") else None
 
     def one(x):
         x = jnp.asarray(x)
         _check_leading(x, batch_n, "merge", "x")
-        if plan.num_positions == 0:
+        if plan.num_positions == 0 or plan.num_segments == 0:
             return jnp.zeros((*_batch(plan), plan.num_segments, *x.shape[len(batch_n) :]), x.dtype)
         if reduce == "first":
-            return jnp.where(_like(empty, x), 0, _take(jnp.where(empty, 0, _first(plan)), x)).astype(x.dtype)
+            return _fill(empty, _take(jnp.where(empty, 0, _first(plan)), x), 0)
         if reduce == "max":
-            return jnp.where(_like(empty, x), 0, _segment_max(plan, x)).astype(x.dtype)
+            return _fill(empty, _segment_max(plan, x), 0)
         if (reduce == "mean" or isinstance(plan, SoftPlan)) and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
         y = x if weight is None else x.astype(jnp.promote_types(_accumulator(x.dtype), weight.dtype)) * _like(weight, x)
         y = _apply(plan, y)
         if reduce == "mean":
-            y = jnp.where(_like(empty, y), 0, y / _like(jnp.where(empty, 1, mass), y))
+            y = _fill(empty, y / _like(jnp.where(empty, 1, mass), y), 0)
         return y.astype(x.dtype)
 
     return jax.tree.map(one, x)
@@ -267,7 +272,7 @@ def unmerge(
             x = jnp.zeros((*kept.shape, *y.shape[kept.ndim :]), y.dtype)
         else:
             x = _take(jnp.where(kept, plan.segment_ids, 0), y)
-        return jnp.where(_like(kept, x), x, fill).astype(y.dtype)
+        return _fill(~kept, x.astype(y.dtype), fill)
 
     return jax.tree.map(one, y)
 
@@ -291,14 +296,18 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
       [0, 0, 1, 0]
     """
     if outer.num_positions != inner.num_segments:
-        remedy = " Are the arguments swapped? compose(outer, inner) applies inner first." if (
-            inner.num_positions == outer.num_segments
-        ) else ""
+        remedy = (
+            " Are the arguments swapped? compose(outer, inner) applies inner first."
+            if (inner.num_positions == outer.num_segments)
+            else ""
+        )
         raise ValueError(
             f"compose: outer reads {outer.num_positions} positions but inner writes {inner.num_segments} segments.{remedy}"
         )
     if _batch(outer) != _batch(inner):
-        raise ValueError(f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one.")
+        raise ValueError(
+            f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one."
+        )
     if isinstance(outer, SoftPlan) or isinstance(inner, SoftPlan):
         return SoftPlan(_matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
     ids = inner.segment_ids
@@ -343,7 +352,7 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan
     """
     parents = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
     n = parents.shape[-1]
-    here = jnp.arange(n, dtype=parents.dtype)
+    here = _positions(parents)
     inside = (parents >= 0) & (parents < n)
     to = jnp.where(inside, parents, here)
     is_root = inside & (parents == here)
@@ -385,6 +394,16 @@ def _like(w: Array, x: Array) -> Array:
     return w.reshape(*w.shape, *(1,) * (x.ndim - w.ndim))
 
 
+def _fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
+    """x with a value written where a mask over its leading axes says; x's layout wins."""
+    return jnp.where(_like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
+
+
+def _positions(ids: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """0 to n - 1 in every row, laid out as ids are."""
+    return lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1) + jnp.zeros_like(ids, jnp.int32)
+
+
 def _batched(f: Callable[..., Array], rank: int) -> Callable[..., Array]:
     for _ in range(rank):
         f = jax.vmap(f)
@@ -421,7 +440,7 @@ def _segment_sum(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 
     def one_hot(ids, kept, x):  # scatters serialise on TPU; the matrix unit does not
         x = jnp.where(_like(kept, x), x, jnp.zeros((), x.dtype))
-        return _matmul((ids[..., None, :] == jnp.arange(m)[:, None]).astype(x.dtype), x)
+        return _matmul(jax.nn.one_hot(ids, m, axis=-2, dtype=x.dtype), x)
 
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return scatter(_slots(plan), plan.kept, x)
@@ -437,9 +456,8 @@ def _segment_max(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 def _first(plan: Plan) -> Int[Array, "*batch m"]:
     """The lowest position in each segment; n for an empty one."""
     n, ids = plan.num_positions, _slots(plan)
-    here = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), ids.shape)
     put = lambda i, p: _blank(p, plan.num_segments, n).at[i].min(p, mode="drop")
-    return _batched(put, ids.ndim - 1)(ids, here)
+    return _batched(put, ids.ndim - 1)(ids, _positions(ids))
 
 
 def _matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

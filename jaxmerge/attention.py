@@ -122,7 +122,9 @@ def append_bias(
     pad = -(d + len(columns)) % multiple_of
     extra = jnp.stack([*columns, *[jnp.zeros_like(columns[0])] * pad], axis=-1)
     extra = jnp.broadcast_to(extra[..., None, :], (*k.shape[:-1], len(columns) + pad))
-    ones = jnp.broadcast_to((jnp.arange(len(columns) + pad) < len(columns)).astype(q.dtype), (*q.shape[:-1], len(columns) + pad))
+    ones = jnp.broadcast_to(
+        (jnp.arange(len(columns) + pad) < len(columns)).astype(q.dtype), (*q.shape[:-1], len(columns) + pad)
+    )
     widen = lambda x, columns: jnp.concatenate([x, columns], axis=-1)
     return widen(q, ones), widen(k, extra), widen(v, jnp.zeros_like(extra))
 

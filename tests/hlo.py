@@ -6,7 +6,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-_COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
 
 
 def collectives(compiled) -> list[str]:
