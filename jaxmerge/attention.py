@@ -120,13 +120,11 @@ def append_bias(
         columns.append(part)
         rest = jnp.where(rest <= floor, 0, rest - part.astype(jnp.float32))
     pad = -(d + len(columns)) % multiple_of
-    extra = jnp.stack([*columns, *[jnp.zeros_like(columns[0])] * pad], axis=-1)
-    extra = jnp.broadcast_to(extra[..., None, :], (*k.shape[:-1], len(columns) + pad))
-    ones = jnp.broadcast_to(
-        (jnp.arange(len(columns) + pad) < len(columns)).astype(q.dtype), (*q.shape[:-1], len(columns) + pad)
-    )
-    widen = lambda x, columns: jnp.concatenate([x, columns], axis=-1)
-    return widen(q, ones), widen(k, extra), widen(v, jnp.zeros_like(extra))
+    extra = jnp.stack([*columns, *[jnp.zeros_like(columns[0])] * pad], axis=-1)[..., None, :]
+    ones = (jnp.arange(extra.shape[-1]) < len(columns)).reshape((1,) * (q.ndim - 1) + (-1,))
+    blank = lambda x: jnp.zeros_like(x[..., :1])  # new columns take the layout of the array they widen
+    widen = lambda x, columns: jnp.concatenate([x, blank(x) + columns.astype(x.dtype)], axis=-1)
+    return widen(q, ones), widen(k, extra), widen(v, 0 * ones)
 
 
 def proportional_attention(

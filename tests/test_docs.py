@@ -1,0 +1,74 @@
+"""Every example in a docstring and in the README runs, and prints what it says."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxmerge
+import models
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLIC = [
+    m.name for package in (jaxmerge, models) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_public_functions_have_examples():
+    """Every public function of the library says one sentence and shows one example."""
+    bare = []
+    for module in (jaxmerge, jaxmerge.attention, jaxmerge.tokens, jaxmerge.words, jaxmerge.params, jaxmerge.testing):
+        for name, value in vars(module).items():
+            documented = callable(value) and getattr(value, "__module__", "").startswith("jaxmerge")
+            if documented and not name.startswith("_") and ">>>" not in (value.__doc__ or ""):
+                bare.append(f"{module.__name__}.{name}")
+    assert not bare, f"no example in the docstring of {bare}"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_python_runs():
+    names: dict = {}
+    assert blocks("python"), "the README shows no Python"
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_readme_commands_exist():
+    """Every `python -m ...`, `bash ...` and `jaxmerge ...` of the README names something that is there."""
+    for line in "\n".join(blocks("bash")).splitlines():
+        if found := re.search(r"python -m ((?:scripts|models)\.[\w.]+)", line):
+            assert importlib.util.find_spec(found[1]), line
+        elif found := re.match(r"bash (\S+)", line):
+            assert (ROOT / found[1]).exists(), line
+        elif found := re.match(r"jaxmerge (\w+)", line):
+            command = [sys.executable, "-m", "jaxmerge.cli", found[1], "--help"]
+            assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0, line
+
+
+def test_readme_tree_is_the_tree():
+    """Each file that the README's tree names exists."""
+    [tree] = [b for b in blocks("text") if "pyproject.toml" in b]
+    folder = ""
+    for line in tree.splitlines():
+        if not line.strip():
+            continue
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            assert (ROOT / name).exists(), name
+        else:
+            assert (ROOT / folder / name).exists(), folder + name

@@ -1,0 +1,97 @@
+"""The house stands as it is drawn: imports point one way, the surface is what is listed, `import jaxmerge` is light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxmerge
+
+ROOT = pathlib.Path(__file__).parent.parent
+LIGHT = {"jax", "numpy", "jaxtyping", "jaxmerge"}
+# What each room may import at module level, beside the standard library; functions may import what their room is for.
+ALLOWED = {
+    "jaxmerge": LIGHT,
+    "jaxmerge/checkpoint": LIGHT | {"orbax", "tensorstore", "etils"},
+    "jaxmerge/cli.py": LIGHT | {"tyro", "rich"},
+    "models": LIGHT | {"flax", "models"},
+    "scripts": LIGHT | {"flax", "optax", "orbax", "rich", "tyro", "models", "scripts", "sklearn", "matplotlib", "PIL"},
+}
+BELOW = {"_plan": set(), "attention": {"_plan"}, "tokens": {"_plan", "attention"}, "words": {"_plan", "attention", "tokens"},
+         "params": {"_plan"}, "checkpoint": {"_plan", "params"}, "testing": {"_plan", "params"},
+         "cli": {"_plan", "params", "checkpoint"}}  # fmt: skip
+
+
+def modules():
+    return sorted(p for room in ("jaxmerge", "models", "scripts") for p in (ROOT / room).rglob("*.py"))
+
+
+def imports(path, *, top_level_only):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    where = path.relative_to(ROOT).as_posix()
+    allowed = max((room for room in ALLOWED if where.startswith(room)), key=len)
+    for name in imports(path, top_level_only=True):
+        top = name.split(".")[0]
+        assert top in ALLOWED[allowed] or top in sys.stdlib_module_names, f"{where} imports {name} at module level"
+    for name in imports(path, top_level_only=False):
+        assert where.startswith("scripts") or not name.startswith("scripts"), f"{where} imports {name}"
+        assert where.startswith(("scripts", "models")) or not name.startswith("models"), f"{where} imports {name}"
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "jaxmerge" and parts[1] in BELOW:
+        for name in imports(path, top_level_only=False):
+            room = name.split(".")[1] if name.startswith("jaxmerge.") else None
+            assert room is None or room == parts[1] or room in BELOW[parts[1]], f"{where} imports {name}"
+
+
+def test_no_file_outgrows_its_idea():
+    long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 500}
+    assert not long, f"split by idea: {long}"
+
+
+def test_import_is_light():
+    code = "import sys, jaxmerge; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.split()
+    )
+    heavy = loaded & {"flax", "optax", "orbax", "tensorstore", "rich", "tyro", "regex", "safetensors", "matplotlib", "sklearn",
+                      "models", "scripts", "torch", "tensorflow"}  # fmt: skip
+    assert not heavy, f"import jaxmerge loads {heavy}"
+
+
+SURFACE = {
+    "jaxmerge": "Plan SoftPlan attention compose from_parents identity merge params tokens unmerge words",
+}
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_public_names(module):
+    names = {n for n, v in vars(sys.modules[module]).items() if not n.startswith("_")} - {"importlib", "jaxtyping"}
+    assert names - {"checkpoint", "testing", "cli"} == set(SURFACE[module].split())
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jaxmerge.nothing  # noqa: B018
+
+
+def test_top_level_holds_what_was_agreed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    agreed = {"pyproject.toml", "jaxmerge", "models", "scripts", "tests", "README.md", "LICENSE"}
+    assert {t for t in top if not t.startswith(".")} == agreed
