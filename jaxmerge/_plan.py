@@ -67,9 +67,7 @@ class Plan:
         if ids.ndim == 0:
             raise ValueError("Plan: segment_ids must have at least one axis, the n positions; got a scalar.")
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(
-                f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights."
-            )
+            raise TypeError(f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights.")
 
     @property
     def num_positions(self) -> int:
@@ -125,9 +123,7 @@ class SoftPlan:
         if w.ndim < 2:
             raise ValueError(f"SoftPlan: weights must have shape (*batch, m, n), got {w.shape}.")
         if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(
-                f"SoftPlan: weights must be floating point, got {w.dtype}; use Plan for integer segment ids."
-            )
+            raise TypeError(f"SoftPlan: weights must be floating point, got {w.dtype}; use Plan for integer segment ids.")
 
     @property
     def num_segments(self) -> int:
@@ -202,34 +198,22 @@ def merge(
         raise ValueError(f'merge: reduce must be "mean", "sum", "max" or "first", got {reduce!r}.')
     if reduce in ("max", "first") and weight is not None:
         raise ValueError(f'merge: weight has no meaning for reduce="{reduce}"; leave it out, or use "mean" or "sum".')
-    if reduce in ("max", "first") and isinstance(plan, SoftPlan):
-        raise ValueError(f'merge: reduce="{reduce}" needs a Plan; a SoftPlan can be applied with "mean" or "sum".')
     batch_n = (*_batch(plan), plan.num_positions)
-    if weight is not None:
-        weight = jnp.asarray(weight)
-        if weight.shape != batch_n:
-            raise ValueError(f"merge: weight must have the plan's shape {batch_n}, got {weight.shape}.")
-        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-        weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
-    mass = plan.sizes if weight is None else _apply(plan, weight) if reduce == "mean" else None
-    empty = mass == 0 if reduce == "mean" else plan.sizes == 0 if reduce in ("max", "first") else None
+    if reduce in ("mean", "sum"):
+        rows = _weighted_rows(plan, weight, mean=reduce == "mean")
+    elif isinstance(plan, Plan):
+        rows = _chosen_rows(plan, largest=reduce == "max")
+    else:
+        raise ValueError(f'merge: reduce="{reduce}" needs a Plan; a SoftPlan can be applied with "mean" or "sum".')
 
     def one(x):
         x = jnp.asarray(x)
         _check_leading(x, batch_n, "merge", "x")
-        if plan.num_positions == 0 or plan.num_segments == 0:
-            return jnp.zeros((*_batch(plan), plan.num_segments, *x.shape[len(batch_n) :]), x.dtype)
-        if reduce == "first":
-            return _fill(empty, _take(jnp.where(empty, 0, _first(plan)), x), 0)
-        if reduce == "max":
-            return _fill(empty, _segment_max(plan, x), 0)
         if (reduce == "mean" or isinstance(plan, SoftPlan)) and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
-        y = x if weight is None else x.astype(jnp.promote_types(_accumulator(x.dtype), weight.dtype)) * _like(weight, x)
-        y = _apply(plan, y)
-        if reduce == "mean":
-            y = _fill(empty, y / _like(jnp.where(empty, 1, mass), y), 0)
-        return y.astype(x.dtype)
+        if plan.num_positions == 0 or plan.num_segments == 0:
+            return jnp.zeros((*_batch(plan), plan.num_segments, *x.shape[len(batch_n) :]), x.dtype)
+        return rows(x).astype(x.dtype)
 
     return jax.tree.map(one, x)
 
@@ -305,9 +289,7 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
             f"compose: outer reads {outer.num_positions} positions but inner writes {inner.num_segments} segments.{remedy}"
         )
     if _batch(outer) != _batch(inner):
-        raise ValueError(
-            f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one."
-        )
+        raise ValueError(f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one.")
     if isinstance(outer, SoftPlan) or isinstance(inner, SoftPlan):
         return SoftPlan(_matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
     ids = inner.segment_ids
@@ -350,12 +332,11 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan
       >>> jm.from_parents(jnp.array([0, 0, 2, 1]), 2).segment_ids.tolist()
       [0, 0, 1, 0]
     """
-    parents = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
-    n = parents.shape[-1]
-    here = _positions(parents)
-    inside = (parents >= 0) & (parents < n)
-    to = jnp.where(inside, parents, here)
-    is_root = inside & (parents == here)
+    to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
+    n, here = to.shape[-1], _positions(to)
+    inside = (to >= 0) & (to < n)
+    is_root = inside & (to == here)
+    to = jnp.where(inside, to, here)
     for _ in range(max(n - 1, 0).bit_length()):  # pointer jumping: a chain of n needs log2 n doublings
         to = _take(to, to)
     rank = jnp.cumsum(is_root, axis=-1, dtype=jnp.int32) - 1
@@ -431,6 +412,35 @@ def _apply(plan: Plan | SoftPlan, x: Shaped[Array, "..."]) -> Shaped[Array, "...
     return _segment_sum(plan, x) if isinstance(plan, Plan) else _matmul(plan.weights, x)
 
 
+def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callable[[Array], Array]:
+    """x -> sum(w x), or sum(w x) / sum(w), in each segment."""
+    mass = plan.sizes
+    if weight is not None:
+        weight = jnp.asarray(weight)
+        shape = (*_batch(plan), plan.num_positions)
+        if weight.shape != shape:
+            raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
+        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
+        mass = _apply(plan, weight) if mean else mass
+    empty = mass == 0
+
+    def rows(x):
+        if weight is not None:
+            x = x.astype(jnp.promote_types(_accumulator(x.dtype), weight.dtype)) * _like(weight, x)
+        y = _apply(plan, x)
+        return _fill(empty, y / _like(jnp.where(empty, 1, mass), y), 0) if mean else y
+
+    return rows
+
+
+def _chosen_rows(plan: Plan, *, largest: bool) -> Callable[[Array], Array]:
+    """x -> the elementwise maximum of each segment, or its first row."""
+    empty = plan.sizes == 0
+    first = jnp.where(empty, 0, _first(plan))
+    return lambda x: _fill(empty, _segment_max(plan, x) if largest else _take(first, x), 0)
+
+
 def _segment_sum(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     m, rank = plan.num_segments, plan.segment_ids.ndim - 1
 
@@ -465,6 +475,4 @@ def _matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[A
     rank = a.ndim - 2
     dims = (((rank + 1,), (rank,)), (tuple(range(rank)), tuple(range(rank))))
     wide = jnp.promote_types(a.dtype, x.dtype)
-    return lax.dot_general(
-        a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=_accumulator(wide)
-    )
+    return lax.dot_general(a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=_accumulator(wide))

@@ -5,6 +5,8 @@ A key that stands for s tokens weighs log s (proportional attention); a softly d
 extra feature columns, [q, 1]·[k, bias], which any attention kernel can take without change.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -111,8 +113,8 @@ def append_bias(
     if multiple_of < 1:
         raise ValueError(f"append_bias: multiple_of must be 1 or more, got {multiple_of}.")
     d = q.shape[-1]
-    scale = d**-0.5 if scale is None else scale
-    rest = jnp.clip(bias.astype(jnp.float32) / scale, MASKED, -MASKED)
+    factor = d**-0.5 if scale is None else scale
+    rest = jnp.clip(bias.astype(jnp.float32) / factor, MASKED, -MASKED)
     floor = float(jnp.finfo(k.dtype).min) * 0.7
     columns = []
     for _ in range(1 if jnp.finfo(k.dtype).nmant >= 23 else 2):
@@ -136,7 +138,7 @@ def proportional_attention(
     mask: Bool[Array, "..."] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Float[Array, "*batch t h d"]:
     """Attention in which every key weighs what it stands for: `jax.nn.dot_product_attention` with a key bias.
 

@@ -63,9 +63,7 @@ def test_no_file_outgrows_its_idea():
 def test_import_is_light():
     code = "import sys, jaxmerge; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = set(
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.split()
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     )
     heavy = loaded & {"flax", "optax", "orbax", "tensorstore", "rich", "tyro", "regex", "safetensors", "matplotlib", "sklearn",
                       "models", "scripts", "torch", "tensorflow"}  # fmt: skip
@@ -89,7 +87,7 @@ def test_unknown_attribute():
 
 
 def test_top_level_holds_what_was_agreed():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}

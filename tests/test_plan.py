@@ -90,9 +90,7 @@ def test_from_parents_follows_chains_and_keeps_order():
 
 
 def test_from_parents_drops_cycles_and_counts_overflow():
-    plan = jm.from_parents(
-        jnp.array([1, 0, 2, 2, 9, 5]), 1
-    )  # 0 <-> 1, root 2, parent out of range, root 5 without room
+    plan = jm.from_parents(jnp.array([1, 0, 2, 2, 9, 5]), 1)  # 0 <-> 1, root 2, parent out of range, root 5 without room
     np.testing.assert_array_equal(plan.segment_ids, [-1, -1, 0, 0, -1, 1])
     assert plan.overflow == 1
 
@@ -101,12 +99,10 @@ def test_pytrees_features_and_dtypes(x):
     plan = random_plan(jax.random.key(0), (B,), N, M)
     tree = {"a": x, "b": (x[..., 0], x[..., None].repeat(2, -1).astype(jnp.bfloat16)), "i": jnp.ones((B, N), jnp.int32)}
     out = jm.merge(plan, tree, reduce="sum")
-    assert jax.tree.map(lambda l: (l.shape[1], l.dtype), out) == jax.tree.map(lambda l: (M, l.dtype), tree)
+    assert jax.tree.map(lambda a: (a.shape[1], a.dtype), out) == jax.tree.map(lambda a: (M, a.dtype), tree)
     np.testing.assert_array_equal(out["i"], plan.sizes)
     flags = jnp.arange(N) % 3 == 0
-    np.testing.assert_array_equal(
-        jm.merge(jm.Plan(jnp.arange(N) // 4, 3), flags, reduce="max"), flags.reshape(3, 4).any(-1)
-    )
+    np.testing.assert_array_equal(jm.merge(jm.Plan(jnp.arange(N) // 4, 3), flags, reduce="max"), flags.reshape(3, 4).any(-1))
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -144,9 +140,7 @@ def test_gradients_are_those_of_the_dense_matrix(x):
         return jnp.sum(c * jnp.where(mass == 0, 0, a @ x / jnp.where(mass == 0, 1, mass)))
 
     got = jax.grad(lambda x, w: jnp.sum(c * jm.merge(plan, x, weight=w)), (0, 1))(x, w)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, jax.grad(dense, (0, 1))(x, w)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, jax.grad(dense, (0, 1))(x, w))
 
 
 def test_gradients_flow_through_soft_weights_and_not_through_ids(x):
