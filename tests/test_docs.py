@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -28,7 +29,7 @@ def test_public_functions_have_examples():
     bare = []
     for module in (jaxmerge, jaxmerge.attention, jaxmerge.tokens, jaxmerge.words, jaxmerge.params, jaxmerge.testing):
         for name, value in vars(module).items():
-            documented = callable(value) and getattr(value, "__module__", "").startswith("jaxmerge")
+            documented = inspect.isfunction(value) and value.__module__.startswith("jaxmerge")
             if documented and not name.startswith("_") and ">>>" not in (value.__doc__ or ""):
                 bare.append(f"{module.__name__}.{name}")
     assert not bare, f"no example in the docstring of {bare}"
