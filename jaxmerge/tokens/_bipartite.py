@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge._plan import Plan
 
 
-def bipartite_matching(metric: Float[Array, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
+def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
     """Merge the r even positions that are most like an odd one, each into the odd position that it is most like.
 
-    Likeness is the cosine; of equal ones the first position wins. A source joins its destination's segment, and segments
-    keep the order of the positions that stay, so a class token at 0 stays at 0 and no caller has to permute anything.
+    Likeness is the cosine; of equal ones the first position wins. A source joins its destination's segment, and
+    segments keep the order of the positions that stay, so a class token at 0 stays at 0 and nobody has to permute.
 
     Args:
-      metric: what to compare tokens by (ToMe: the keys of the attention just computed, averaged over heads). Any floating
-        dtype: similarities are taken in float32, and a row without a direction (zero, inf or NaN) is like nothing.
+      metric: what to compare tokens by (ToMe: the keys of the attention just computed, averaged over heads). Any
+        floating dtype: similarities are taken in float32, and a row without a direction (zero, inf, NaN) has
+        similarity 0 to every other.
       r: how many tokens to remove, a Python int, at most the smaller of the two sides.
       protect: positions that neither move nor receive: (0,) for a class token, (0, 1) with a distillation token,
         range(n - w, n) for a window. Static, because how many tokens are left to merge decides which r is legal, and r
@@ -30,8 +31,8 @@ def bipartite_matching(metric: Float[Array, "*batch n d"], r: int, *, protect: S
       A plan of n - r segments. No gradient flows through it.
 
     Law:
-      each segment holds at most one odd position, and no protected position shares one; bipartite_matching(x, 0) is the
-      identity; the plan does not change when rows of the metric are scaled by positive numbers.
+      each segment holds at most one odd position, and no protected position shares one; bipartite_matching(x, 0) is
+      the identity; the plan does not change when rows of the metric are scaled by powers of two.
 
     Raises:
       ValueError: r is negative or larger than what can merge, a protected position outside [-n, n), a metric of rank 1.
@@ -46,25 +47,26 @@ def bipartite_matching(metric: Float[Array, "*batch n d"], r: int, *, protect: S
     Source: Token Merging (arXiv:2210.09461), `bipartite_soft_matching`. The official tokens come out as [even, odd] (by
     rank where there is no class token); the groups are the same.
     """
+    metric = jnp.asarray(metric)
     if metric.ndim < 2:
         raise ValueError(f"bipartite_matching: metric must have shape (*batch, n, d), got {metric.shape}.")
     *_, n, _ = metric.shape
-    kept = _protected(protect, n)
-    largest = _largest(n, kept)
+    fixed = _protected(protect, n)
+    largest = _largest(n, fixed)
     try:
         r = operator.index(r)
     except TypeError:
         raise TypeError(f"bipartite_matching: r must be a Python int, because shapes are static; got {r!r}.") from None
     if not 0 <= r <= largest:
         raise ValueError(
-            f"bipartite_matching: r must be between 0 and {largest}, got r={r}: of n={n} tokens, {kept.sum()} protected, no "
-            f"more than the smaller of the even and the odd side can merge. tokens.schedule(depth, r, n={n}, "
-            f"protected={kept.sum()}) clamps r layer by layer."
+            f"bipartite_matching: r must be between 0 and {largest}, got r={r}: of n={n} tokens, {fixed.sum()} of them "
+            f"protected, no more can merge than the smaller of the even and the odd side holds. "
+            f"tokens.schedule(depth, r, n={n}, protected={fixed.sum()}) clamps r layer by layer."
         )
     if r == 0:  # identity, laid out as the metric is
         here = lax.broadcasted_iota(jnp.int32, metric.shape[:-1], metric.ndim - 2)
         return Plan(jnp.zeros_like(metric[..., 0], jnp.int32) + here, n)
-    match = lambda x: _match(x, r, kept)
+    match = lambda x: _match(x, r, fixed)
     for _ in metric.shape[:-2]:
         match = jax.vmap(match)
     return Plan(match(lax.stop_gradient(metric)), n - r)
@@ -77,9 +79,9 @@ def schedule(
 
     Args:
       depth: number of layers.
-      r: an int, the same in every layer; a pair (r, inflect), changing linearly from layer to layer around r, from
-        r (1 - inflect) to r (1 + inflect), so that -1 removes most at the start, 0 evenly, 1 most at the end; or a list with
-        one int per layer, where missing ones are 0.
+      r: an int, the same in every layer; a pair (r, inflect), changing linearly from r (1 - inflect) to
+        r (1 + inflect), so that -1 removes most at the start, 0 evenly, 1 most at the end; or a list with one int per
+        layer, where missing ones are 0.
       n: tokens at the start. Given, each layer removes no more than the tokens that are left allow.
       protected: how many tokens at the front never merge (1 for a class token, 2 with a distillation token).
 
@@ -132,8 +134,8 @@ def _protected(protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
     for p in protect:
         if isinstance(p, bool | np.bool_ | jax.Array):
             raise TypeError(
-                "bipartite_matching: protect takes static positions, such as (0,) or range(n - w, n), not a mask or an array; "
-                "use np.flatnonzero(mask)."
+                "bipartite_matching: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a "
+                "jax array; np.flatnonzero(mask) turns one into the other."
             )
         if not -n <= p < n:
             raise ValueError(f"bipartite_matching: protected position {p} is not among n={n} tokens.")
