@@ -22,7 +22,8 @@ from jaxtyping import Float
 import jaxmerge as jm
 
 Schedule = int | tuple[int, float] | Sequence[int]
-Matching = Callable[..., jm.Plan]
+AnyPlan = jm.Plan | jm.SoftPlan
+Matching = Callable[..., AnyPlan]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], plan: jm.Plan | None, r: int, *, matching: Matching, proportional: bool
-    ) -> tuple[Float[Array, "b m d"], jm.Plan | None]:
+        self, x: Float[Array, "b n d"], plan: AnyPlan | None, r: int, *, matching: Matching, proportional: bool
+    ) -> tuple[Float[Array, "b m d"], AnyPlan | None]:
         bias = jm.attention.key_bias(plan) if proportional and plan is not None else None
         y, keys = self.attn(self.norm1(x), bias)
         x = x + y
@@ -200,7 +201,7 @@ class ViT(nnx.Module):
           images: as `config` says; already normalised.
           r: tokens removed per block, as `jm.tokens.schedule` reads it; more than there are is clamped.
           proportional: let merged keys weigh as many as they stand for. Off for models trained without (MAE).
-          matching: metric, r, protect -> Plan.
+          matching: from (metric, r, protect=) to a plan.
         """
         return self.classify(*self.features(images, r=r, proportional=proportional, matching=matching))
 
@@ -211,7 +212,7 @@ class ViT(nnx.Module):
         r: Schedule = 0,
         proportional: bool = True,
         matching: Matching = jm.tokens.bipartite_matching,
-    ) -> tuple[Float[Array, "b m d"], jm.Plan]:
+    ) -> tuple[Float[Array, "b m d"], AnyPlan]:
         """The tokens after the last block, and the composed plan from the n of the first; arguments as in a call.
 
         `jm.unmerge(plan, x)` gives dense features back; `plan.segment_ids[:, config.num_prefix:]` is the picture.
@@ -231,7 +232,7 @@ class ViT(nnx.Module):
             x, plan = block(x, plan, r_block, matching=matching, proportional=proportional)
         return x, start if plan is None else plan
 
-    def classify(self, x: Float[Array, "b m d"], plan: jm.Plan) -> Float[Array, "b classes"]:
+    def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:
         """Logits from `features`. The mean over patches weighs each token by the patches it stands for."""
         first = self.config.num_prefix
         if self.config.pool == "mean":
