@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 import jaxmerge as jm
 from models.vit import ViT, ViTConfig
-from scripts.draw import merged_patches
+from scripts.draw import gallery, merged_patches
 
 HELD_OUT = 448
 CONFIG = ViTConfig(
@@ -77,10 +77,10 @@ def main(
 
 def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(images, labels) to train on and to hold out: 8 x 8 digits enlarged to 32 x 32, in [-1, 1]."""
-    data = load_digits()
-    images = jax.image.resize(data.images[..., None] / 8 - 1, (len(data.images), 32, 32, 1), "bicubic")
-    order = np.random.default_rng(seed).permutation(len(images))
-    images, labels = np.asarray(images, np.float32)[order], data.target[order]
+    pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
+    images = jax.image.resize(pixels.reshape(-1, 8, 8, 1) / 8 - 1, (len(pixels), 32, 32, 1), "bicubic")
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    images, labels = np.asarray(images, np.float32)[order], labels[order]
     return (images[HELD_OUT:], labels[HELD_OUT:]), (images[:HELD_OUT], labels[:HELD_OUT])
 
 
@@ -117,8 +117,9 @@ def evaluate(model: ViT, data, rs: tuple[int, ...]) -> list[dict]:
             jax.jit(lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)).lower(state, images).compile()
         )
         left = CONFIG.num_tokens - sum(jm.tokens.schedule(CONFIG.depth, r, n=CONFIG.num_tokens))
+        cost = forward.cost_analysis() or {}
         accuracy = float((np.asarray(forward(state, images)).argmax(-1) == labels).mean())
-        rows.append(dict(r=r, tokens=left, flops=forward.cost_analysis()["flops"] / len(images), accuracy=accuracy))
+        rows.append(dict(r=r, tokens=left, flops=cost["flops"] / len(images), accuracy=accuracy))
         programs[r] = partial(forward, state, images)
     seconds = {r: [] for r in rs}
     for _ in range(9):
@@ -134,17 +135,16 @@ def evaluate(model: ViT, data, rs: tuple[int, ...]) -> list[dict]:
 
 def draw_digits(model: ViT, images: np.ndarray, path: pathlib.Path, rs: tuple[int, ...] = (0, 4, 8, 12)) -> None:
     """One row per r: the patches that the model merges."""
-    rows = []
+    gray, rows = np.clip((images[..., 0] + 1) / 2, 0, 1), []
     for r in rs:
-        ids = np.asarray(model.features(jnp.asarray(images), r=r)[1].segment_ids)
-        left = CONFIG.num_tokens - sum(jm.tokens.schedule(CONFIG.depth, r, n=CONFIG.num_tokens))
-        gray = np.clip((images[..., 0] + 1) / 2, 0, 1)
-        drawn = [merged_patches(i, s, (CONFIG.grid,) * 2, zoom=5) for i, s in zip(gray, ids, strict=True)]
-        rows.append((f"r = {r}: {left} tokens", drawn))
-    _gallery(rows, path, title_rows=True)
+        _, plan = nnx.jit(lambda m, x, r=r: m.features(x, r=r))(model, jnp.asarray(images))
+        one = lambda i, plan=plan: jax.tree.map(lambda ids: ids[i], plan)
+        drawn = [merged_patches(g, one(i), (CONFIG.grid, CONFIG.grid), zoom=8, line=2) for i, g in enumerate(gray)]
+        rows.append([(f"r = {r}: {plan.num_segments} tokens" if i == 0 else "", d) for i, d in enumerate(drawn)])
+    gallery(rows, path)
 
 
-def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.05), patch: int = 16) -> None:
+def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.6, 0.3, 0.1), patch: int = 16) -> None:
     """Merge the patches of a photograph by their pixels alone, round after round: no network, no training."""
 
     @partial(jax.jit, static_argnums=2)
@@ -158,7 +158,7 @@ def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0
         grid = photo.shape[0] // patch, photo.shape[1] // patch
         x = photo.reshape(grid[0], 4, patch // 4, grid[1], 4, patch // 4, 3).mean(axis=(2, 5))  # 4 x 4 colours a patch
         x = x.transpose(0, 2, 1, 3, 4).reshape(grid[0] * grid[1], -1)
-        place = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).reshape(len(x), 2) / max(grid)
+        place = np.indices(grid).reshape(2, -1).T / max(grid)
         # The last column is a constant, so that directions tell light from dark and near from far.
         x = np.concatenate([x - x.mean(0), 2 * place - 1, np.full((len(x), 1), 3.0)], axis=-1)
         plan, x = jm.identity(len(x)), jnp.asarray(x, jnp.float32)
@@ -168,30 +168,9 @@ def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0
             while plan.num_segments > target:  # a quarter at a time, so that the likest go first
                 x, plan = shrink(x, plan, min(plan.num_segments - target, max(plan.num_segments // 4, 1)))
             caption = f"{target} of {plan.num_positions} patches"
-            drawn.append((caption, merged_patches(photo, np.asarray(plan.segment_ids), grid, zoom=2)))
-        pictures.append((name, drawn))
-    _gallery(pictures, path)
-
-
-def _gallery(rows, path: pathlib.Path, title_rows: bool = False) -> None:
-    """Rows of pictures, titled each or by the row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height, width = len(rows), len(rows[0][1])
-    aspect = 1.0 if title_rows else 1.6
-    figure, axes = plt.subplots(height, width, figsize=(2.2 * aspect * width, 2.4 * height), squeeze=False)
-    for (title, drawn), line in zip(rows, axes, strict=True):
-        for i, (item, axis) in enumerate(zip(drawn, line, strict=True)):
-            caption, picture = (title if i == 0 else "", item) if title_rows else item
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_title(caption, fontsize=9, loc="left")
-            axis.axis("off")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            drawn.append((caption, merged_patches(photo, plan, grid)))
+        pictures.append(drawn)
+    gallery(pictures, path)
 
 
 if __name__ == "__main__":
