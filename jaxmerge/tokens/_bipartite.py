@@ -1,0 +1,177 @@
+"""Token Merging's bipartite soft matching: even positions look for the odd position most like them."""
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from jaxmerge._plan import Plan
+
+
+def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
+    """Merge the r even positions that are most like an odd one, each into the odd position that it is most like.
+
+    Likeness is the cosine; of equal ones the first position wins. A source joins its destination's segment, and
+    segments keep the order of the positions that stay, so a class token at 0 stays at 0 and nobody has to permute.
+
+    Args:
+      metric: what to compare tokens by (ToMe: the keys of the attention just computed, averaged over heads). Any
+        floating dtype: similarities are taken in float32, and a row without a direction (zero, inf, NaN) has
+        similarity 0 to every other.
+      r: how many tokens to remove, a Python int, at most the smaller of the two sides.
+      protect: positions that neither move nor receive: (0,) for a class token, (0, 1) with a distillation token,
+        range(n - w, n) for a window. Static, because how many tokens are left to merge decides which r is legal, and r
+        decides a shape.
+
+    Returns:
+      A plan of n - r segments. No gradient flows through it.
+
+    Law:
+      each segment holds at most one odd position, and no protected position shares one; bipartite_matching(x, 0) is
+      the identity; the plan does not change when rows of the metric are scaled by powers of two.
+
+    Raises:
+      ValueError: r is negative or larger than what can merge, a protected position outside [-n, n), a metric of rank 1.
+      TypeError: r is not a Python int; `protect` is a mask.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> x = jnp.array([[9.0, 9.0], [1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.8]])
+      >>> jm.tokens.bipartite_matching(x, 2, protect=(0,)).segment_ids.tolist()
+      [0, 1, 1, 2, 2]
+
+    Source: Token Merging (arXiv:2210.09461), `bipartite_soft_matching`. The official tokens come out as [even, odd] (by
+    rank where there is no class token); the groups are the same.
+    """
+    metric = jnp.asarray(metric)
+    if metric.ndim < 2:
+        raise ValueError(f"bipartite_matching: metric must have shape (*batch, n, d), got {metric.shape}.")
+    *_, n, _ = metric.shape
+    fixed = _protected(protect, n)
+    largest = _largest(n, fixed)
+    try:
+        r = operator.index(r)
+    except TypeError:
+        raise TypeError(f"bipartite_matching: r must be a Python int, because shapes are static; got {r!r}.") from None
+    if not 0 <= r <= largest:
+        raise ValueError(
+            f"bipartite_matching: r must be between 0 and {largest}, got r={r}: of n={n} tokens, {fixed.sum()} of them "
+            f"protected, no more can merge than the smaller of the even and the odd side holds. "
+            f"tokens.schedule(depth, r, n={n}, protected={fixed.sum()}) clamps r layer by layer."
+        )
+    if r == 0:  # identity, laid out as the metric is
+        here = lax.broadcasted_iota(jnp.int32, metric.shape[:-1], metric.ndim - 2)
+        return Plan(jnp.zeros_like(metric[..., 0], jnp.int32) + here, n)
+    match = lambda x: _match(x, r, fixed)
+    for _ in metric.shape[:-2]:
+        match = jax.vmap(match)
+    return Plan(match(lax.stop_gradient(metric)), n - r)
+
+
+def schedule(
+    depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int | None = None, protected: int = 0
+) -> list[int]:
+    """How many tokens each layer removes, as Token Merging writes it.
+
+    Args:
+      depth: number of layers.
+      r: an int, the same in every layer; a pair (r, inflect), changing linearly from r (1 - inflect) to
+        r (1 + inflect), so that -1 removes most at the start, 0 evenly, 1 most at the end; or a list with one int per
+        layer, where missing ones are 0.
+      n: tokens at the start. Given, each layer removes no more than the tokens that are left allow.
+      protected: how many tokens at the front never merge (1 for a class token, 2 with a distillation token).
+
+    Returns:
+      One Python int per layer; a list longer than `depth` passes whole.
+
+    Law:
+      schedule(depth, (r, 0.0)) = schedule(depth, r); each r is legal for `bipartite_matching` where its layer stands.
+
+    Raises:
+      ValueError: a negative r, an inflect outside [-1, 1], depth below 1.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> jm.tokens.schedule(4, (8, -1.0))
+      [16, 10, 5, 0]
+      >>> jm.tokens.schedule(4, 8, n=17, protected=1)
+      [8, 4, 2, 1]
+
+    Source: `parse_r` of Token Merging (arXiv:2210.09461).
+    """
+    if depth < 1:
+        raise ValueError(f"schedule: depth must be 1 or more, got {depth}.")
+    if isinstance(r, tuple):
+        if len(r) != 2 or not -1 <= r[1] <= 1:
+            raise ValueError(
+                f"schedule: a tuple is (r, inflect) with inflect in [-1, 1], got {r}; use a list for layers."
+            )
+        low = int(r[0] * (1 - r[1]))
+        high = 2 * r[0] - low
+        layers = [int(low + (high - low) / (depth - 1) * i) for i in range(depth)] if depth > 1 else [int(r[0])]
+    elif isinstance(r, Sequence):
+        layers = [operator.index(x) for x in r] + [0] * (depth - len(r))
+    else:
+        layers = [operator.index(r)] * depth
+    if min(layers) < 0:
+        raise ValueError(f"schedule: r must be 0 or more in every layer, got {layers}.")
+    if n is None:
+        return layers
+    clamped = []
+    for layer in layers:
+        clamped.append(min(layer, _largest(n, np.arange(n) < protected)))
+        n -= clamped[-1]
+    return clamped
+
+
+def _protected(protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
+    """Static positions as a mask."""
+    mask = np.zeros(n, bool)
+    for p in protect:
+        if isinstance(p, bool | np.bool_ | jax.Array):
+            raise TypeError(
+                "bipartite_matching: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a "
+                "jax array; np.flatnonzero(mask) turns one into the other."
+            )
+        if not -n <= p < n:
+            raise ValueError(f"bipartite_matching: protected position {p} is not among n={n} tokens.")
+        mask[p] = True
+    return mask
+
+
+def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
+    """The most that can merge: ToMe's (n - protected) // 2 where the protected tokens come first."""
+    return min((~protected[::2]).sum().item(), (~protected[1::2]).sum().item())
+
+
+def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
+    """Segment ids of one row of the batch."""
+    a, b = (_unit(side.astype(jnp.promote_types(side.dtype, jnp.float32))) for side in (x[::2], x[1::2]))
+    # "highest": in one bfloat16 pass a TPU would order near-equal pairs unlike other machines.
+    similarity = jnp.matmul(a, b.T, precision="highest")
+    similarity = jnp.where(protected[::2, None] | protected[None, 1::2], -jnp.inf, similarity)
+    best, to = similarity.max(axis=-1), similarity.argmax(axis=-1)
+
+    # Rank by counting who is ahead, which is stable and needs no sort: sorts are slow on TPU and CPU, and this fuses.
+    i = jnp.arange(len(a))
+    ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & (i[None, :] < i[:, None]))
+    source = ahead.sum(axis=-1, dtype=jnp.int32) < r
+
+    # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
+    stay = jnp.cumsum(~source, dtype=jnp.int32)
+    odd = stay[: len(b)] + i[: len(b)].astype(jnp.int32)
+    even = jnp.where(source, odd.at[to].get(mode="promise_in_bounds"), stay - 1 + i.astype(jnp.int32))
+    odd = jnp.concatenate([odd, odd[:1]]) if len(a) > len(b) else odd
+    return jnp.stack([even, odd], axis=-1).reshape(-1)[: len(x)]
+
+
+def _unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of length 1. Scaled by their largest entry first, so that no square overflows or vanishes."""
+    peak = jnp.abs(x).max(axis=-1, keepdims=True)
+    sound = (peak > 0) & jnp.isfinite(peak)
+    x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
+    return x / jnp.where(sound, jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), 1)

@@ -1,0 +1,263 @@
+"""Vision Transformer in timm's pre-norm form, with a merging plan threaded through its blocks.
+
+    model = ViT(VARIANTS["S/16"], rngs=nnx.Rngs(0))
+    logits = model(images)                              every token through every block
+    logits = model(images, r=13)                        13 tokens fewer after every block
+    x, plan = model.features(images, r=13)              what the head reads, and which patch went where
+    load.load(model, load.read("vit.safetensors"), torch_name)
+
+Nothing here knows a mesh: shard the images over the batch, and every device merges its own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+import jaxmerge as jm
+
+Schedule = int | tuple[int, float] | Sequence[int]
+AnyPlan = jm.Plan | jm.SoftPlan
+Matching = Callable[..., AnyPlan]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """The architecture. `pool="token"` reads the class token; "mean" averages the patches, as MAE's classifiers do."""
+
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    image_size: int = 224
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    channels: int = 3
+    class_token: bool = True
+    distilled: bool = False
+    pool: Literal["token", "mean"] = "token"
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"ViTConfig: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}."
+            )
+        if self.width % self.num_heads:
+            raise ValueError(f"ViTConfig: width {self.width} is not a multiple of num_heads {self.num_heads}.")
+        if not self.class_token and (self.pool == "token" or self.distilled):
+            raise ValueError('ViTConfig: without a class token only pool="mean" is left, and no distillation token.')
+        if self.distilled and self.pool != "token":
+            raise ValueError('ViTConfig: a distilled model reads its two tokens; use pool="token".')
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches. They never merge."""
+        return self.class_token + self.distilled
+
+    @property
+    def num_tokens(self) -> int:
+        """n, what the first block reads."""
+        return self.grid**2 + self.num_prefix
+
+
+VARIANTS = {
+    # arXiv:2010.11929, table 1 (B, L, H); arXiv:2012.12877, table 1 (Ti, S)
+    "Ti/16": ViTConfig(width=192, depth=12, num_heads=3, patch_size=16),
+    "S/16": ViTConfig(width=384, depth=12, num_heads=6, patch_size=16),
+    "S/32": ViTConfig(width=384, depth=12, num_heads=6, patch_size=32),
+    "B/16": ViTConfig(width=768, depth=12, num_heads=12, patch_size=16),
+    "B/32": ViTConfig(width=768, depth=12, num_heads=12, patch_size=32),
+    "L/16": ViTConfig(width=1024, depth=24, num_heads=16, patch_size=16),
+    "L/32": ViTConfig(width=1024, depth=24, num_heads=16, patch_size=32),
+    "H/14": ViTConfig(width=1280, depth=32, num_heads=16, patch_size=14),
+}
+
+
+class Attention(nnx.Module):
+    """Self-attention with fused q, k, v; returns its keys too, which are what tokens are matched by."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.qkv = _linear(config.width, 3 * config.width, dtype, rngs)
+        self.proj = _linear(config.width, config.width, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, Array]:
+        b, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        out = jm.attention.proportional_attention(q, k, v, bias)
+        return self.proj(out.reshape(b, n, d)), k
+
+
+class MLP(nnx.Module):
+    """Two layers with the exact GELU between."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        hidden = int(config.width * config.mlp_ratio)
+        self.fc1 = _linear(config.width, hidden, dtype, rngs)
+        self.fc2 = _linear(hidden, config.width, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Attention, merge, MLP: a plan goes in and a plan comes out."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.protect = tuple(range(config.num_prefix))
+        self.norm1, self.norm2 = _norm(config.width, rngs), _norm(config.width, rngs)
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], plan: AnyPlan | None, r: int, *, matching: Matching, proportional: bool
+    ) -> tuple[Float[Array, "b m d"], AnyPlan | None]:
+        bias = jm.attention.key_bias(plan) if proportional and plan is not None else None
+        y, keys = self.attn(self.norm1(x), bias)
+        x = x + y
+        if r:
+            step = matching(keys.astype(jnp.float32).mean(axis=-2), r, protect=self.protect)
+            x = jm.merge(step, x, weight=None if plan is None else plan.sizes)
+            plan = step if plan is None else jm.compose(step, plan)
+        return x + self.mlp(self.norm2(x)), plan
+
+
+class PatchEmbed(nnx.Module):
+    """One linear map per patch: a convolution whose stride is its width."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        p = config.patch_size
+        self.proj = nnx.Conv(
+            config.channels, config.width, (p, p), strides=(p, p), padding="VALID", dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        x = self.proj(images)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class ViT(nnx.Module):
+    """A Vision Transformer that can merge tokens as it goes.
+
+    Args:
+      config: from `VARIANTS`, or your own.
+      dtype: of the matrix products (jnp.bfloat16 on accelerators). Parameters, residuals, norms, softmax and logits
+        stay float32.
+      rngs: `nnx.Rngs(seed)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models.vit import ViT, ViTConfig
+      >>> config = ViTConfig(width=32, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)
+      >>> x, plan = ViT(config, rngs=nnx.Rngs(0)).features(jnp.ones((1, 16, 16, 3)), r=4)
+      >>> x.shape, plan.num_positions, plan.num_segments
+      ((1, 9, 32), 17, 9)
+
+    Source: arXiv:2010.11929, as in timm's `vision_transformer`; merging as in arXiv:2210.09461; the size-weighted mean
+    pooling as in its MAE models.
+    """
+
+    def __init__(self, config: ViTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        d, token = config.width, nnx.initializers.truncated_normal(0.02)
+        self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
+        if config.class_token:
+            self.cls_token = nnx.Param(token(rngs.params(), (1, 1, d)))
+        if config.distilled:
+            self.dist_token = nnx.Param(token(rngs.params(), (1, 1, d)))
+        self.pos_embed = nnx.Param(token(rngs.params(), (1, config.num_tokens, d)))
+        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        if config.pool == "mean":
+            self.fc_norm = _norm(d, rngs)  # after pooling; timm's and MAE's name
+        else:
+            self.norm = _norm(d, rngs)
+        self.head = _linear(d, config.num_classes, jnp.float32, rngs)
+        if config.distilled:
+            self.head_dist = _linear(d, config.num_classes, jnp.float32, rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w c"],
+        *,
+        r: Schedule = 0,
+        proportional: bool = True,
+        matching: Matching = jm.tokens.bipartite_matching,
+    ) -> Float[Array, "b classes"]:
+        """Logits, float32.
+
+        Args:
+          images: as `config` says; already normalised.
+          r: tokens removed per block, as `jm.tokens.schedule` reads it; more than there are is clamped.
+          proportional: let merged keys weigh as many as they stand for. Off for models trained without (MAE).
+          matching: from (metric, r, protect=) to a plan.
+        """
+        return self.classify(*self.features(images, r=r, proportional=proportional, matching=matching))
+
+    def features(
+        self,
+        images: Float[Array, "b h w c"],
+        *,
+        r: Schedule = 0,
+        proportional: bool = True,
+        matching: Matching = jm.tokens.bipartite_matching,
+    ) -> tuple[Float[Array, "b m d"], AnyPlan]:
+        """The tokens after the last block, and the composed plan from the n of the first; arguments as in a call.
+
+        `jm.unmerge(plan, x)` gives dense features back; `plan.segment_ids[:, config.num_prefix:]` is the picture.
+        """
+        expected = (self.config.image_size, self.config.image_size, self.config.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(
+                f"ViT: images must have shape (batch, {', '.join(map(str, expected))}), got {images.shape}."
+            )
+        x = self.patch_embed(images).astype(jnp.float32)
+        prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
+        x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
+        start = jm.tokens.bipartite_matching(x, 0)  # the identity, laid out as x is
+        plan = None
+        layers = jm.tokens.schedule(len(self.blocks), r, n=x.shape[1], protected=self.config.num_prefix)
+        for block, r_block in zip(self.blocks, layers, strict=False):
+            x, plan = block(x, plan, r_block, matching=matching, proportional=proportional)
+        return x, start if plan is None else plan
+
+    def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:
+        """Logits from `features`. The mean over patches weighs each token by the patches it stands for."""
+        first = self.config.num_prefix
+        if self.config.pool == "mean":
+            weight = plan.sizes[:, first:, None].astype(jnp.float32)
+            return self.head(self.fc_norm((x[:, first:] * weight).sum(axis=1) / self.config.grid**2))
+        x = self.norm(x[:, :first])
+        if self.config.distilled:
+            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+        return self.head(x[:, 0])
+
+
+def torch_name(path: str) -> str:
+    """timm's name for a parameter, for `models.load`.
+
+    Example:
+      >>> torch_name("blocks.0.norm1.scale"), torch_name("head.kernel"), torch_name("cls_token")
+      ('blocks.0.norm1.weight', 'head.weight', 'cls_token')
+    """
+    stem, dot, last = path.rpartition(".")
+    return stem + dot + {"kernel": "weight", "scale": "weight"}.get(last, last)
+
+
+def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+
+
+def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
