@@ -145,7 +145,10 @@ def first(chosen: Bool[Array, "K ..."], quota: Words) -> tuple[UInt32[Array, "2 
         def rows_before(r):
             return row[None] < over(r, chosen)
 
-        r = largest(rows, rows_before, kept)
+        if rows == 1:  # fewer than 2^32 elements: no need to look for the row
+            r = at_least(kept, there).astype(jnp.uint32)
+        else:
+            r = largest(rows, rows_before, kept)
         left = subtract(kept, count(chosen & rows_before(r)))
         c = largest(columns, lambda c: (row[None] == over(r, chosen)) & (column[None] < over(c, chosen)), left)
         return jnp.stack([r, c])

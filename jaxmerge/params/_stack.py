@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
 
@@ -111,7 +111,7 @@ def is_float(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
-def stack_leaf(base: Array | None, models: Sequence[Array]) -> Array:
+def stack_leaf(base: ArrayLike | None, models: Sequence[ArrayLike]) -> Array:
     """(K, *shape) float32: the models, less the base."""
     wide = [jnp.asarray(m, jnp.float32) for m in models]
     if base is not None:
@@ -129,7 +129,7 @@ def reduced(delta: Array) -> Array:
     return delta[0]
 
 
-def add_leaf(base: Array, delta: Array) -> Array:
+def add_leaf(base: ArrayLike, delta: Array) -> Array:
     return (jnp.asarray(base, jnp.float32) + reduced(delta)).astype(jnp.result_type(base))
 
 

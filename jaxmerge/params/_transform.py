@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-Stacked = PyTree[Float[Array, "K ..."]]
+Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
 Hyperparameter = float | Any
 """A scalar, K numbers (one per model), or a function of the leaf's name ("layers/0/kernel") that returns either."""
@@ -93,8 +93,8 @@ class MergeTransform(NamedTuple):
 
 
 def atom(step: Step) -> MergeTransform:
-    """One step as a transform."""
-    return _transform((step,))
+    """One step as a transform. Leaves of one shape share a compilation, also outside jit."""
+    return _transform((step._replace(match=jax.jit(step.match), merge=jax.jit(step.merge)),))
 
 
 def per_leaf(

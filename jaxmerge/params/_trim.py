@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -67,15 +68,15 @@ def trim(
 
     def select(settings, x):
         bits = q.magnitude_bits(x)
-        k = tuple(settings["count"])
+        k = tuple(jnp.asarray(settings["count"]))
         t = q.kth_largest([bits], k)
         above = q.count(bits > over(t, bits))
-        return plan(settings["density"], t, above, q.subtract(k, q.smaller(above, k)), bits)
+        return plan(jnp.asarray(settings["density"]), t, above, q.subtract(k, q.smaller(above, k)), bits)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
         bits = q.magnitude_bits(x)
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
-        return plan(settings["density"], t, q.count(bits > over(t, bits)), tuple(settings["quota"]), bits)
+        return plan(jnp.asarray(settings["density"]), t, q.count(bits > over(t, bits)), tuple(jnp.asarray(settings["quota"])), bits)
 
     def plan(density, t, above, quota, bits):
         tied = bits == over(t, bits)
@@ -85,7 +86,7 @@ def trim(
         else:
             cut, kept = q.first(tied, quota)
         threshold = lax.bitcast_convert_type(t, jnp.float32)
-        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(q.add(above, kept)), "density": jnp.asarray(density)}
+        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(q.add(above, kept)), "density": density}
 
     def merge(plan, x):
         bits = q.magnitude_bits(x)
@@ -118,20 +119,26 @@ def _survey(to_keep) -> Survey:
         any_leaf = next(iter(settings.values()))
         return to_keep(any_leaf["exact"], sum(s["size"] for s in settings.values()))
 
-    def settle(settings, leaves):
-        k = tuple(jnp.asarray(q.to_words(wanted(settings))))
+    @jax.jit
+    def divide(k, leaves):
+        k = tuple(k)
         bits = {name: q.magnitude_bits(x) for name, x in leaves.items()}
         t = q.kth_largest(list(bits.values()), k)
         left = k
         for b in bits.values():
             left = q.subtract(left, q.smaller(q.count(b > over(t, b)), left))
-        out = {}
-        for name, b in bits.items():
-            quota = q.smaller(q.count(b == over(t, b)), left)
-            left = q.subtract(left, quota)
-            threshold = lax.bitcast_convert_type(t, jnp.float32)
-            out[name] = {"density": settings[name]["density"], "threshold": threshold, "quota": jnp.stack(quota)}
-        return out
+        quotas = {}
+        for name in sorted(bits):
+            quotas[name] = q.smaller(q.count(bits[name] == over(t, bits[name])), left)
+            left = q.subtract(left, quotas[name])
+        return lax.bitcast_convert_type(t, jnp.float32), {name: jnp.stack(quota) for name, quota in quotas.items()}
+
+    def settle(settings, leaves):
+        threshold, quotas = divide(q.to_words(wanted(settings)), leaves)
+        return {
+            name: {"density": settings[name]["density"], "threshold": threshold, "quota": quota}
+            for name, quota in quotas.items()
+        }
 
     def start(settings):
         k = wanted(settings)
