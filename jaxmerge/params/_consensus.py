@@ -58,12 +58,12 @@ def elect_sign(
             up, down = q.add(up, u), q.add(down, d)
         return {name: {"sign": _sign(up, down)} for name in leaves}
 
-    def read(state, x):
+    def read(query, x):
         s = total(x).reshape(-1)
         return jnp.stack([jnp.sum(s > 0, dtype=jnp.uint32), jnp.sum(s < 0, dtype=jnp.uint32)])
 
-    def finish(state, settings):
-        up, down = state
+    def finish(notes, settings):
+        up, down = notes
         sign = np.sign(np.float32(int(up) > int(down)) - np.float32(int(down) > int(up)))
         return {name: {"sign": np.full(1, sign, np.float32)} for name in settings}
 
@@ -72,8 +72,7 @@ def elect_sign(
         return atom(Step(settings, as_is, merge))
     if scope == "tensor":
         return atom(Step(settings, majority, merge))
-    start = lambda settings: np.zeros(2, np.uint32)
-    survey = Survey(settle, 1, start, read, lambda state, counts: sum(counts.values()), finish)
+    survey = Survey(settle, 1, lambda settings: ((), None), read, lambda *state: ((), sum(state[2].values())), finish)
     return atom(Step(settings, as_is, merge, survey=survey))
 
 

@@ -30,17 +30,17 @@ class Survey(NamedTuple):
     Attributes:
       settle: (settings by leaf, stacked leaves by name, in sorted order) -> settings; under jit, every leaf at hand.
       rounds: how often the streamed form must see every leaf.
-      start: settings by leaf -> state, numpy arrays.
-      read: (state, block of a stacked leaf) -> uint32 counts, additive over blocks of a leaf.
-      step: (state, total counts by leaf, uint64, in sorted order) -> state.
-      finish: (state, settings by leaf) -> settings.
+      start: settings by leaf -> (query, notes): what the first round asks, small arrays; what the host remembers.
+      read: (query, block of a stacked leaf) -> uint32 counts, additive over the blocks of a leaf.
+      step: (query, notes, counts by leaf, uint64, in sorted order) -> (query, notes).
+      finish: (notes, settings by leaf) -> settings.
     """
 
     settle: Callable[[dict, dict], dict]
     rounds: int
-    start: Callable[[dict], Any]
-    read: Callable[[Any, Array], Any]
-    step: Callable[[Any, dict], Any]
+    start: Callable[[dict], tuple[Any, Any]]
+    read: Callable[[Any, Array], Array]
+    step: Callable[[Any, Any, dict], tuple[Any, Any]]
     finish: Callable[[Any, dict], dict]
 
 

@@ -142,23 +142,24 @@ def _survey(to_keep) -> Survey:
 
     def start(settings):
         k = wanted(settings)
-        return {"prefix": np.zeros(len(k), np.uint32), "shift": np.uint32(q.DIGIT * (q.ROUNDS - 1)), "left": k, "tied": {}}
+        query = {"prefix": np.zeros(len(k), np.uint32), "shift": np.uint32(q.DIGIT * (q.ROUNDS - 1))}
+        return query, {"left": k}
 
-    def read(state, x):
-        return q.histogram(q.magnitude_bits(x), state["prefix"], state["shift"])
+    def read(query, x):
+        return q.histogram(q.magnitude_bits(x), query["prefix"], query["shift"])
 
-    def step(state, counts):
-        digit, left = q.next_digit(sum(counts.values()), state["left"])
-        prefix = (state["prefix"] << np.uint32(q.DIGIT)) | digit.astype(np.uint32)
-        last = state["shift"] == 0
-        tied = {name: c[np.arange(len(digit)), digit] for name, c in counts.items()} if last else {}
-        return {"prefix": prefix, "shift": np.uint32(0 if last else state["shift"] - q.DIGIT), "left": left, "tied": tied}
+    def step(query, notes, counts):
+        digit, left = q.next_digit(sum(counts.values()), notes["left"])
+        prefix = (query["prefix"] << np.uint32(q.DIGIT)) | digit.astype(np.uint32)
+        tied = {name: c[np.arange(len(digit)), digit] for name, c in counts.items()}
+        query = {"prefix": prefix, "shift": np.uint32(max(int(query["shift"]) - q.DIGIT, 0))}
+        return query, {"left": left, "tied": tied, "pattern": prefix}
 
-    def finish(state, settings):
+    def finish(notes, settings):
         none = wanted(settings) == 0
-        threshold = np.where(none, q.INF, state["prefix"]).view(np.float32)
-        left, out = np.where(none, 0, state["left"]).astype(np.uint64), {}
-        for name, tied in state["tied"].items():
+        threshold = np.where(none, q.INF, notes["pattern"]).view(np.float32)
+        left, out = np.where(none, 0, notes["left"]).astype(np.uint64), {}
+        for name, tied in notes["tied"].items():
             quota = np.minimum(tied, left)
             left = left - quota
             out[name] = {"density": settings[name]["density"], "threshold": threshold, "quota": q.to_words(quota)}
