@@ -1,0 +1,68 @@
+"""Where a leaf goes: rules from a leaf's name and shape to a sharding."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+Rule = Callable[[str, tuple[int, ...]], Sharding]
+
+
+def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
+    """Split each leaf over `axis` along its largest dimension that the axis divides; a leaf without one is replicated.
+
+    Args:
+      mesh: the devices.
+      axis: one mesh axis, or several taken together.
+
+    Returns:
+      A rule for `merge(sharding=...)`.
+
+    Raises:
+      ValueError: the mesh has no such axis.
+
+    Example:
+      >>> import jax
+      >>> rule = fsdp(jax.make_mesh((1,), ("fsdp",)))
+      >>> rule("layers/0/kernel", (8, 16)).spec
+      PartitionSpec(None, 'fsdp')
+    """
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    unknown = [a for a in axes if a not in mesh.shape]
+    if unknown:
+        raise ValueError(f"fsdp: the mesh has no axis {unknown}; its axes are {dict(mesh.shape)}.")
+    size = math.prod(mesh.shape[a] for a in axes)
+
+    def rule(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        fits = [d for d in range(len(shape)) if shape[d] % size == 0 and shape[d] > 0]
+        if not fits:
+            return NamedSharding(mesh, PartitionSpec())
+        chosen = max(fits, key=lambda d: (shape[d], d))
+        return NamedSharding(mesh, PartitionSpec(*[None] * chosen, axes if len(axes) > 1 else axes[0]))
+
+    return rule
+
+
+def all_devices() -> Rule:
+    """`fsdp` over every device of every process."""
+    return fsdp(Mesh(np.array(jax.devices()), ("fsdp",), axis_types=(AxisType.Auto,)))
+
+
+def split_evenly(name: str, shape: tuple[int, ...], sharding: Sharding) -> list[str]:
+    """What is wrong with a sharding for this shape, in words."""
+    if not isinstance(sharding, NamedSharding):
+        return []
+    if len(sharding.spec) > len(shape):
+        return [f"  {name}: the spec {sharding.spec} names {len(sharding.spec)} dimensions, the leaf has shape {shape}"]
+    problems = []
+    for dimension, axes in enumerate(sharding.spec):
+        axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+        size = math.prod(sharding.mesh.shape[a] for a in axes)
+        if shape[dimension] % size:
+            problems.append(
+                f"  {name}: mesh axis {'*'.join(axes)} of size {size} does not divide dimension {dimension} of {shape}; "
+                "shard another dimension, replicate this leaf, or use checkpoint.fsdp(mesh), which chooses"
+            )
+    return problems

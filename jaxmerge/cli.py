@@ -1,0 +1,372 @@
+"""`jaxmerge plan|merge METHOD`: merge checkpoints from the command line.
+
+    jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
+    jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, Literal
+
+from jaxmerge import params
+
+Numbers = tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The weighted mean of models."""
+
+    weight: Numbers = (1.0,)
+    """One weight, or one per model."""
+    normalize: bool = True
+    """Divide the weights by their sum."""
+
+    def transform(self) -> params.MergeTransform:
+        return params.linear(_one_or_all(self.weight), normalize=self.normalize)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskArithmetic:
+    """Base plus scale times the weighted sum of the task vectors."""
+
+    weight: Numbers = (1.0,)
+    """One weight, or one per model."""
+    scale: float = 1.0
+    """A factor for the sum."""
+    normalize: bool = False
+    """Divide the weights by their sum."""
+
+    def transform(self) -> params.MergeTransform:
+        return params.task_arithmetic(_one_or_all(self.weight), scale=self.scale, normalize=self.normalize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ties:
+    """Trim each task vector, elect a sign for each entry, average the models that agree."""
+
+    density: Numbers = (0.2,)
+    """The share of entries to keep: one, or one per model."""
+    weight: Numbers = (1.0,)
+    """One weight, or one per model."""
+    scale: float = 1.0
+    """A factor for the result."""
+    scope: Literal["model", "tensor"] = "model"
+    """One threshold over the whole model (the paper), or one per tensor (mergekit)."""
+    rounding: Literal["floor", "ceil"] = "floor"
+    """How the share becomes a count; see jaxmerge.params.trim."""
+    extra: int = 0
+    """Entries kept beyond the share; see jaxmerge.params.trim."""
+    ties: Literal["first", "all"] = "first"
+    """Of equal magnitudes at the threshold, keep the first, or all."""
+    rescale: bool = False
+    """Restore each tensor's l1 norm after trimming."""
+    tie: Literal["+1", "majority"] = "+1"
+    """The sign where the models' sum is exactly zero."""
+    reduce: Literal["mean", "sum", "max"] = "mean"
+    """How the models that agree become one."""
+
+    def transform(self) -> params.MergeTransform:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return params.ties(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+
+
+@dataclasses.dataclass(frozen=True)
+class DareLinear:
+    """Drop entries of the task vectors at random, rescale the rest, add them up."""
+
+    seed: int
+    """The masks are a function of it, of the leaf's name and of the model; never of the sharding."""
+    density: Numbers = (0.5,)
+    """The probability to keep an entry: one, or one per model."""
+    weight: Numbers = (1.0,)
+    """One weight, or one per model."""
+    scale: float = 1.0
+    """A factor for the sum."""
+    rescale: Literal["inv_p", "l1"] = "inv_p"
+    """By 1 / density (the paper), or to each tensor's l1 norm (mergekit)."""
+    normalize: bool = False
+    """Divide the weights by their sum."""
+
+    def transform(self) -> params.MergeTransform:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return params.dare_linear(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+
+
+@dataclasses.dataclass(frozen=True)
+class DareTies:
+    """Drop entries at random and rescale the rest; elect signs and reduce those that agree."""
+
+    seed: int
+    """The masks are a function of it, of the leaf's name and of the model; never of the sharding."""
+    density: Numbers = (0.5,)
+    """The probability to keep an entry: one, or one per model."""
+    weight: Numbers = (1.0,)
+    """One weight, or one per model."""
+    scale: float = 1.0
+    """A factor for the result."""
+    rescale: Literal["inv_p", "l1"] = "inv_p"
+    """By 1 / density (the paper), or to each tensor's l1 norm (mergekit)."""
+    tie: Literal["+1", "majority"] = "+1"
+    """The sign where the models' sum is exactly zero."""
+    reduce: Literal["mean", "sum"] = "sum"
+    """How the models that agree become one."""
+
+    def transform(self) -> params.MergeTransform:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return params.dare_ties(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Slerp:
+    """Spherical interpolation between two models, tensor by tensor."""
+
+    t: float = 0.5
+    """0 is the first model, 1 the second."""
+    threshold: float = 0.9995
+    """|cos| beyond which the straight line is taken."""
+
+    def transform(self) -> params.MergeTransform:
+        return params.slerp(self.t, threshold=self.threshold)
+
+
+METHODS = {
+    "linear": Linear,
+    "task-arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare-linear": DareLinear,
+    "dare-ties": DareTies,
+    "slerp": Slerp,
+}
+NEED_NO_BASE = (Linear, Slerp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    models: tuple[pathlib.Path, ...]
+    """Orbax checkpoints to merge."""
+    base: pathlib.Path | None = None
+    """The checkpoint that they were trained from."""
+    mesh: str = ""
+    """Devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all devices on
+    fsdp. "saved": as the base was saved."""
+    batch_mib: int = 256
+    """Leaves are read in batches of about so many MiB of each input: this bounds memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputsAndOutput(Inputs):
+    out: pathlib.Path = dataclasses.field(kw_only=True)
+    """Where the merged checkpoint appears."""
+    overwrite: bool = False
+    """Replace what is there."""
+    integers: Literal["agree", "base"] = "agree"
+    """Leaves that are not floating point must agree, or are taken from the base."""
+    nonfinite: Literal["refuse", "allow"] = "refuse"
+    """Refuse models with NaN or inf, or merge them all the same."""
+
+
+VERBS = {"plan": Inputs, "merge": InputsAndOutput}
+USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 when done, 2 when the user must change something."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        print(__doc__ + "\n" + USAGE)
+        return 0
+    if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
+        print(USAGE, file=sys.stderr)
+        return 2
+    verb, method = argv[:2]
+    command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
+    try:
+        parsed = tyro.cli(
+            command,
+            prog=f"jaxmerge {verb} {method}",
+            description=METHODS[method].__doc__,
+            args=argv[2:],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except SystemExit as e:  # --help, or an argument that tyro has explained
+        return e.code if isinstance(e.code, int) else 2
+    from jaxmerge.checkpoint import MergeError
+
+    try:
+        tx = _transform(method, parsed)
+        (_plan if verb == "plan" else _merge)(tx, parsed.files)
+    except (MergeError, OSError, _UserError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _UserError(Exception):
+    """Something that the user can change."""
+
+
+def _transform(method: str, parsed: Any) -> params.MergeTransform:
+    if parsed.files.base is None and not isinstance(parsed.options, NEED_NO_BASE):
+        raise _UserError(f"{method} works on task vectors: name the checkpoint the models were trained from with --base.")
+    try:
+        return parsed.options.transform()
+    except ValueError as e:
+        raise _UserError(str(e)) from e
+
+
+def _arguments(files: Inputs) -> dict[str, Any]:
+    return {"sharding": _sharding(files.mesh), "batch_bytes": files.batch_mib << 20}
+
+
+def _sharding(mesh: str) -> Any:
+    """The rule that a --mesh flag means; None for "saved"."""
+    import math
+
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    from jaxmerge.checkpoint import fsdp
+
+    if mesh == "saved":
+        return None
+    try:
+        axes = {k.strip(): int(v) for k, v in (part.split("=") for part in mesh.split(","))} if mesh else {}
+    except ValueError:
+        raise _UserError(f"--mesh {mesh!r} is not of the form data=2,fsdp=4.") from None
+    axes = axes or {"fsdp": jax.device_count()}
+    if "fsdp" not in axes or min(axes.values()) < 1:
+        raise _UserError(f"--mesh {mesh!r} must have an axis fsdp, over which leaves are split, and sizes of 1 or more.")
+    need, have = math.prod(axes.values()), jax.device_count()
+    if need != have and (need > have or jax.process_count() > 1):
+        raise _UserError(
+            f"--mesh {mesh!r} needs {need} devices, here are {have} ({jax.default_backend()}); on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={need}."
+        )
+    devices = np.array(jax.devices()[:need]).reshape(tuple(axes.values()))
+    return fsdp(Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+
+
+def _plan(tx: params.MergeTransform, files: Inputs) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = _checked(tx, files)
+    table = Table("", "leaves", "parameters", "bytes", "dtypes", title="what the headers say")
+    for checkpoint in (*([plan.base] if plan.base else []), *plan.models):
+        headers = [h for h in checkpoint.leaves.values() if h.dtype is not None]
+        parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
+        dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))
+        table.add_row(
+            checkpoint.path.name, str(len(checkpoint.leaves)), f"{parameters:,}", _size(sum(h.bytes for h in headers)), dtypes
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"batches: {len(plan.batches)}; passes over the files: {plan.passes}; reads {_size(plan.bytes_read)}, writes "
+        f"{_size(plan.bytes_written)}; peak memory about {_size(plan.peak_bytes)} over all devices"
+    )
+    plan.check()
+    console.print("nothing speaks against this merge")
+
+
+def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from jaxmerge import checkpoint
+
+    _checked(tx, files).check()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+
+        def show(p):
+            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total)
+
+        report = checkpoint.merge(
+            tx,
+            files.base,
+            files.models,
+            files.out,
+            integers=files.integers,
+            nonfinite=files.nonfinite,
+            overwrite=files.overwrite,
+            on_progress=show,
+            **_arguments(files),
+        )
+    _summary(Console(), report, files)
+
+
+def _checked(tx: params.MergeTransform, files: Inputs) -> Any:
+    from jaxmerge import checkpoint
+
+    try:
+        return checkpoint.plan(tx, files.base, files.models, **_arguments(files))
+    except ValueError as e:
+        raise _UserError(str(e)) from e
+
+
+def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
+    """What was merged, how fast, and what the plan found for each model."""
+    from rich.table import Table
+
+    plan = report.headers
+    moved = plan.bytes_read + plan.bytes_written
+    table = Table("leaves", "read", "written", "seconds", "GB/s", title=str(files.out))
+    table.add_row(
+        str(len(plan.shardings)),
+        _size(plan.bytes_read),
+        _size(plan.bytes_written),
+        f"{report.seconds:.1f}",
+        f"{moved / report.seconds / 1e9:.2f}",
+    )
+    console.print(table)
+    found = _masks(report)
+    if found:
+        table = Table("model", "kept", "threshold")
+        for path, kept, threshold in zip(files.models, *found, strict=True):
+            table.add_row(path.name, kept, threshold)
+        console.print(table)
+    for name, counts in report.nonfinite.items():
+        console.print(f"not finite: {name}: {sum(counts)} values")
+
+
+def _masks(report: Any) -> tuple[list[str], list[str]] | None:
+    """Per model: the share kept, and the threshold (or its range over the leaves)."""
+    import numpy as np
+
+    sizes = {n: int(np.prod(h.shape, dtype=object)) for n, h in report.headers.reference.leaves.items()}
+    for plans in report.plan:
+        masks = {n: p.get("mask", p) for n, p in plans.items() if isinstance(p, dict)}
+        if masks and all("kept" in m for m in masks.values()):
+            words = sum(m["kept"].astype(np.uint64) * np.array([[1 << 32], [1]], np.uint64) for m in masks.values())
+            share = words.sum(axis=0) / sum(sizes[n] for n in masks)
+            thresholds = np.stack([m["threshold"] for m in masks.values()])
+            low, high = thresholds.min(axis=0), thresholds.max(axis=0)
+            shown = [f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
+            return [f"{100 * s:.2f} %" for s in share], shown
+        if masks and all("key" in m for m in masks.values()):
+            density = next(iter(masks.values()))["density"]
+            return [f"{100 * d:.0f} % at random" for d in density], ["-"] * len(density)
+    return None
+
+
+def _one_or_all(numbers: Numbers) -> float | list[float]:
+    return numbers[0] if len(numbers) == 1 else list(numbers)
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.4g} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

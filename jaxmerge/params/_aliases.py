@@ -1,0 +1,173 @@
+"""The field's methods, one chain each."""
+
+from typing import Literal
+
+from jaxmerge.params._consensus import elect_sign, max_agreeing, mean_agreeing, sum_experts
+from jaxmerge.params._geometry import spherical
+from jaxmerge.params._random import random_mask
+from jaxmerge.params._scale import rescale as rescaled, scale as scaled, weigh
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, chain
+from jaxmerge.params._trim import trim
+
+
+def linear(weight: Hyperparameter = 1.0, *, normalize: bool = True) -> MergeTransform:
+    """The weighted mean of models: model soups. Without a base, the models themselves; with one, their task vectors.
+
+    Args:
+      weight: one number, one per model, or a function of the leaf's name.
+      normalize: divide the weights by their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.params.merge(jm.params.linear([3, 1]), None, [{"w": jnp.array(0.0)}, {"w": jnp.array(4.0)}])["w"].item()
+      1.0
+
+    Source: Model soups (arXiv:2203.05482); mergekit's `linear`.
+    """
+    return chain(weigh(weight, normalize=normalize), sum_experts())
+
+
+def task_arithmetic(
+    weight: Hyperparameter = 1.0, *, scale: Hyperparameter = 1.0, normalize: bool = False
+) -> MergeTransform:
+    """Base plus scale times the weighted sum of the task vectors.
+
+    Args:
+      weight: one number, one per model, or a function of the leaf's name.
+      scale: one factor for the sum.
+      normalize: divide the weights by their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.array(1.0)}, [{"w": jnp.array(2.0)}, {"w": jnp.array(4.0)}]
+      >>> jm.params.merge(jm.params.task_arithmetic(scale=0.5), base, models)["w"].item()
+      3.0
+
+    Source: Editing models with task arithmetic (arXiv:2212.04089); mergekit's `task_arithmetic`.
+    """
+    return chain(weigh(weight, normalize=normalize), sum_experts(), scaled(scale))
+
+
+def ties(
+    density: Hyperparameter = 0.2,
+    *,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    scope: Literal["model", "tensor"] = "model",
+    rounding: Literal["floor", "ceil"] = "floor",
+    extra: int = 0,
+    ties: Literal["first", "all"] = "first",
+    rescale: bool = False,
+    tie: Literal["+1", "majority"] = "+1",
+    reduce: Literal["mean", "sum", "max"] = "mean",
+) -> MergeTransform:
+    """Trim each task vector, elect a sign for each entry, average the models that agree.
+
+    Args:
+      density: the share of entries to keep.
+      weight: one number, one per model, or a function of the leaf's name.
+      scale: a factor for the result.
+      scope, rounding, extra, ties: see `trim`.
+      rescale: restore each tensor's l1 norm after trimming.
+      tie: see `elect_sign`; it looks where `scope` says.
+      reduce: the weighted mean of those that agree, their sum, or the largest.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base = {"w": jnp.zeros(4)}
+      >>> models = [{"w": jnp.array([4.0, 1.0, 3.0, 0.0])}, {"w": jnp.array([2.0, 0.5, -1.0, 0.1])}]
+      >>> jm.params.merge(jm.params.ties(density=0.5), base, models)["w"].tolist()
+      [3.0, 0.0, 3.0, 0.0]
+
+    Source: TIES-Merging (arXiv:2306.01708). mergekit: scope="tensor". The official code and fusion_bench: extra=1, ties="all",
+    tie="majority". MergeLLM: scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority".
+    """
+    if reduce not in ("mean", "sum", "max"):
+        raise ValueError(f'ties: reduce must be "mean", "sum" or "max", got {reduce!r}.')
+    trimmed = trim(density, scope=scope, rounding=rounding, extra=extra, ties=ties)
+    if rescale:
+        trimmed = rescaled(trimmed, "l1")
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts() if reduce == "sum" else max_agreeing()
+    return chain(trimmed, weigh(weight), elect_sign(tie=tie, scope=scope), reduced, scaled(scale))
+
+
+def dare_linear(
+    density: Hyperparameter = 0.5,
+    *,
+    seed: int,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    rescale: Literal["inv_p", "l1"] = "inv_p",
+    normalize: bool = False,
+) -> MergeTransform:
+    """Drop entries of the task vectors at random, rescale the rest, add them up.
+
+    Args:
+      density: the probability to keep an entry.
+      seed: the mask depends on it, on the leaf's name and on the expert; never on the sharding.
+      weight: one number, one per model, or a function of the leaf's name.
+      scale: a factor for the result.
+      rescale: by 1 / density, or to the l1 norm of each tensor.
+      normalize: divide the weights by their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2000)}, [{"w": jnp.ones(2000)}]
+      >>> merged = jm.params.merge(jm.params.dare_linear(density=0.5, seed=0), base, models)["w"]
+      >>> sorted(set(merged.tolist())), bool(abs(merged.mean() - 1) < 0.1)
+      ([0.0, 2.0], True)
+
+    Source: DARE (arXiv:2311.03099), MergeLM, fusion_bench: rescale="inv_p"; mergekit's `dare_linear`: rescale="l1".
+    """
+    drop = rescaled(random_mask(density, seed=seed), rescale)
+    return chain(drop, weigh(weight, normalize=normalize), sum_experts(), scaled(scale))
+
+
+def dare_ties(
+    density: Hyperparameter = 0.5,
+    *,
+    seed: int,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    rescale: Literal["inv_p", "l1"] = "inv_p",
+    tie: Literal["+1", "majority"] = "+1",
+    reduce: Literal["mean", "sum"] = "sum",
+) -> MergeTransform:
+    """Drop entries at random and rescale the rest, as DARE; elect signs and reduce those that agree, as TIES.
+
+    Args:
+      density, seed, weight, scale, rescale: see `dare_linear`.
+      tie: see `elect_sign`.
+      reduce: the sum of those that agree (mergekit's default here), or their weighted mean.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.dare_ties(density=1.0, seed=0), base, models)["w"].tolist()
+      [4.0, 2.0]
+
+    Source: DARE (arXiv:2311.03099) before TIES-Merging (arXiv:2306.01708); mergekit's `dare_ties`: rescale="l1".
+    """
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'dare_ties: reduce must be "mean" or "sum", got {reduce!r}.')
+    drop = rescaled(random_mask(density, seed=seed), rescale)
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
+    return chain(drop, weigh(weight), elect_sign(tie=tie), reduced, scaled(scale))
+
+
+def slerp(t: Hyperparameter = 0.5, *, threshold: float = 0.9995) -> MergeTransform:
+    """Spherical interpolation between two models, tensor by tensor; without a base, between the models themselves.
+
+    Args:
+      t: 0 is the first model, 1 the second; may be a function of the leaf's name.
+      threshold: |cos| beyond which the line is taken.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> a, b = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}
+      >>> [round(v, 4) for v in jm.params.merge(jm.params.slerp(0.5), None, [a, b])["w"].tolist()]
+      [1.4142, 1.4142]
+
+    Source: Shoemake 1985, doi:10.1145/325334.325242; mergekit's and fusion_bench's `slerp`.
+    """
+    return spherical(t, threshold=threshold)

@@ -1,0 +1,181 @@
+"""Whole models in memory: stack them, merge them, add the result to the base."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import ArrayLike, PyTree
+
+from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
+
+Integers = Literal["agree", "base"]
+
+
+def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
+    """What each model changed: every leaf gets a leading axis K and becomes float32; integer leaves become None.
+
+    Args:
+      base: what the models were trained from; None stacks the models themselves.
+      models: K pytrees of the base's structure and shapes.
+
+    Law:
+      add(base, task_vectors(base, [m])) = m, up to float32 rounding.
+
+    Raises:
+      ValueError: no models, or trees that differ; all differing leaves in one message. TypeError: complex leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.params.task_vectors({"w": jnp.array(1.0)}, [{"w": jnp.array(3.0)}, {"w": jnp.array(0.0)}])["w"].tolist()
+      [2.0, -1.0]
+
+    Source: Editing models with task arithmetic (arXiv:2212.04089).
+    """
+    _check_trees(base, models)
+
+    def stack(*leaves):
+        if not is_float(leaves[0]):
+            return None
+        return stack_leaf(leaves[0] if base is not None else None, leaves[1:] if base is not None else leaves)
+
+    return jax.tree.map(stack, *((base,) if base is not None else ()), *models)
+
+
+def add(base: PyTree, delta: Stacked) -> PyTree:
+    """The base plus a merged task vector (leading axis 1), added in float32, cast once to the base's dtype.
+
+    Raises:
+      ValueError: `delta` still holds several models: end the chain with a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.params.add({"w": jnp.array(1.0, jnp.bfloat16)}, {"w": jnp.array([2.0])})["w"]
+      Array(3, dtype=bfloat16)
+    """
+    return jax.tree.map(lambda d, b: b if d is None else add_leaf(b, d), delta, base, is_leaf=lambda d: d is None)
+
+
+def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, integers: Integers = "agree") -> PyTree:
+    """Merge whole models in memory.
+
+    Args:
+      tx: what to do, such as `ties(density=0.2)`.
+      base: what the models were trained from; None merges the models themselves (`linear`, `slerp`).
+      models: K pytrees of the base's structure and shapes.
+      integers: leaves that are not floating point must be equal in all models ("agree"), or are taken from the base ("base"; the
+        first model where there is none).
+
+    Returns:
+      A pytree like the base (or the first model), of its dtypes and shardings.
+
+    Raises:
+      ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.task_arithmetic(), base, models)["w"].tolist()
+      [4.0, 1.0]
+    """
+    stacked = task_vectors(base, models)
+    first = models[0] if base is None else base
+    _check_integers([first, *models] if base is not None else list(models), integers)
+    merged = fold(tx.match.steps, stacked)[1] if isinstance(tx.match, Match) else tx.merge(tx.match(stacked), stacked)
+    if base is not None:
+        return add(base, merged)
+    return jax.tree.map(
+        lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None
+    )
+
+
+def nonfinite(tree: PyTree) -> dict[str, int]:
+    """How many NaN and inf each leaf holds, by name, leaves without one left out. Runs on the host: not for use inside jit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.params.nonfinite({"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)})
+      {'a': 1}
+    """
+    leaves, _ = named_leaves(tree)
+    counts = {name: int(jnp.sum(~jnp.isfinite(x))) for name, x in leaves.items() if is_float(x)}
+    return {name: n for name, n in counts.items() if n}
+
+
+# --- one leaf --------------------------------------------------------------------------------------------------------
+
+
+def is_float(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def stack_leaf(base: ArrayLike | None, models: Sequence[ArrayLike]) -> Array:
+    """(K, *shape) float32: the models, less the base."""
+    wide = [jnp.asarray(m, jnp.float32) for m in models]
+    if base is not None:
+        zero = jnp.asarray(base, jnp.float32)
+        wide = [m - zero for m in wide]
+    return jnp.stack(wide)
+
+
+def reduced(delta: Array) -> Array:
+    """What is left of a stacked leaf when one model is."""
+    if delta.shape[0] != 1:
+        raise ValueError(
+            f"add: {delta.shape[0]} models are left; end the chain with sum_experts, mean_agreeing, max_agreeing or spherical."
+        )
+    return delta[0]
+
+
+def add_leaf(base: ArrayLike, delta: Array) -> Array:
+    return (jnp.asarray(base, jnp.float32) + reduced(delta)).astype(jnp.result_type(base))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_trees(base: PyTree | None, models: Sequence[PyTree]) -> None:
+    if not models:
+        raise ValueError("merge: no models; pass at least one.")
+    reference, which = (models[0], "model 0") if base is None else (base, "the base")
+    leaves, treedef = named_leaves(reference)
+    problems = []
+    for k, model in enumerate(models):
+        others, other_def = named_leaves(model)
+        problems += [f"  model {k} lacks {n}" for n in leaves.keys() - others.keys()]
+        problems += [f"  model {k} has {n}, {which} does not" for n in others.keys() - leaves.keys()]
+        for n in leaves.keys() & others.keys():
+            a, b = leaves[n], others[n]
+            if np.shape(a) != np.shape(b):
+                problems.append(f"  {n}: {np.shape(b)} in model {k}, {np.shape(a)} in {which}")
+            elif is_float(a) != is_float(b):
+                problems.append(f"  {n}: {jnp.result_type(b)} in model {k}, {jnp.result_type(a)} in {which}")
+        if not problems and treedef != other_def:
+            problems.append(f"  model {k} is built of other containers: {other_def} against {treedef}")
+    if problems:
+        raise ValueError("merge: the models do not fit together:\n" + "\n".join(sorted(problems)))
+    strange = [n for n, x in leaves.items() if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)]
+    if strange:
+        raise TypeError(f"merge: complex leaves have no merge here: {strange}; split them into real and imaginary parts.")
+
+
+def _check_integers(trees: Sequence[PyTree], integers: Integers) -> None:
+    if integers not in ("agree", "base"):
+        raise ValueError(f'merge: integers must be "agree" or "base", got {integers!r}.')
+    if integers == "base":
+        return
+    named = [named_leaves(tree)[0] for tree in trees]
+    exact = [n for n, x in named[0].items() if not is_float(x)]
+    if any(isinstance(leaves[n], jax.core.Tracer) for leaves in named for n in exact):
+        raise ValueError(
+            f"merge: inside jit it cannot be seen whether the integer leaves agree: {exact}; "
+            'merge outside jit, or pass integers="base".'
+        )
+    differ = [n for n in exact if any(not np.array_equal(named[0][n], leaves[n]) for leaves in named[1:])]
+    if differ:
+        raise ValueError(
+            f"merge: integer leaves differ between the models and have no mean: {sorted(differ)}; "
+            'pass integers="base" to take the base\'s.'
+        )

@@ -1,0 +1,227 @@
+"""The grammar: a merge is a pair of pure functions, a chain of them is one again.
+
+    plan = tx.match(stacked)           thresholds, signs, coefficients: small; may reduce over leaves, models, devices
+    merged = tx.merge(plan, stacked)   leaf-local; keeps sharding
+
+`stacked` is a pytree whose leaves have a leading axis K, one slice per model (`task_vectors` makes it); what comes out has a
+leading axis of the models that are left, 1 after a reduction. The atoms of this package are written leaf by leaf (`Step`), so
+that one and the same chain runs over a pytree in memory and streams over checkpoints.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, PyTree
+
+Stacked = PyTree[Float[Array, "_K ..."]]
+Plan = Any
+Hyperparameter = float | Any
+"""A scalar, K numbers (one per model), or a function of the leaf's name ("layers/0/kernel") that returns either."""
+
+
+class Survey(NamedTuple):
+    """A statistic of the whole model, in two forms that agree bit for bit: in memory, and in rounds over the files.
+
+    Attributes:
+      settle: (settings by leaf, stacked leaves by name, in sorted order) -> settings; under jit, every leaf at hand.
+      rounds: how often the streamed form must see every leaf.
+      start: settings by leaf -> (query, notes): what the first round asks, small arrays; what the host remembers.
+      read: (query, block of a stacked leaf) -> uint32 counts, additive over the blocks of a leaf.
+      step: (query, notes, counts by leaf, uint64, in sorted order) -> (query, notes).
+      finish: (notes, settings by leaf) -> settings.
+    """
+
+    settle: Callable[[dict, dict], dict]
+    rounds: int
+    start: Callable[[dict], tuple[Any, Any]]
+    read: Callable[[Any, Array], Array]
+    step: Callable[[Any, Any, dict], tuple[Any, Any]]
+    finish: Callable[[Any, dict], dict]
+
+
+class Step(NamedTuple):
+    """An atom, leaf by leaf.
+
+    Attributes:
+      settings: (name, stacked shape) -> this leaf's hyperparameters, resolved on the host; runtime values, so that leaves of
+        one shape share a compilation.
+      match: (settings, x) -> the leaf's plan.
+      merge: (plan, x) -> x, with the models that are left on the leading axis.
+      models: how many models are left; None = as many as came.
+      survey: a statistic of the whole model that completes the settings, or None.
+    """
+
+    settings: Callable[[str, tuple[int, ...]], Any]
+    match: Callable[[Any, Array], Any]
+    merge: Callable[[Any, Array], Array]
+    models: int | None = None
+    survey: Survey | None = None
+
+
+class Match(NamedTuple):
+    """The `match` of a chain of steps; its plan is a tuple with one {leaf name: plan} per step."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, stacked: Stacked) -> Plan:
+        return fold(self.steps, stacked)[0]
+
+
+class MergeTransform(NamedTuple):
+    """A merge of models: what to find out, and what to do with it.
+
+    Attributes:
+      match: stacked -> plan, a small pytree: look at it, log it, save it.
+      merge: (plan, stacked) -> stacked, leaf by leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx = jm.params.chain(jm.params.trim(0.5), jm.params.sum_experts())
+      >>> stacked = {"w": jnp.array([[1.0, -4.0, 2.0, 3.0]])}
+      >>> plan = tx.match(stacked)
+      >>> plan[0]["w"]["threshold"].tolist(), tx.merge(plan, stacked)["w"].tolist()
+      ([3.0], [[0.0, -4.0, 0.0, 3.0]])
+    """
+
+    match: Callable[[Stacked], Plan]
+    merge: Callable[[Plan, Stacked], Stacked]
+
+
+def atom(step: Step) -> MergeTransform:
+    """One step as a transform. Leaves of one shape share a compilation, also outside jit."""
+    return _transform((step._replace(match=jax.jit(step.match), merge=jax.jit(step.merge)),))
+
+
+def per_leaf(
+    match: Callable[[Array], Any], merge: Callable[[Any, Array], Array], *, models: int | None = None
+) -> MergeTransform:
+    """Your own atom, from two functions of one stacked leaf (K, *shape).
+
+    Args:
+      match: x -> plan, a small pytree.
+      merge: (plan, x) -> x, float32.
+      models: how many models are left on the leading axis; None if all.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> largest = jm.params.per_leaf(lambda x: None, lambda plan, x: x.max(axis=0, keepdims=True), models=1)
+      >>> jm.params.merge(largest, None, [{"w": jnp.array([1.0, 5.0])}, {"w": jnp.array([3.0, 2.0])}])["w"].tolist()
+      [3.0, 5.0]
+    """
+    return atom(Step(lambda name, shape: (), lambda settings, x: match(x), merge, models))
+
+
+def chain(*transforms: MergeTransform) -> MergeTransform:
+    """Do one transform after the other: each matches and merges what the one before left.
+
+    Law:
+      chain(a, chain(b, c)) = chain(chain(a, b), c); chain() leaves everything as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> mean = jm.params.chain(jm.params.weigh(0.5), jm.params.sum_experts())
+      >>> jm.params.merge(mean, None, [{"w": jnp.array(1.0)}, {"w": jnp.array(3.0)}])["w"].item()
+      2.0
+    """
+    if all(isinstance(tx.match, Match) for tx in transforms):
+        return _transform(tuple(step for tx in transforms for step in tx.match.steps))  # type: ignore[attr-defined]
+
+    def match(stacked):
+        plans = []
+        for tx in transforms:
+            plans.append(tx.match(stacked))
+            stacked = tx.merge(plans[-1], stacked)
+        return tuple(plans)
+
+    def merge(plans, stacked):
+        for tx, plan in zip(transforms, plans, strict=True):
+            stacked = tx.merge(plan, stacked)
+        return stacked
+
+    return MergeTransform(match, merge)
+
+
+def _transform(steps: tuple[Step, ...]) -> MergeTransform:
+    return MergeTransform(Match(steps), functools.partial(_merge, steps))
+
+
+def _merge(steps: tuple[Step, ...], plan: Plan, stacked: Stacked) -> Stacked:
+    leaves, treedef = named_leaves(stacked)
+    for step, plans in zip(steps, plan, strict=True):
+        leaves = {name: step.merge(plans[name], x) for name, x in leaves.items()}
+    return jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def fold(steps: tuple[Step, ...], stacked: Stacked) -> tuple[Plan, Stacked]:
+    """Match and merge in one go: each step sees what the steps before it left."""
+    leaves, treedef = named_leaves(stacked)
+    ordered = sorted(leaves)
+    plan = []
+    for step in steps:
+        settings = {name: step.settings(name, leaves[name].shape) for name in ordered}
+        if step.survey is not None:
+            settings = step.survey.settle(settings, {name: leaves[name] for name in ordered})
+        plans = {name: step.match(settings[name], leaves[name]) for name in ordered}
+        leaves = {name: step.merge(plans[name], x) for name, x in leaves.items()}
+        plan.append(plans)
+    return tuple(plan), jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
+    """{name: leaf} in the tree's order, and its structure; a name is the key path joined with "/".
+
+    Raises:
+      ValueError: two leaves have one name.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    leaves = {leaf_name(path): leaf for path, leaf in paths}
+    if len(leaves) != len(paths):
+        names = [leaf_name(path) for path, _ in paths]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"leaf names must differ, but these occur twice: {twice}; rename a key that contains '/'.")
+    return leaves, treedef
+
+
+def leaf_name(path: tuple) -> str:
+    """A key path as a name: ("layers", 0, "kernel") is "layers/0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
+    """A hyperparameter's value for each of the models on one leaf, shape (K,).
+
+    Raises:
+      ValueError: as many numbers as neither 1 nor K.
+    """
+    if callable(value):
+        value = value(name)
+    if not isinstance(value, Array):  # arrays may be traced: coefficients can be learned
+        value = np.asarray(value, np.float64)
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != models):
+        raise ValueError(
+            f"{what} must be one number or one per model; got shape {value.shape} for {models} models at leaf {name!r}."
+        )
+    return (jnp if isinstance(value, Array) else np).broadcast_to(value, (models,))
+
+
+def float32(value: Any) -> Any:
+    """A resolved hyperparameter as float32, traced or not."""
+    return value.astype(np.float32)
+
+
+def over(v: Any, x: Array) -> Array:
+    """v (K,) with trailing axes of length 1, to broadcast over x (K, *shape)."""
+    return jnp.asarray(v).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def total(x: Array) -> Array:
+    """The sum over the models, (1, *shape), added in their order: the same bits on any sharding."""
+    return functools.reduce(jnp.add, [x[k : k + 1] for k in range(x.shape[0])])
+
+
+Leaves = Mapping[str, Array]
