@@ -1,5 +1,7 @@
 """From word starts to plans, and one word back in time."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -73,7 +75,7 @@ def shift(words: Float[Array, "*batch m d"], first: Shaped[Array, "d"] | None = 
     return jnp.concatenate([top, words[..., :-1, :]], axis=-2)
 
 
-def capacity_for(counts: ArrayLike, *, multiple_of: int = 128, at_most: int | None = None) -> int:
+def capacity_for(counts: ArrayLike | Sequence[int], *, multiple_of: int = 128, at_most: int | None = None) -> int:
     """A capacity that holds every row, from a small set, so that few programs are compiled. On the host.
 
     Args:
