@@ -160,7 +160,8 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy + alpha · mean gate (+ score_weight · excess of the scores), and the numbers to log.
 
-    `metrics["rate"]` is what the controller wants after the step; `alpha` is what it gave before it.
+    `metrics["rate"]` is what the controller wants after the step; `alpha` is what it gave before it. `rngs` switch dropout on;
+    make them from a key inside the function that is differentiated, because they count their draws.
     """
     encoded = model.encode(ids, capacity=capacity, rngs=rngs)
     decoded = model.decode(t5.shift_right(labels), encoded, rngs=rngs)
