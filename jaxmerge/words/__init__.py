@@ -1,1 +1,25 @@
 """Pillar 2: which bytes become one word? Splitters on the host; segments, gates and controllers as pure functions."""
+
+from jaxmerge.words._controller import (
+    Controller as Controller,
+    ControllerState as ControllerState,
+    pi_controller as pi_controller,
+)
+from jaxmerge.words._gate import (
+    delete_gate as delete_gate,
+    deletion_rate as deletion_rate,
+    kept as kept,
+    masked_mean as masked_mean,
+    softmax1 as softmax1,
+)
+from jaxmerge.words._segment import capacity_for as capacity_for, segments as segments, shift as shift
+from jaxmerge.words._split import split as split, starts as starts
+from jaxmerge.words._vocabulary import (
+    EOS as EOS,
+    OFFSET as OFFSET,
+    PAD as PAD,
+    SIZE as SIZE,
+    UNK as UNK,
+    to_bytes as to_bytes,
+    to_ids as to_ids,
+)
