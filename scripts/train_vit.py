@@ -2,8 +2,8 @@
 
     python -m scripts.train_vit --out runs/vit
 
-Two CPU cores, under a minute: about 97 % of held-out digits right, at almost any r. Writes vit.json (the table),
-digits.png and photo.png (which patches merged).
+Two CPU cores, about a minute: over 98 % of held-out digits right, with all tokens and with an eighth of them. Writes
+vit.json (the table), digits.png and photo.png (which patches merged).
 """
 
 import json
@@ -39,7 +39,7 @@ def main(
     steps: int = 800,
     batch: int = 32,
     learning_rate: float = 4e-3,
-    train_r: int = 8,
+    train_r: int = 16,
     rs: tuple[int, ...] = (0, 4, 8, 12, 16, 32),
     seed: int = 0,
 ) -> None:

@@ -121,10 +121,10 @@ def schedule(
         raise ValueError(f"schedule: r must be 0 or more in every layer, got {layers}.")
     if n is None:
         return layers
-    clamped = []
+    left, clamped = n, []
     for layer in layers:
-        clamped.append(min(layer, _largest(n, np.arange(n) < protected)))
-        n -= clamped[-1]
+        clamped.append(min(layer, _largest(left, np.arange(left) < protected)))
+        left -= clamped[-1]
     return clamped
 
 
