@@ -82,7 +82,9 @@ class Plan:
     @property
     def sizes(self) -> Int[Array, "*batch m"]:
         """Positions in each segment: A 1. An empty slot has size 0."""
-        return _segment_sum(self, jnp.ones_like(self.segment_ids, jnp.int32))
+        count = lambda plan: jnp.sum(plan.matrix, axis=-1, dtype=jnp.int32)
+        scatter = lambda plan: _segment_sum(plan, jnp.ones_like(plan.segment_ids, jnp.int32))
+        return lax.platform_dependent(self, tpu=count, default=scatter)
 
     @property
     def overflow(self) -> Int[Array, "*batch"]:

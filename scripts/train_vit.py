@@ -79,7 +79,7 @@ def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, 
     """(images, labels) to train on and to hold out: 8 x 8 digits enlarged to 32 x 32, in [-1, 1]."""
     pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
     images = jax.image.resize(pixels.reshape(-1, 8, 8, 1) / 8 - 1, (len(pixels), 32, 32, 1), "bicubic")
-    order = np.random.default_rng(seed).permutation(len(pixels))
+    order = np.random.default_rng((seed, 1)).permutation(len(pixels))
     images, labels = np.asarray(images, np.float32)[order], labels[order]
     return (images[HELD_OUT:], labels[HELD_OUT:]), (images[:HELD_OUT], labels[:HELD_OUT])
 
