@@ -38,3 +38,13 @@ def golden():
             return {k: z[k] for k in z.files}
 
     return load
+
+
+@pytest.fixture
+def unchecked():
+    """Without the run-time type checker, which only tests have: our own messages are what a user sees."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
