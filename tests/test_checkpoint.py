@@ -37,7 +37,9 @@ def save(path, t, mesh, step=7):
 
 
 def flat(t):
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(t)}
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(t)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ def test_equals_the_merge_in_memory(saved, tmp_path, name):
     expected = flat(params.merge(tx, trees["base"], [trees["a"], trees["b"]]))
     seen = []
     # a batch holds a leaf or two: thresholds of the whole model are found in passes over the files
-    report = checkpoint.merge(tx, paths["base"], [paths["a"], paths["b"]], tmp_path / "out", batch_bytes=700, on_progress=seen.append)
+    report = checkpoint.merge(
+        tx, paths["base"], [paths["a"], paths["b"]], tmp_path / "out", batch_bytes=700, on_progress=seen.append
+    )
     assert len(report.headers.batches) > 3
     assert report.headers.passes == {"ties": 4, "ties_official": 5}.get(name, 1) == seen[-1].stages
     assert seen[-1].done == seen[-1].total
@@ -74,7 +78,9 @@ def test_equals_the_merge_in_memory(saved, tmp_path, name):
     assert got.pop("step") == 7
     for n, value in expected.items():
         assert got[n].dtype == value.dtype
-        compare = np.testing.assert_array_equal if exact else lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        compare = (
+            np.testing.assert_array_equal if exact else lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        )
         compare(got[n].astype(np.float32), value.astype(np.float32))
     jax.tree.map(lambda a, b: (a.sharding == b.sharding) or pytest.fail(f"{a.sharding} is not {b.sharding}"), loaded, base)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -90,7 +96,9 @@ def test_no_base_other_sharding_and_one_batch(saved, tmp_path):
     assert loaded["blocks"]["0"]["w"].sharding.spec == P("fsdp")
     expected = flat(params.merge(params.slerp(0.25), None, [trees["a"], trees["b"]]))
     for n, value in expected.items():
-        np.testing.assert_allclose(flat(loaded)[n].astype(np.float32), value.astype(np.float32), rtol=2**-7 if n == "head" else 1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            flat(loaded)[n].astype(np.float32), value.astype(np.float32), rtol=2**-7 if n == "head" else 1e-5, atol=1e-6
+        )
 
 
 def test_compiled_programs_gather_nothing(mesh):
@@ -112,7 +120,12 @@ def test_compiled_programs_gather_nothing(mesh):
 def test_every_mismatch_in_one_message(saved, tmp_path):
     paths, trees = saved
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    wrong = {**trees["a"], "s": np.zeros(2, np.float32), "head": trees["a"]["head"].astype(np.float32), "new": np.zeros(3, np.float32)}
+    wrong = {
+        **trees["a"],
+        "s": np.zeros(2, np.float32),
+        "head": trees["a"]["head"].astype(np.float32),
+        "new": np.zeros(3, np.float32),
+    }
     wrong["blocks"] = {k: v for k, v in wrong["blocks"].items() if k != "1"}
     save(tmp_path / "wrong", wrong, mesh)
     models = [tmp_path / "wrong", paths["b"]]
@@ -135,7 +148,9 @@ def test_a_mesh_axis_that_does_not_divide(saved, tmp_path):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     args = (params.linear(), None, [paths["a"], paths["b"]], tmp_path / "out")
     rule = lambda name, shape: NamedSharding(mesh, P("fsdp") if name == "list/0" else P())
-    with pytest.raises(checkpoint.MergeError, match=r"list/0: mesh axis fsdp of size 8 does not divide dimension 0 of \(3, 5\); shard"):
+    with pytest.raises(
+        checkpoint.MergeError, match=r"list/0: mesh axis fsdp of size 8 does not divide dimension 0 of \(3, 5\); shard"
+    ):
         checkpoint.merge(*args, sharding=rule)
     with pytest.raises(checkpoint.MergeError, match=r"(?s)blocks/0/b: .*names 2 dimensions.* s: the spec"):
         checkpoint.merge(*args, sharding=NamedSharding(mesh, P(None, "fsdp")))
@@ -171,7 +186,14 @@ def test_what_else_is_refused(saved, tmp_path):
     with pytest.raises(checkpoint.MergeError, match=r"(?s)not finite.*s: 1 in strange.*--nonfinite allow"):
         checkpoint.merge(tx, paths["base"], [tmp_path / "strange"], out)
     assert not out.exists() and not list(tmp_path.glob("out*"))
-    report = checkpoint.merge(params.linear(), paths["base"], [tmp_path / "strange", tmp_path / "later"], out, integers="base", nonfinite="allow")
+    report = checkpoint.merge(
+        params.linear(),
+        paths["base"],
+        [tmp_path / "strange", tmp_path / "later"],
+        out,
+        integers="base",
+        nonfinite="allow",
+    )
     assert report.nonfinite == {"s": [0, 1, 0]} and np.isnan(ocp.load(out)["s"]) and ocp.load(out)["step"] == 7
     with pytest.raises(FileExistsError, match="--overwrite"):
         checkpoint.merge(tx, paths["base"], models, out)
@@ -200,13 +222,23 @@ def test_two_processes_equal_one(tmp_path):
     base = tree(0)
     for n, t in {"base": base, "a": tree(1, base), "b": tree(2, base)}.items():
         save(tmp_path / n, t, mesh)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
     command = [sys.executable, "-c", WORKER]
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
     workers = [
-        subprocess.Popen([*command, str(rank), port, str(tmp_path)], env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(rank), port, str(tmp_path)],
+            env={**os.environ, **flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     outputs = [w.communicate(timeout=300)[0] for w in workers]
@@ -220,5 +252,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def _load_here(path):
-    target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), ocp.metadata(path).metadata)
+    target = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        ocp.metadata(path).metadata,
+    )
     return ocp.load(path, target)

@@ -19,7 +19,9 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     rule = checkpoint.fsdp(jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)))
     rng = np.random.default_rng(0)
-    trees = {n: {"w": rng.standard_normal((16, 8)).astype(np.float32), "b": np.float32(i)} for i, n in enumerate(("base", "a", "b"))}
+    trees = {
+        n: {"w": rng.standard_normal((16, 8)).astype(np.float32), "b": np.float32(i)} for i, n in enumerate(("base", "a", "b"))
+    }
     for n, t in trees.items():
         ocp.save(root / n, jax.tree.map(lambda x: jax.device_put(x, rule("", np.shape(x))), t))
     return root, trees
@@ -39,7 +41,17 @@ METHODS = {
 def test_merges(saved, tmp_path, capsys, name):
     (root, trees), (method, flags, tx) = saved, METHODS[name]
     base = [] if method == "slerp" else ["--base", str(root / "base")]
-    command = ["merge", method, *base, "--models", str(root / "a"), str(root / "b"), "--out", str(tmp_path / "out"), *flags]
+    command = [
+        "merge",
+        method,
+        *base,
+        "--models",
+        str(root / "a"),
+        str(root / "b"),
+        "--out",
+        str(tmp_path / "out"),
+        *flags,
+    ]
     assert cli.main(command) == 0, capsys.readouterr().err
     expected = params.merge(tx, trees["base"] if base else None, [trees["a"], trees["b"]])
     for n, x in ocp.load(tmp_path / "out").items():
@@ -63,7 +75,7 @@ def test_plan(saved, capsys):
 
 
 def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
-    root, trees = saved
+    root, _ = saved
     models = ["--models", str(root / "a"), str(root / "b")]
     base, out = ["--base", str(root / "base")], ["--out", str(tmp_path / "out")]
     ocp.save(tmp_path / "wrong", {"w": jnp.zeros((2, 2)), "b": jnp.float32(0)})
@@ -77,7 +89,10 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "linear", "--models", str(root / "nothing"), *out], "no checkpoint at"),
         (["merge", "linear", "--models", str(root), *out], "is not an Orbax checkpoint"),
         (["merge", "linear", *models, "--out", str(root / "base")], "--overwrite"),
-        (["merge", "linear", "--models", str(root / "a"), str(tmp_path / "wrong"), *out], "shape of w: (2, 2) in wrong"),
+        (
+            ["merge", "linear", "--models", str(root / "a"), str(tmp_path / "wrong"), *out],
+            "shape of w: (2, 2) in wrong",
+        ),
         (["plan", "linear", "--models", str(root / "a"), str(tmp_path / "wrong")], "shape of w: (2, 2) in wrong"),
         (["merge", "slerp", "--models", str(root / "a"), *out], "between two models, got 1"),
         (["merge", "linear", *models], "--out"),

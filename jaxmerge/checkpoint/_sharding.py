@@ -24,8 +24,8 @@ def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
       ValueError: the mesh has no such axis.
 
     Example:
-      >>> import jax
-      >>> rule = fsdp(jax.make_mesh((1,), ("fsdp",)))
+      >>> import jax, jaxmerge as jm
+      >>> rule = jm.checkpoint.fsdp(jax.make_mesh((1,), ("fsdp",)))
       >>> rule("layers/0/kernel", (8, 16)).spec
       PartitionSpec(None, 'fsdp')
     """
@@ -40,7 +40,7 @@ def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
         if not fits:
             return NamedSharding(mesh, PartitionSpec())
         chosen = max(fits, key=lambda d: (shape[d], d))
-        return NamedSharding(mesh, PartitionSpec(*[None] * chosen, axes if len(axes) > 1 else axes[0]))
+        return NamedSharding(mesh, PartitionSpec(*[None] * chosen, axis if isinstance(axis, str) else axes))
 
     return rule
 

@@ -22,8 +22,8 @@ def assert_merge(
 ) -> None:
     """Check the laws of merging on random task vectors with ties, zeros, one-column and scalar leaves.
 
-    Always: one model comes out, finite, of the shapes that went in; zero deltas merge to zero; the base keeps its dtype; `match`
-    then `merge` is what `params.merge` does; the result does not depend on the sharding.
+    Always: one model comes out, finite, of the shapes that went in; zero deltas merge to zero; the base keeps its dtype;
+    `match` then `merge` is what `params.merge` does; the result does not depend on the sharding.
 
     Args:
       tx: a transform that ends with one model.
@@ -49,7 +49,12 @@ def assert_merge(
     for name, leaf in merged.items():
         if leaf.shape != (1, *x[name].shape[1:]):
             raise AssertionError(f"{name}: one model should be left, got shape {leaf.shape} from {x[name].shape}.")
-    _close(jax.tree.map(jnp.isfinite, merged), jax.tree.map(lambda m: np.ones(m.shape, bool), merged), 0.0, "finite results")
+    _close(
+        jax.tree.map(jnp.isfinite, merged),
+        jax.tree.map(lambda m: np.ones(m.shape, bool), merged),
+        0.0,
+        "finite results",
+    )
     _close(run(jax.tree.map(np.zeros_like, x)), jax.tree.map(np.zeros_like, merged), 0.0, "zero deltas merge to zero")
     if mean:
         same = jax.tree.map(lambda v: np.repeat(v[:1], models, axis=0), x)
@@ -61,7 +66,7 @@ def assert_merge(
     _check_base(tx, x, merged)
     for kind in (AxisType.Auto, AxisType.Explicit) if sharding else ():
         mesh = Mesh(np.array(jax.devices()), ("shard",), axis_types=(kind,))
-        sharded = jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, _spec(v, mesh))), x)
+        sharded = {n: jax.device_put(v, NamedSharding(mesh, _spec(v, mesh))) for n, v in x.items()}
         _close(run(sharded), merged, 0.0 if exact else 1e-6, f"invariance to sharding ({kind.name} axes)")
 
 

@@ -16,7 +16,11 @@ METHODS = {
     "ties_whole": (lambda: params.ties(1.0), (3,), dict(mean=True)),
     "ties_official": (lambda: params.ties(0.3, extra=1, ties="all", tie="majority", reduce="sum"), (3,), {}),
     "ties_mergekit": (lambda: params.ties(0.3, scope="tensor"), (3,), {}),
-    "ties_mergellm": (lambda: params.ties(0.3, scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority"), (2,), {}),
+    "ties_mergellm": (
+        lambda: params.ties(0.3, scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority"),
+        (2,),
+        {},
+    ),
     "ties_rescale": (lambda: params.ties(0.3, scope="tensor", rescale=True, reduce="max"), (3,), dict(exact=False)),
     "dare_linear": (lambda: params.dare_linear(0.5, seed=3), K1238, dict(linear=True)),
     "dare_linear_l1": (lambda: params.dare_linear(0.5, seed=3, rescale="l1"), (3,), dict(exact=False)),
@@ -89,7 +93,9 @@ def test_hyperparameters_by_leaf_and_by_model():
 
 def test_gradients_reach_the_weights():
     base, models = {"w": jnp.zeros(3)}, [{"w": jnp.ones(3)}, {"w": 2 * jnp.ones(3)}]
-    loss = lambda w, t: params.merge(params.chain(params.weigh(w), params.sum_experts(), params.scale(t)), base, models)["w"].sum()
+    loss = lambda w, t: params.merge(params.chain(params.weigh(w), params.sum_experts(), params.scale(t)), base, models)[
+        "w"
+    ].sum()
     by_weight, by_scale = jax.grad(loss, argnums=(0, 1))(jnp.array([1.0, 1.0]), jnp.array(2.0))
     assert by_weight.tolist() == [6, 12] and by_scale.item() == 9
 
@@ -123,7 +129,11 @@ def test_chain_is_associative_and_has_an_identity():
     stacked = {"w": jnp.array([[1.0, -2.0, 3.0], [2.0, 2.0, -1.0]])}
     a, b, c = params.trim(0.7), params.elect_sign(tie="majority"), params.mean_agreeing()
     run = lambda tx: tx.merge(tx.match(stacked), stacked)["w"].tolist()
-    assert run(params.chain(a, params.chain(b, c))) == run(params.chain(params.chain(a, b), c)) == run(params.chain(params.chain(), a, b, c))
+    assert (
+        run(params.chain(a, params.chain(b, c)))
+        == run(params.chain(params.chain(a, b), c))
+        == run(params.chain(params.chain(), a, b, c))
+    )
     plain = params.MergeTransform(lambda s: jax.tree.map(lambda x: x.max(), s), lambda p, s: jax.tree.map(jnp.multiply, p, s))
     assert run(params.chain(plain, params.sum_experts())) == [[9.0, 0.0, 6.0]]
 
