@@ -26,8 +26,8 @@ def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
     Example:
       >>> import jax, jaxmerge as jm
       >>> rule = jm.checkpoint.fsdp(jax.make_mesh((1,), ("fsdp",)))
-      >>> rule("layers/0/kernel", (8, 16)).spec
-      PartitionSpec(None, 'fsdp')
+      >>> tuple(rule("layers/0/kernel", (8, 16)).spec)
+      (None, 'fsdp')
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     unknown = [a for a in axes if a not in mesh.shape]
