@@ -1,7 +1,7 @@
 """`jaxmerge plan|merge METHOD`: merge checkpoints from the command line.
 
-    jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
-    jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
+jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 """
 
 import dataclasses
@@ -68,8 +68,7 @@ class Ties:
     """How the models that agree become one."""
 
     def transform(self) -> params.MergeTransform:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return params.ties(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+        return params.ties(**_fields(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,7 @@ class DareLinear:
     """Divide the weights by their sum."""
 
     def transform(self) -> params.MergeTransform:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return params.dare_linear(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+        return params.dare_linear(**_fields(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +112,7 @@ class DareTies:
     """How the models that agree become one."""
 
     def transform(self) -> params.MergeTransform:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return params.dare_ties(**fields | {"density": _one_or_all(self.density), "weight": _one_or_all(self.weight)})
+        return params.dare_ties(**_fields(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +146,8 @@ class Inputs:
     base: pathlib.Path | None = None
     """The checkpoint that they were trained from."""
     mesh: str = ""
-    """Devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all devices on
-    fsdp. "saved": as the base was saved."""
+    """Devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all devices
+    on fsdp. "saved": as the base was saved."""
     batch_mib: int = 256
     """Leaves are read in batches of about so many MiB of each input: this bounds memory."""
 
@@ -177,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
-        print(__doc__ + "\n" + USAGE)
+        print(f"{__doc__}\n{USAGE}")
         return 0
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
@@ -262,7 +259,11 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
         parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
         dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))
         table.add_row(
-            checkpoint.path.name, str(len(checkpoint.leaves)), f"{parameters:,}", _size(sum(h.bytes for h in headers)), dtypes
+            checkpoint.path.name,
+            str(len(checkpoint.leaves)),
+            f"{parameters:,}",
+            _size(sum(h.bytes for h in headers)),
+            dtypes,
         )
     console = Console()
     console.print(table)
@@ -344,8 +345,8 @@ def _masks(report: Any) -> tuple[list[str], list[str]] | None:
     for plans in report.plan:
         masks = {n: p.get("mask", p) for n, p in plans.items() if isinstance(p, dict)}
         if masks and all("kept" in m for m in masks.values()):
-            words = sum(m["kept"].astype(np.uint64) * np.array([[1 << 32], [1]], np.uint64) for m in masks.values())
-            share = words.sum(axis=0) / sum(sizes[n] for n in masks)
+            words = np.stack([m["kept"] for m in masks.values()]).astype(np.float64)
+            share = (words[:, 0] * 2.0**32 + words[:, 1]).sum(axis=0) / sum(sizes[n] for n in masks)
             thresholds = np.stack([m["threshold"] for m in masks.values()])
             low, high = thresholds.min(axis=0), thresholds.max(axis=0)
             shown = [f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
@@ -356,11 +357,17 @@ def _masks(report: Any) -> tuple[list[str], list[str]] | None:
     return None
 
 
+def _fields(options: Any) -> dict[str, Any]:
+    """A method's options as arguments; one number stands for all models."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {k: _one_or_all(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def _one_or_all(numbers: Numbers) -> float | list[float]:
     return numbers[0] if len(numbers) == 1 else list(numbers)
 
 
-def _size(n: float) -> str:
+def _size(n: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}"

@@ -71,15 +71,16 @@ def merge(
       models: directories of Orbax checkpoints.
       out: where the output appears, when it is whole.
       sharding: where leaves go; see `plan`.
-      integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model where
-        there is none).
+      integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
+        where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what is at `out`.
       batch_bytes: leaves are read in batches of about so many bytes of each input: this bounds memory.
       on_progress: called after each batch.
 
     Law:
-      The output equals `params.merge` of the loaded models, bit for bit where the transform's statistics are counts.
+      The output equals `params.merge` of the loaded models: the same entries are kept and the same signs elected; sums agree to
+      float32 rounding (a compiler may fuse a multiplication with an addition).
 
     Raises:
       MergeError: the plan has problems (all in one message), integer leaves differ, or values are not finite.
@@ -244,7 +245,10 @@ def _check_exact(headers: CheckpointPlan, inputs: Sequence[Any]) -> None:
 
 def _strange(bad: dict[str, list[int]], inputs: Sequence[Any]) -> str:
     lines = [
-        f"  {n}: {count} in {c.path.name}" for n, counts in sorted(bad.items()) for c, count in zip(inputs, counts, strict=True) if count
+        f"  {n}: {count} in {c.path.name}"
+        for n, counts in sorted(bad.items())
+        for c, count in zip(inputs, counts, strict=True)
+        if count
     ]
     return (
         "values that are not finite (NaN or inf); nothing was written:\n"

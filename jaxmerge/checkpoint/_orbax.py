@@ -125,6 +125,8 @@ class Writer:
         def swap():
             old = self.out.parent / f"{self.out.name}.replaced"
             if self.out.exists():
+                if old.exists():  # killed between two renames, some other time
+                    old.rmtree()
                 self.out.rename(old)
             self.aside.rename(self.out)
             if old.exists():
@@ -136,8 +138,10 @@ class Writer:
         """Remove what a merge that failed, or was killed, left aside."""
 
         def remove():
-            for path in self.out.parent.glob(f"{self.aside.name}*") if self.out.parent.exists() else ():
-                path.rmtree()
+            if self.out.parent.exists():
+                for path in (self.aside, *self.out.parent.glob(f"{self.aside.name}.*")):
+                    if path.exists():
+                        path.rmtree()
 
         self._once(remove, wait)
 

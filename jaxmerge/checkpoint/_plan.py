@@ -1,5 +1,6 @@
 """What a merge will do, from the headers alone: leaves, bytes, batches, passes, and every mismatch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,8 +74,8 @@ def plan(
       tx: what to do, such as `params.ties(density=0.2)`.
       base: directory of the checkpoint that the models were trained from; None merges the models themselves.
       models: directories of Orbax checkpoints.
-      sharding: where leaves go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None: as the base (or the first
-        model) was saved, if those devices exist here, else `fsdp` over all devices.
+      sharding: where leaves go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None: as the base (or the
+        first model) was saved, if those devices exist here, else `fsdp` over all devices.
       batch_bytes: leaves are read in batches of about so many bytes of each input; a larger leaf is a batch of its own.
 
     Raises:
@@ -115,7 +116,7 @@ def plan(
     rest = sum(leaves[n].bytes for n in exact)
     peak = 0
     for batch in batches:
-        work = max((leaves[n].bytes // leaves[n].dtype.itemsize for n in batch if _is_floating(leaves[n])), default=0)
+        work = max((math.prod(leaves[n].shape) for n in batch if _is_floating(leaves[n])), default=0)
         peak = max(peak, sum(leaves[n].bytes for n in batch) * (inputs + 1) + 2 * 4 * len(opened) * work)
     return CheckpointPlan(
         base=opened_base,

@@ -24,10 +24,10 @@ def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
       ValueError: the mesh has no such axis.
 
     Example:
-      >>> import jax
-      >>> rule = fsdp(jax.make_mesh((1,), ("fsdp",)))
-      >>> rule("layers/0/kernel", (8, 16)).spec
-      PartitionSpec(None, 'fsdp')
+      >>> import jax, jaxmerge as jm
+      >>> rule = jm.checkpoint.fsdp(jax.make_mesh((1,), ("fsdp",)))
+      >>> tuple(rule("layers/0/kernel", (8, 16)).spec)
+      (None, 'fsdp')
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     unknown = [a for a in axes if a not in mesh.shape]
@@ -40,7 +40,7 @@ def fsdp(mesh: Mesh, axis: str | tuple[str, ...] = "fsdp") -> Rule:
         if not fits:
             return NamedSharding(mesh, PartitionSpec())
         chosen = max(fits, key=lambda d: (shape[d], d))
-        return NamedSharding(mesh, PartitionSpec(*[None] * chosen, axes if len(axes) > 1 else axes[0]))
+        return NamedSharding(mesh, PartitionSpec(*[None] * chosen, axis if isinstance(axis, str) else axes))
 
     return rule
 

@@ -1,12 +1,12 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-    MergeTransform(match, merge)                     chain, per_leaf
-    task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
-    trim, random_mask, rescale, weigh, scale         atoms that keep all K models
-    elect_sign                                       zeroes the models that disagree
-    sum_experts, mean_agreeing, max_agreeing         K models to one
-    interpolate, spherical                           two models to one
-    linear, task_arithmetic, ties, dare_linear, dare_ties, slerp     the field's methods, one chain each
+MergeTransform(match, merge)                     chain, per_leaf
+task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
+trim, random_mask, rescale, weigh, scale         atoms that keep all K models
+elect_sign                                       zeroes the models that disagree
+sum_experts, mean_agreeing, max_agreeing         K models to one
+interpolate, spherical                           two models to one
+linear, task_arithmetic, ties, dare_linear, dare_ties, slerp     the field's methods, one chain each
 """
 
 from jaxmerge.params._aliases import (

@@ -27,9 +27,7 @@ def linear(weight: Hyperparameter = 1.0, *, normalize: bool = True) -> MergeTran
     return chain(weigh(weight, normalize=normalize), sum_experts())
 
 
-def task_arithmetic(
-    weight: Hyperparameter = 1.0, *, scale: Hyperparameter = 1.0, normalize: bool = False
-) -> MergeTransform:
+def task_arithmetic(weight: Hyperparameter = 1.0, *, scale: Hyperparameter = 1.0, normalize: bool = False) -> MergeTransform:
     """Base plus scale times the weighted sum of the task vectors.
 
     Args:

@@ -10,9 +10,7 @@ from jaxmerge.params import _quantile as q
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, Survey, atom, float32, over, resolve, total
 
 
-def elect_sign(
-    *, tie: Literal["+1", "majority"] = "+1", scope: Literal["model", "tensor"] = "model"
-) -> MergeTransform:
+def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model", "tensor"] = "model") -> MergeTransform:
     """Elect a sign for each entry, that of the models' sum, and zero the models that disagree.
 
     Args:

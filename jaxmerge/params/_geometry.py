@@ -5,8 +5,8 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params._consensus import sum_experts
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, over, resolve, total
 from jaxmerge.params._scale import weigh
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, over, resolve, total
 
 
 def interpolate(t: Hyperparameter) -> MergeTransform:

@@ -103,7 +103,7 @@ def kth_largest(leaves: list[UInt32[Array, "K ..."]], k: Words) -> UInt32[Array,
 
 
 def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
-    """The flat index as two 32-bit numbers (row, column), which order as it does: rows, columns, row of each, column of each."""
+    """The flat index as two 32-bit numbers that order as it does: how many rows and columns; each element's row and column."""
     split = len(shape)
     while split > 0 and math.prod(shape[split - 1 :]) < 1 << 32:
         split -= 1
@@ -145,10 +145,8 @@ def first(chosen: Bool[Array, "K ..."], quota: Words) -> tuple[UInt32[Array, "2 
         def rows_before(r):
             return row[None] < over(r, chosen)
 
-        if rows == 1:  # fewer than 2^32 elements: no need to look for the row
-            r = at_least(kept, there).astype(jnp.uint32)
-        else:
-            r = largest(rows, rows_before, kept)
+        # fewer than 2^32 elements: no need to look for the row
+        r = at_least(kept, there).astype(jnp.uint32) if rows == 1 else largest(rows, rows_before, kept)
         left = subtract(kept, count(chosen & rows_before(r)))
         c = largest(columns, lambda c: (row[None] == over(r, chosen)) & (column[None] < over(c, chosen)), left)
         return jnp.stack([r, c])

@@ -64,8 +64,8 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1"]) -> MergeTransform:
 
     Args:
       tx: one atom.
-      norm: "inv_p" divides by the density, which keeps the expectation; "l1" restores the l1 norm of every tensor (a tensor with
-        a norm under 1e-7, before or after, is left as it is).
+      norm: "inv_p" divides by the density, which keeps the expectation; "l1" restores the l1 norm of every tensor (a tensor
+        with a norm under 1e-7, before or after, is left as it is).
 
     Raises:
       ValueError: an unknown norm; `tx` is not one atom of this package, or has no density to divide by.

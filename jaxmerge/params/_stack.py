@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
@@ -65,8 +66,8 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
       tx: what to do, such as `ties(density=0.2)`.
       base: what the models were trained from; None merges the models themselves (`linear`, `slerp`).
       models: K pytrees of the base's structure and shapes.
-      integers: leaves that are not floating point must be equal in all models ("agree"), or are taken from the base ("base"; the
-        first model where there is none).
+      integers: leaves that are not floating point must be equal in all models ("agree"), or are taken from the base ("base";
+        the first model where there is none).
 
     Returns:
       A pytree like the base (or the first model), of its dtypes and shardings.
@@ -86,9 +87,7 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
     merged = fold(tx.match.steps, stacked)[1] if isinstance(tx.match, Match) else tx.merge(tx.match(stacked), stacked)
     if base is not None:
         return add(base, merged)
-    return jax.tree.map(
-        lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None
-    )
+    return jax.tree.map(lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None)
 
 
 def nonfinite(tree: PyTree) -> dict[str, int]:
@@ -168,7 +167,7 @@ def _check_integers(trees: Sequence[PyTree], integers: Integers) -> None:
         return
     named = [named_leaves(tree)[0] for tree in trees]
     exact = [n for n, x in named[0].items() if not is_float(x)]
-    if any(isinstance(leaves[n], jax.core.Tracer) for leaves in named for n in exact):
+    if any(isinstance(leaves[n], Tracer) for leaves in named for n in exact):
         raise ValueError(
             f"merge: inside jit it cannot be seen whether the integer leaves agree: {exact}; "
             'merge outside jit, or pass integers="base".'

@@ -9,7 +9,7 @@ that one and the same chain runs over a pytree in memory and streams over checkp
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -222,6 +222,3 @@ def over(v: Any, x: Array) -> Array:
 def total(x: Array) -> Array:
     """The sum over the models, (1, *shape), added in their order: the same bits on any sharding."""
     return functools.reduce(jnp.add, [x[k : k + 1] for k in range(x.shape[0])])
-
-
-Leaves = Mapping[str, Array]

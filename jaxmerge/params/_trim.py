@@ -76,7 +76,13 @@ def trim(
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
         bits = q.magnitude_bits(x)
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
-        return plan(jnp.asarray(settings["density"]), t, q.count(bits > over(t, bits)), tuple(jnp.asarray(settings["quota"])), bits)
+        return plan(
+            jnp.asarray(settings["density"]),
+            t,
+            q.count(bits > over(t, bits)),
+            tuple(jnp.asarray(settings["quota"])),
+            bits,
+        )
 
     def plan(density, t, above, quota, bits):
         tied = bits == over(t, bits)
@@ -149,7 +155,7 @@ def _survey(to_keep) -> Survey:
         return q.histogram(q.magnitude_bits(x), query["prefix"], query["shift"])
 
     def step(query, notes, counts):
-        digit, left = q.next_digit(sum(counts.values()), notes["left"])
+        digit, left = q.next_digit(np.sum(list(counts.values()), axis=0), notes["left"])
         prefix = (query["prefix"] << np.uint32(q.DIGIT)) | digit.astype(np.uint32)
         tied = {name: c[np.arange(len(digit)), digit] for name, c in counts.items()}
         query = {"prefix": prefix, "shift": np.uint32(max(int(query["shift"]) - q.DIGIT, 0))}

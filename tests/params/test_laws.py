@@ -1,0 +1,186 @@
+"""The laws, over every method; and the edges: K = 1 to 8, zeros, constants, ties in bfloat16, NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmerge import params
+from jaxmerge.params._laws import assert_merge
+
+K1238 = (1, 2, 3, 8)
+METHODS = {
+    "linear": (params.linear, K1238, dict(mean=True, linear=True)),
+    "task_arithmetic": (lambda: params.task_arithmetic(0.5, scale=0.25), K1238, dict(linear=True)),
+    "ties": (lambda: params.ties(0.3), K1238, {}),
+    "ties_whole": (lambda: params.ties(1.0), (3,), dict(mean=True)),
+    "ties_official": (lambda: params.ties(0.3, extra=1, ties="all", tie="majority", reduce="sum"), (3,), {}),
+    "ties_mergekit": (lambda: params.ties(0.3, scope="tensor"), (3,), {}),
+    "ties_mergellm": (
+        lambda: params.ties(0.3, scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority"),
+        (2,),
+        {},
+    ),
+    "ties_rescale": (lambda: params.ties(0.3, scope="tensor", rescale=True, reduce="max"), (3,), dict(exact=False)),
+    "dare_linear": (lambda: params.dare_linear(0.5, seed=3), K1238, dict(linear=True)),
+    "dare_linear_l1": (lambda: params.dare_linear(0.5, seed=3, rescale="l1"), (3,), dict(exact=False)),
+    "dare_ties": (lambda: params.dare_ties(0.5, seed=3, reduce="mean"), K1238, {}),
+    "slerp": (lambda: params.slerp(0.3), (2,), dict(exact=False, mean=True)),
+    "interpolate": (lambda: params.interpolate(0.3), (2,), dict(linear=True, mean=True)),
+}
+
+
+@pytest.mark.parametrize(("name", "models"), [(n, k) for n, (_, ks, _) in METHODS.items() for k in ks])
+def test_laws(name, models):
+    make, _, laws = METHODS[name]
+    assert_merge(make(), models=models, sharding=models == 3, **laws)
+
+
+def test_the_laws_can_fail():
+    position = lambda x: jnp.argmax(jnp.abs(x.reshape(x.shape[0], -1)), axis=1)
+    for law, tx, claims in (
+        ("finite", params.chain(params.scale(np.inf), params.sum_experts()), {}),
+        ("one model", params.scale(1.0), {}),
+        ("zero", params.per_leaf(lambda x: None, lambda p, x: x[:1] + 1, models=1), {}),
+        ("identical", params.task_arithmetic(), dict(mean=True)),
+        ("linearity", params.ties(0.5), dict(linear=True)),
+        ("sharding", params.per_leaf(position, lambda p, x: x[:1] * (1 + _devices(x)), models=1), {}),
+    ):
+        with pytest.raises(AssertionError, match=law):
+            assert_merge(tx, **claims)
+
+
+def _devices(x):
+    """Not a function of the values: how many devices hold x."""
+    sharding = jax.typeof(x).sharding
+    return jnp.float32(0 if sharding.mesh.empty else sharding.mesh.size)
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_bfloat16_ties_keep_the_exact_count(scope):
+    """1000 entries of 5 distinct magnitudes: the threshold ties hundreds; the first by flat index stay, leaves by name."""
+    values = np.random.default_rng(0).integers(1, 6, (2, 1000)) * np.random.default_rng(1).choice([-1, 1], (2, 1000))
+    stacked = {"b": values[:, :600].astype(np.float32).reshape(2, 20, 30), "a": values[:, 600:].astype(np.float32)}
+    stacked = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), stacked)
+    tx = params.trim([0.3, 0.55], scope=scope)
+    merged = tx.merge(tx.match(stacked), stacked)
+
+    def expected(flat, d):
+        order = np.argsort(-np.abs(flat), kind="stable")[: int(d * len(flat))]
+        return np.where(np.isin(np.arange(len(flat)), order), flat, 0)
+
+    for k, d in enumerate([0.3, 0.55]):
+        a, b = np.asarray(stacked["a"])[k], np.asarray(stacked["b"])[k].ravel()
+        want = expected(np.concatenate([a, b]), d) if scope == "model" else np.concatenate([expected(a, d), expected(b, d)])
+        got = np.concatenate([np.asarray(merged["a"])[k], np.asarray(merged["b"])[k].ravel()])
+        np.testing.assert_array_equal(got, want)
+
+
+def test_constant_tensors_and_density_zero():
+    stacked = {"w": jnp.ones((2, 10))}
+    tx = params.trim([0.3, 0.0], scope="model")
+    merged = tx.merge(tx.match(stacked), stacked)["w"]
+    np.testing.assert_array_equal(merged, [[1] * 3 + [0] * 7, [0] * 10])
+
+
+def test_hyperparameters_by_leaf_and_by_model():
+    base = {"mlp": {"w": jnp.zeros(2)}, "norm": jnp.zeros(2)}
+    models = [jax.tree.map(lambda x, v=v: x + v, base) for v in (1.0, 2.0)]
+    tx = params.task_arithmetic(lambda name: [1.0, 0.0] if name.startswith("mlp/") else 0.5)
+    merged = params.merge(tx, base, models)
+    assert merged["mlp"]["w"].tolist() == [1, 1] and merged["norm"].tolist() == [1.5, 1.5]
+
+
+def test_gradients_reach_the_weights():
+    base, models = {"w": jnp.zeros(3)}, [{"w": jnp.ones(3)}, {"w": 2 * jnp.ones(3)}]
+    loss = lambda w, t: params.merge(params.chain(params.weigh(w), params.sum_experts(), params.scale(t)), base, models)[
+        "w"
+    ].sum()
+    by_weight, by_scale = jax.grad(loss, argnums=(0, 1))(jnp.array([1.0, 1.0]), jnp.array(2.0))
+    assert by_weight.tolist() == [6, 12] and by_scale.item() == 9
+
+
+def test_mixed_dtypes_integers_and_structure():
+    base = {"w": jnp.ones(2, jnp.bfloat16), "v": jnp.ones(2), "step": jnp.int32(3)}
+    models = [jax.tree.map(lambda x: x, base) for _ in range(2)]
+    merged = params.merge(params.linear(), base, models)
+    assert jax.tree.map(lambda x: x.dtype, merged) == jax.tree.map(lambda x: x.dtype, base)
+    models[1] = models[1] | {"step": jnp.int32(4)}
+    with pytest.raises(ValueError, match=r"integer leaves differ.*\['step'\].*integers=\"base\""):
+        params.merge(params.linear(), base, models)
+    assert params.merge(params.linear(), base, models, integers="base")["step"] == 3
+    with pytest.raises(ValueError, match="inside jit"):
+        jax.jit(lambda b: params.merge(params.linear(), b, [b]))(base)
+    assert jax.eval_shape(lambda b: params.merge(params.ties(), b, [b], integers="base"), base)["w"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"(?s)model 0 has u, .*model 0 lacks v.*w: \(3,\) in model 0"):
+        params.merge(params.linear(), base, [{"w": jnp.ones(3), "u": 1.0, "step": 3}])
+
+
+def test_nonfinite_values_are_reported_and_stay_visible():
+    model = {"a": jnp.array([1.0, np.nan, np.inf]), "b": jnp.ones(2), "i": jnp.int32(1)}
+    assert params.nonfinite(model) == {"a": 2}
+    base = {"a": jnp.zeros(3), "b": jnp.zeros(2), "i": jnp.int32(1)}
+    for tx in (params.ties(0.5), params.linear()):
+        merged = params.merge(tx, base, [model, model])
+        assert np.isnan(merged["a"][1]) and np.isfinite(merged["b"]).all()
+
+
+def test_chain_is_associative_and_has_an_identity():
+    stacked = {"w": jnp.array([[1.0, -2.0, 3.0], [2.0, 2.0, -1.0]])}
+    a, b, c = params.trim(0.7), params.elect_sign(tie="majority"), params.mean_agreeing()
+    run = lambda tx: tx.merge(tx.match(stacked), stacked)["w"].tolist()
+    assert (
+        run(params.chain(a, params.chain(b, c)))
+        == run(params.chain(params.chain(a, b), c))
+        == run(params.chain(params.chain(), a, b, c))
+    )
+    plain = params.MergeTransform(lambda s: jax.tree.map(lambda x: x.max(), s), lambda p, s: jax.tree.map(jnp.multiply, p, s))
+    assert run(params.chain(plain, params.sum_experts())) == [[9.0, 0.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: params.trim(0.2, scope="row"), "scope must be one of"),
+        (lambda: params.trim(0.2, rounding="up"), "rounding must be"),
+        (lambda: params.trim(0.2, ties="last"), "ties must be"),
+        (lambda: params.trim(0.2, extra=-1), "extra must be 0 or more"),
+        (lambda: params.trim(lambda name: 0.2), 'scope="tensor"'),
+        (lambda: params.elect_sign(tie="-1"), "tie must be"),
+        (lambda: params.elect_sign(scope="row"), "scope must be"),
+        (lambda: params.rescale(params.trim(0.2), "l2"), "norm must be"),
+        (lambda: params.rescale(params.ties(0.2), "l1"), "one masking atom"),
+        (lambda: params.ties(reduce="min"), "reduce must be"),
+        (lambda: params.dare_ties(seed=0, reduce="max"), "reduce must be"),
+    ],
+)
+def test_wrong_arguments(unchecked, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (params.trim(1.2), "density must be between 0 and 1"),
+        (params.random_mask([0.5, 0.5, 0.5], seed=0), "one number or one per model; got shape"),
+        (params.weigh([1.0, -1.0], normalize=True), "sum to 0"),
+        (params.chain(params.sum_experts(), params.spherical(0.5)), "between two models, got 1"),
+        (params.rescale(params.weigh(1.0), "inv_p"), "no density"),
+        (params.weigh(1.0), "2 models are left"),
+    ],
+)
+def test_wrong_values(tx, message):
+    with pytest.raises(ValueError, match=message):
+        params.merge(tx, {"w": jnp.zeros(2)}, [{"w": jnp.ones(2)}] * 2)
+
+
+def test_wrong_models(unchecked):
+    with pytest.raises(ValueError, match="no models"):
+        params.merge(params.linear(), None, [])
+    with pytest.raises(ValueError, match="integers must be"):
+        params.merge(params.linear(), None, [{"w": jnp.ones(2)}], integers="mean")
+    with pytest.raises(TypeError, match=r"complex leaves.*\['w'\]"):
+        params.merge(params.linear(), None, [{"w": jnp.ones(2, jnp.complex64)}])
+    with pytest.raises(ValueError, match=r"occur twice: \['a/b'\]"):
+        params.merge(params.linear(), None, [{"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}])

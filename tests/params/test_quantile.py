@@ -1,0 +1,109 @@
+"""The exact k-th magnitude against a sort, in memory and streamed; counts beyond the counter; random bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry_2x32
+
+from jaxmerge import params
+from jaxmerge.params import _quantile as q
+from jaxmerge.params._random import threefry
+
+
+def _values(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, 40, 25)).astype(np.float32)
+    x[0] = x[0].astype(jnp.bfloat16).astype(np.float32)
+    x[1] = np.round(x[1])
+    x[2, :5] *= np.float32(1e-41)  # subnormal
+    x[2, 5, :3] = [np.inf, -np.inf, -0.0]
+    return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kth_largest_equals_sorting(seed):
+    x = _values(seed)
+    kth = jax.jit(lambda x, k: q.kth_largest([q.magnitude_bits(x[:, :11]), q.magnitude_bits(x[:, 11:])], tuple(k)))
+    order = -np.sort(-np.abs(x).reshape(3, -1).view(np.uint32).astype(np.int64), axis=1)
+    for k in (1, 2, 17, 500, 999, 1000):
+        np.testing.assert_array_equal(kth(x, q.to_words([k] * 3)), order[:, k - 1])
+
+
+def test_streamed_thresholds_equal_those_in_memory():
+    """Three rounds of histograms and 31 of bisection find the same threshold and the same share of the ties."""
+    x = _values(7)
+    leaves = {"a": x[:, :11], "b": x[:, 11:]}
+    (step,) = params.trim([0.1, 0.3, 0.0], scope="model").match.steps
+    settings = {n: step.settings(n, v.shape) for n, v in leaves.items()}
+    survey = step.survey
+    query, notes = survey.start(settings)
+    read = jax.jit(survey.read)
+    for _ in range(survey.rounds):
+        blocks = {n: [v[:, :4], v[:, 4:]] for n, v in leaves.items()}  # additive over blocks
+        counts = {n: sum(np.asarray(read(query, b)).astype(np.uint64) for b in bs) for n, bs in blocks.items()}
+        query, notes = survey.step(query, notes, counts)
+    jax.tree.map(np.testing.assert_array_equal, survey.finish(notes, settings), survey.settle(settings, leaves))
+
+
+def test_counts_beyond_the_counter():
+    mask = np.random.default_rng(0).random((2, 6, 5, 4, 7)) < 0.6
+    for word in (32, 12, 11):  # 840 elements, counters of 12 and 11 bits: rows must be summed in two parts
+        np.testing.assert_array_equal(q.from_words(q.count(jnp.asarray(mask), word)), mask.sum((1, 2, 3, 4)))
+    for word in (9, 8):
+        np.testing.assert_array_equal(q.from_words(q.count(jnp.asarray(mask), word)), mask.sum((1, 2, 3, 4)))
+
+
+def test_words():
+    pairs = [(2**32 - 1, 1), (2**33 + 5, 2**32 - 1), (2**40, 2**32), (7, 7)]
+    a, b = (tuple(jnp.asarray(q.to_words(v))) for v in zip(*pairs, strict=True))
+    assert q.from_words(q.add(a, b)).tolist() == [x + y for x, y in pairs]
+    assert q.from_words(q.subtract(a, b)).tolist() == [x - y for x, y in pairs]
+    assert q.at_least(a, b).tolist() == [True] * 4 and q.at_least(b, a).tolist() == [False, False, False, True]
+    assert q.from_words(q.smaller(a, b)).tolist() == [y for _, y in pairs]
+
+
+def test_coordinates_order_beyond_32_bits():
+    rows, columns, row, column = q.coordinates((1 << 20, 3, 1 << 20))
+    assert (rows, columns) == (1 << 20, 3 << 20) and row.shape == (1 << 20, 1, 1) and column.shape == (1, 3, 1 << 20)
+    assert int(column[0, 2, 5]) == 2 * (1 << 20) + 5
+    assert q.coordinates(())[:2] == (1, 1)
+
+
+def test_first_over_rows_and_columns(monkeypatch):
+    """The cut of a leaf with more elements than one word can index, on a small leaf that is split the same way."""
+    chosen = np.random.default_rng(0).random((2, 12, 10)) < 0.5
+    whole = q.coordinates
+    split = lambda shape: (12, 10, jnp.arange(12, dtype=jnp.uint32)[:, None], jnp.arange(10, dtype=jnp.uint32)[None])
+    for coordinates in (whole, split):
+        monkeypatch.setattr(q, "coordinates", coordinates)
+        for quota in (0, 1, 23, 1000):
+            cut, kept = q.first(jnp.asarray(chosen), tuple(jnp.asarray(q.to_words([quota] * 2))))
+            got = np.asarray(q.before(cut, jnp.asarray(chosen, jnp.float32))) & chosen
+            want = chosen & (np.cumsum(chosen.reshape(2, -1), axis=1).reshape(chosen.shape) <= quota)
+            np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(q.from_words(kept), np.minimum(quota, chosen.sum((1, 2))))
+
+
+def test_a_leaf_that_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match="more elements than can be counted"):
+        q.count(jnp.ones((1, 200, 200, 200), bool), 8)
+
+
+def test_threefry_is_threefry():
+    counter = np.random.default_rng(0).integers(0, 2**32, 8, dtype=np.uint32)
+    key = np.array([123, 2**31 + 5], np.uint32)
+    expected = threefry_2x32(jnp.asarray(key), jnp.asarray(counter))  # pairs (i, i + 4)
+    ours = threefry((jnp.asarray(key[0]), jnp.asarray(key[1])), (jnp.asarray(counter[:4]), jnp.asarray(counter[4:])))
+    np.testing.assert_array_equal(ours, expected[:4])
+
+
+def test_random_masks():
+    stacked = {"a": jnp.ones((2, 100, 100)), "b": jnp.ones((2, 100, 100))}
+    mask = lambda seed: (tx := params.random_mask([0.3, 0.7], seed=seed)).merge(tx.match(stacked), stacked)
+    one, other = mask(1), mask(2)
+    for v in one.values():  # 10000 draws: five standard deviations
+        np.testing.assert_allclose(v.mean((1, 2)), [0.3, 0.7], atol=5 * np.sqrt(0.21 / 1e4))
+    assert (one["a"] != one["b"]).any() and (one["a"] != other["a"]).any()
+    assert abs(np.corrcoef(np.asarray(one["a"]).reshape(2, -1))[0, 1]) < 0.05
+    np.testing.assert_array_equal(one["a"], mask(1)["a"])

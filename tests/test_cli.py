@@ -1,0 +1,117 @@
+"""`jaxmerge plan|merge`: what it prints, what it writes, and one clear error with exit code 2."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from jaxmerge import checkpoint, cli, params
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    rule = checkpoint.fsdp(jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)))
+    rng = np.random.default_rng(0)
+    trees = {
+        n: {"w": rng.standard_normal((16, 8)).astype(np.float32), "b": np.float32(i)} for i, n in enumerate(("base", "a", "b"))
+    }
+    for n, t in trees.items():
+        ocp.save(root / n, jax.tree.map(lambda x: jax.device_put(x, rule("", np.shape(x))), t))
+    return root, trees
+
+
+METHODS = {
+    "linear": ("linear", ["--weight", "1", "3"], params.linear([1.0, 3.0])),
+    "task-arithmetic": ("task-arithmetic", ["--scale", "0.5"], params.task_arithmetic(scale=0.5)),
+    "ties": ("ties", ["--density", "0.2", "0.4", "--mesh", "data=2,fsdp=4"], params.ties([0.2, 0.4])),
+    "dare-linear": ("dare-linear", ["--seed", "1"], params.dare_linear(seed=1)),
+    "dare-ties": ("dare-ties", ["--seed", "1", "--mesh", "saved"], params.dare_ties(seed=1)),
+    "slerp": ("slerp", ["--t", "0.3"], params.slerp(0.3)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merges(saved, tmp_path, capsys, name):
+    (root, trees), (method, flags, tx) = saved, METHODS[name]
+    base = [] if method == "slerp" else ["--base", str(root / "base")]
+    command = [
+        "merge",
+        method,
+        *base,
+        "--models",
+        str(root / "a"),
+        str(root / "b"),
+        "--out",
+        str(tmp_path / "out"),
+        *flags,
+    ]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    expected = params.merge(tx, trees["base"] if base else None, [trees["a"], trees["b"]])
+    for n, x in ocp.load(tmp_path / "out").items():
+        np.testing.assert_allclose(x, expected[n], rtol=1e-6, atol=1e-6)
+    printed = capsys.readouterr().out
+    assert "seconds" in printed
+    if method == "ties":
+        assert "20.16 %" not in printed and "19.38 %" in printed and "threshold" in printed  # int(0.2 * 129) = 25 of 129
+
+
+def test_every_method_is_tested():
+    assert METHODS.keys() == cli.METHODS.keys()
+
+
+def test_plan(saved, capsys):
+    root, _ = saved
+    assert cli.main(["plan", "ties", "--base", str(root / "base"), "--models", str(root / "a"), str(root / "b")]) == 0
+    printed = capsys.readouterr().out
+    for part in ("base", "129", "516 B", "float32", "peak memory", "nothing speaks against"):
+        assert part in printed, part
+
+
+def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
+    root, _ = saved
+    models = ["--models", str(root / "a"), str(root / "b")]
+    base, out = ["--base", str(root / "base")], ["--out", str(tmp_path / "out")]
+    ocp.save(tmp_path / "wrong", {"w": jnp.zeros((2, 2)), "b": jnp.float32(0)})
+    for command, message in (
+        (["merge", "ties", *models, *out], "--base"),
+        (["merge", "ties", *models, *base, *out, "--density", "2"], "density must be between 0 and 1"),
+        (["merge", "ties", *models, *base, *out, "--density", "0.1", "0.2", "0.3"], "one number or one per model"),
+        (["merge", "ties", *models, *base, *out, "--mesh", "fsdp=16"], "device_count=16"),
+        (["merge", "ties", *models, *base, *out, "--mesh", "data=8"], "must have an axis fsdp"),
+        (["merge", "ties", *models, *base, *out, "--mesh", "fsdp:8"], "not of the form"),
+        (["merge", "linear", "--models", str(root / "nothing"), *out], "no checkpoint at"),
+        (["merge", "linear", "--models", str(root), *out], "is not an Orbax checkpoint"),
+        (["merge", "linear", *models, "--out", str(root / "base")], "--overwrite"),
+        (
+            ["merge", "linear", "--models", str(root / "a"), str(tmp_path / "wrong"), *out],
+            "shape of w: (2, 2) in wrong",
+        ),
+        (["plan", "linear", "--models", str(root / "a"), str(tmp_path / "wrong")], "shape of w: (2, 2) in wrong"),
+        (["merge", "slerp", "--models", str(root / "a"), *out], "between two models, got 1"),
+        (["merge", "linear", *models], "--out"),
+        (["merge", "average"], "usage: jaxmerge {plan|merge}"),
+        ([], "usage: jaxmerge {plan|merge}"),
+    ):
+        assert cli.main(command) == 2, command
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, (command, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help(capsys):
+    assert cli.main(["--help"]) == 0 and "jaxmerge merge ties" in capsys.readouterr().out
+    assert cli.main(["merge", "ties", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--density" in printed and "--scope" in printed and "--models" in printed
+
+
+def test_starts_without_the_heavy_rooms():
+    code = "import sys, jaxmerge.cli; print([m for m in ('orbax', 'tyro', 'rich', 'flax') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
