@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmerge._plan import Plan, SoftPlan, compose, from_parents, identity, merge, unmerge
+from jaxmerge.params._laws import assert_merge as assert_merge
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 

@@ -44,9 +44,7 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"ViTConfig: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}."
-            )
+            raise ValueError(f"ViTConfig: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
         if self.width % self.num_heads:
             raise ValueError(f"ViTConfig: width {self.width} is not a multiple of num_heads {self.num_heads}.")
         if not self.class_token and (self.pool == "token" or self.distilled):
@@ -138,9 +136,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
         p = config.patch_size
-        self.proj = nnx.Conv(
-            config.channels, config.width, (p, p), strides=(p, p), padding="VALID", dtype=dtype, rngs=rngs
-        )
+        self.proj = nnx.Conv(config.channels, config.width, (p, p), strides=(p, p), padding="VALID", dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
         x = self.proj(images)
@@ -219,9 +215,7 @@ class ViT(nnx.Module):
         """
         expected = (self.config.image_size, self.config.image_size, self.config.channels)
         if images.shape[1:] != expected:
-            raise ValueError(
-                f"ViT: images must have shape (batch, {', '.join(map(str, expected))}), got {images.shape}."
-            )
+            raise ValueError(f"ViT: images must have shape (batch, {', '.join(map(str, expected))}), got {images.shape}.")
         x = self.patch_embed(images).astype(jnp.float32)
         prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
         x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]

@@ -42,9 +42,7 @@ def merged_patches(
     image = np.asarray(image, float)
     image = np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
     if image.shape[0] % rows or image.shape[1] % columns:
-        raise ValueError(
-            f"merged_patches: image {image.shape[:2]} is not a multiple of the grid {grid}; crop it first."
-        )
+        raise ValueError(f"merged_patches: image {image.shape[:2]} is not a multiple of the grid {grid}; crop it first.")
     patch = image.shape[0] // rows, image.shape[1] // columns
     spread = lambda a, k: np.repeat(np.repeat(a, k[0], axis=0), k[1], axis=1)
     pixel_ids = spread(ids, patch)

@@ -113,9 +113,7 @@ def evaluate(model: ViT, data, rs: tuple[int, ...]) -> list[dict]:
     images, labels = jnp.asarray(data[0]), data[1]
     programs, rows = {}, []
     for r in rs:
-        forward = (
-            jax.jit(lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)).lower(state, images).compile()
-        )
+        forward = jax.jit(lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)).lower(state, images).compile()
         left = CONFIG.num_tokens - sum(jm.tokens.schedule(CONFIG.depth, r, n=CONFIG.num_tokens))
         cost = forward.cost_analysis() or {}
         accuracy = float((np.asarray(forward(state, images)).argmax(-1) == labels).mean())

@@ -40,7 +40,7 @@ def assert_merge(
 
     Example:
       >>> import jaxmerge as jm
-      >>> assert_merge(jm.params.linear(), mean=True, linear=True)
+      >>> jm.testing.assert_merge(jm.params.linear(), mean=True, linear=True)
     """
     rng = np.random.default_rng(seed)
     run = jax.jit(lambda stacked: tx.merge(tx.match(stacked), stacked))

@@ -72,9 +72,7 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
     return Plan(match(lax.stop_gradient(metric)), n - r)
 
 
-def schedule(
-    depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int | None = None, protected: int = 0
-) -> list[int]:
+def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int | None = None, protected: int = 0) -> list[int]:
     """How many tokens each layer removes, as Token Merging writes it.
 
     Args:
@@ -107,9 +105,7 @@ def schedule(
         raise ValueError(f"schedule: depth must be 1 or more, got {depth}.")
     if isinstance(r, tuple):
         if len(r) != 2 or not -1 <= r[1] <= 1:
-            raise ValueError(
-                f"schedule: a tuple is (r, inflect) with inflect in [-1, 1], got {r}; use a list for layers."
-            )
+            raise ValueError(f"schedule: a tuple is (r, inflect) with inflect in [-1, 1], got {r}; use a list for layers.")
         low = int(r[0] * (1 - r[1]))
         high = 2 * r[0] - low
         layers = [int(low + (high - low) / (depth - 1) * i) for i in range(depth)] if depth > 1 else [int(r[0])]

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models.load import export, load
@@ -50,9 +49,7 @@ def official_order(metric, r, *, protect):
     even = jnp.broadcast_to(jnp.arange(n) % 2 == 0, ids.shape)
     joined = jnp.take_along_axis(plan.sizes, ids, axis=1) > 1
     moved = even & joined
-    rank = jnp.where(
-        even, jnp.cumsum(jnp.where(even, ~moved, False), axis=1) - 1, (n + 1) // 2 - r + jnp.arange(n) // 2
-    )
+    rank = jnp.where(even, jnp.cumsum(jnp.where(even, ~moved, False), axis=1) - 1, (n + 1) // 2 - r + jnp.arange(n) // 2)
     to = jnp.zeros((len(ids), n - r), jnp.int32)  # our slot -> the official one
     to = jax.vmap(lambda t, i, v: t.at[i].set(v, mode="drop"))(to, jnp.where(moved, n, ids), rank.astype(jnp.int32))
     return jm.compose(jm.Plan(to, n - r), plan)
@@ -69,9 +66,7 @@ def test_equals_the_official_model(tome, official, case):
     def run(img, cot):
         def forward(img):
             model = nnx.merge(graph, state)
-            x, plan = model.features(
-                img.transpose(0, 2, 3, 1), r=r, proportional=p["prop_attn"], matching=official_order
-            )
+            x, plan = model.features(img.transpose(0, 2, 3, 1), r=r, proportional=p["prop_attn"], matching=official_order)
             return model.classify(x, plan), plan
 
         if f"{name}/grad_img" not in tome:
@@ -126,9 +121,7 @@ def test_checkpoints_survive_a_round_trip(kind, images):
     tensors = export(one, torch_name)
     heads = {"head.weight", "head.bias"} | ({"head_dist.weight", "head_dist.bias"} if kind == "distilled" else set())
     norm = "fc_norm" if kind == "mean" else "norm"
-    assert (
-        heads | {f"{norm}.weight", "patch_embed.proj.weight", "blocks.2.attn.qkv.bias", "pos_embed"} <= tensors.keys()
-    )
+    assert heads | {f"{norm}.weight", "patch_embed.proj.weight", "blocks.2.attn.qkv.bias", "pos_embed"} <= tensors.keys()
     assert tensors["patch_embed.proj.weight"].shape == (32, 3, 4, 4)
     assert tensors["blocks.0.mlp.fc1.weight"].shape == (128, 32)
     run = nnx.jit(lambda model: model(images, r=[3]))

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from jaxmerge import testing
@@ -126,9 +125,7 @@ def test_schedules_are_clamped_to_what_is_left():
     assert layers == [50, 50, 48, 24, 12, 6]
     n = 197
     for r in layers:
-        plan = jax.eval_shape(
-            lambda x, r=r: bipartite_matching(x, r, protect=(0,)), jax.ShapeDtypeStruct((n, 4), "float32")
-        )
+        plan = jax.eval_shape(lambda x, r=r: bipartite_matching(x, r, protect=(0,)), jax.ShapeDtypeStruct((n, 4), "float32"))
         n = plan.num_segments
     assert schedule(1, (7, -0.5)) == [7] and schedule(3, (6, 0.0)) == [6, 6, 6]
 
@@ -199,9 +196,7 @@ def test_rows_without_a_direction_are_like_nothing():
 
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
 def test_length_does_not_matter(metric, scale):
-    np.testing.assert_array_equal(
-        bipartite_matching(metric * scale, 5).segment_ids, bipartite_matching(metric, 5).segment_ids
-    )
+    np.testing.assert_array_equal(bipartite_matching(metric * scale, 5).segment_ids, bipartite_matching(metric, 5).segment_ids)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
