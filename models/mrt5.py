@@ -136,9 +136,7 @@ class MrT5(nnx.Module):
         assert logits is not None and gate is not None  # the config names one of the blocks
         return Encoded(x, bias, gate, logits, mask, plan, (*hidden[:-1], x), jnp.mean(jnp.stack(excess)))
 
-    def decode(
-        self, ids: Int[Array, "b t"], encoded: Encoded, *, rngs: nnx.Rngs | None = None
-    ) -> t5.Decoded:
+    def decode(self, ids: Int[Array, "b t"], encoded: Encoded, *, rngs: nnx.Rngs | None = None) -> t5.Decoded:
         """Logits for the id after each of `ids`. Deleted bytes weigh as little here as in the encoder."""
         return self.t5.decode(ids, encoded.states, encoded.key_bias, rngs=rngs)
 

@@ -10,7 +10,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -93,7 +92,7 @@ def save(path: pathlib.Path, tree: Any) -> None:
     """Write an Orbax checkpoint, each device its own part."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(path.absolute(), tree, overwrite=True)
+    ocp.save(str(path.absolute()), tree, overwrite=True)
 
 
 def load(path: pathlib.Path, mesh: Mesh, abstract: Any) -> Any:
@@ -103,7 +102,16 @@ def load(path: pathlib.Path, mesh: Mesh, abstract: Any) -> Any:
     if not path.exists():
         raise ValueError(f"load: there is no checkpoint at {path}.")
     place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-    return ocp.load(path.absolute(), jax.tree.map(place, abstract, sharded(mesh, abstract)))
+    return ocp.load(str(path.absolute()), jax.tree.map(place, abstract, sharded(mesh, abstract)))
+
+
+def load_like(path: pathlib.Path, tree: Any) -> Any:
+    """Read an Orbax checkpoint into the shapes, dtypes and layouts of a tree that is at hand."""
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp.load(
+        str(path.absolute()), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    )
 
 
 def load_params(path: pathlib.Path, mesh: Mesh, config: MrT5Config) -> Params:
@@ -121,13 +129,3 @@ def load_config(path: pathlib.Path) -> MrT5Config:
         raise ValueError(f"load_config: {path} is missing; training writes it beside its checkpoints.")
     fields = json.loads(path.read_text())
     return MrT5Config(**{**fields, "base": T5Config(**fields["base"])})
-
-
-def count(params: Params) -> int:
-    """How many numbers a tree of parameters holds."""
-    return sum(p.size for p in jax.tree.leaves(params))
-
-
-def all_finite(params: Params) -> bool:
-    """Whether no parameter is NaN or infinite."""
-    return all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))

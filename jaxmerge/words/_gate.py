@@ -1,6 +1,6 @@
 """The delete gate: an additive weight per byte, from 0 (stay) down to `scale` (gone), and what training does with it.
 
-    G = k · sigmoid(-z)       k = scale < 0; a byte is deleted where G <= k / 2, that is z <= 0
+G = k · sigmoid(-z)       k = scale < 0; a byte is deleted where G <= k / 2, that is z <= 0
 """
 
 import jax

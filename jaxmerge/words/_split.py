@@ -1,5 +1,6 @@
 """Splitters: where do words begin? On the host, over a whole text at once."""
 
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -70,7 +71,7 @@ def split(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None
     """
     raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     at = [*np.flatnonzero(starts(text, rule=rule, max_bytes=max_bytes)).tolist(), len(raw)]
-    return [raw[i:j] for i, j in zip(at, at[1:], strict=False)]
+    return [raw[i:j] for i, j in itertools.pairwise(at)]
 
 
 def _width(points: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ import numpy as np
 # Word_Break values, in the order of their codes here. A letter can also be an Extended_Pictographic (WB3c), so that
 # property has a bit of its own.
 _WORD_BREAK = (
-    "CR LF Newline Extend ZWJ Format Katakana Hebrew_Letter ALetter Single_Quote Double_Quote MidNumLet MidLetter MidNum "
-    "Numeric ExtendNumLet Regional_Indicator WSegSpace"
-).split()
+    "CR", "LF", "Newline", "Extend", "ZWJ", "Format", "Katakana", "Hebrew_Letter", "ALetter", "Single_Quote", "Double_Quote",
+    "MidNumLet", "MidLetter", "MidNum", "Numeric", "ExtendNumLet", "Regional_Indicator", "WSegSpace",
+)  # fmt: skip
 _CODE = {name: code for code, name in enumerate(_WORD_BREAK, 1)}
 _OTHER = 0
 _PICTOGRAPHIC, PUNCTUATION, LOWER, UPPER, SPACE = 1 << 5, 1 << 6, 1 << 7, 1 << 8, 1 << 9
@@ -42,7 +42,7 @@ def properties(points: np.ndarray) -> np.ndarray:
     for point in fresh:
         char = chr(point)
         found = word_break.match(char)  # pyright: ignore[reportOptionalMemberAccess]
-        code = _CODE[found.lastgroup] if found else _OTHER
+        code = _CODE[str(found.lastgroup)] if found else _OTHER
         table[point] = code | sum(bit for bit, pattern in others if pattern.match(char))
     return table[points]
 

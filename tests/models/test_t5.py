@@ -116,7 +116,7 @@ def test_variants_have_the_published_size(size, millions):
 
 
 def test_bfloat16_computes_low_and_adds_high(case):
-    model, z = case
+    _, z = case
     low = t5.T5(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     load.load(low, state_dict(z), t5.torch_name, ignore=t5.ALIASES)
     ids, mask, labels = (jnp.asarray(z[f"in/{k}"]) for k in ("input_ids", "attention_mask", "labels"))

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from jaxmerge import words
@@ -131,9 +130,11 @@ def test_controller_traces(golden, name, gains):
 
 
 def test_controller_order_differs_from_the_official_on_purpose(golden):
-    """Theirs computes alpha inside the loss of the next micro-batch, so call n uses the alpha of call n - 1; ours returns it from
-    `update` after the step, to the same effect: step n's loss sees what step n - 1's rate decided. On resuming, theirs begins
-    again at 0; ours is a pytree in the checkpoint."""
+    """Theirs updates inside the loss, after using alpha: call n uses the alpha of call n - 1, in evaluation as well.
+
+    Ours returns it from `update`, once per step, to the same effect on the loss. On resuming, theirs begins again at 0; ours is
+    a pytree in the checkpoint.
+    """
     rows = golden("bytes/mrt5_a")["order/loss_ce_gateloss_alpha_after"]
     rate, gate_mean = 36 / 76, -0.17828820645809174 / 0.013
     controller = words.pi_controller(target=0.9, k_p=0.5, k_i=1e-2)
@@ -143,6 +144,15 @@ def test_controller_order_differs_from_the_official_on_purpose(golden):
         np.testing.assert_allclose(ce + gate_loss, loss, atol=1e-5)
         state = controller.update(state, jnp.float32(rate))
         np.testing.assert_allclose(state.alpha, alpha_after, atol=1e-6)
+
+
+def test_a_lower_floor_lets_the_controller_hold_deletion_back():
+    controller = words.pi_controller(target=0.2, lowest=-0.1)
+    state = controller.update(controller.init(), jnp.float32(0.9))
+    assert -0.1 < state.alpha < 0
+    for _ in range(40):
+        state = controller.update(state, jnp.float32(1.0))
+    assert state.alpha == jnp.float32(-0.1)
 
 
 def test_controller_stays_above_zero_and_is_pure():
@@ -205,6 +215,8 @@ def test_bad_arguments(unchecked):
         words.delete_gate(jnp.zeros(3), scale=30.0)
     with pytest.raises(ValueError, match="target must lie between 0 and 1, got 50"):
         words.pi_controller(target=50)
+    with pytest.raises(ValueError, match="lowest must be 0 or less, got 1"):
+        words.pi_controller(target=0.5, lowest=1.0)
     with pytest.raises(ValueError, match="multiple_of must be 1 or more"):
         words.capacity_for([1], multiple_of=0)
     with pytest.raises(ValueError, match="counts must be one or more numbers"):

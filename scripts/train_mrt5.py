@@ -1,0 +1,283 @@
+"""Train a small byte-level MrT5 from scratch, then two experts from it: prose and code.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m scripts.train_mrt5 --out runs/quickstart
+
+The encoder reads 128 bytes, the decoder predicts the 128 that follow. Bytes are deleted after the first encoder block. At
+first nothing is deleted, as in the paper, where a trained ByT5 is the start; then the controller steers deletion to its
+target. Parameters and optimiser state are split over the mesh axis `fsdp`, batches over both axes.
+
+Writes OUT/base, OUT/prose, OUT/code (Orbax, parameters alone), OUT/model.json, OUT/metrics.jsonl, OUT/loss.png, and
+OUT/resume (everything that `--resume` needs to go on as if nothing had happened).
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxmerge import words
+from models import mrt5
+from models.t5 import T5Config
+from scripts import data, evaluate, state
+
+PHASES = ("base", "prose", "code")
+TINY = mrt5.MrT5Config(T5Config(128, 32, 256, 4, 3, 2, softmax1=True, dropout=0.0), gate_layer=1)
+
+
+@dataclasses.dataclass
+class Flags:
+    """What to train, for how long, on which mesh."""
+
+    out: pathlib.Path = pathlib.Path("runs/quickstart")
+    resume: bool = False
+    """Go on from OUT/resume."""
+    model: mrt5.MrT5Config = TINY
+    inputs: int = 128
+    targets: int = 128
+    batch: int = 8
+    steps: int = 1000
+    expert_steps: int = 250
+    lr: float = 3e-3
+    expert_lr: float = 1e-3
+    gate_start: int = 300
+    """The step from which the gate learns; before it, next to nothing is deleted."""
+    target_deletion: float = 0.5
+    controller_p: float = 0.02
+    controller_i: float = 5e-5
+    controller_lowest: float = -0.1
+    """Below 0: so small a model would by itself delete more than half of what it reads."""
+    data: int = 4
+    fsdp: int = 2
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 125
+    save_every: int = 250
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes: what a checkpoint for resuming holds."""
+
+    params: state.Params
+    optimiser: Any
+    controller: words.ControllerState
+    step: jax.Array
+
+
+def initial_params(flags: Flags, mesh: Mesh) -> state.Params:
+    """Fresh parameters with a head start: near bytes weigh more, each head has a slope of its own, and the gate is open."""
+    params = state.init(flags.model, mesh, flags.seed)
+    heads = flags.model.base.num_heads
+    slope = 3.0 * 0.5 ** np.arange(heads)
+    for stack, per_side in (("encoder", flags.model.base.num_buckets // 2), ("decoder", flags.model.base.num_buckets)):
+        bucket = np.arange(flags.model.base.num_buckets) % per_side
+        bias = -np.log1p(bucket)[:, None] * slope[None]
+        params["t5"][stack]["position"] = params["t5"][stack]["position"] + jnp.asarray(bias, jnp.float32)
+    params["gate"]["out"]["bias"] = jnp.full_like(params["gate"]["out"]["bias"], 3.0)
+    return params
+
+
+def optimiser(flags: Flags, phase: str) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay.
+
+    The position bias, a few large numbers, moves ten times as fast; the gate at a fifth, so that the controller can follow it.
+    """
+    steps, lr = (flags.steps, flags.lr) if phase == "base" else (flags.expert_steps, flags.expert_lr)
+    warmup = min(50, steps // 5 + 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps + 1, lr * 0.05)
+
+    def scale(updates, _):
+        factor = lambda path: 10.0 if path[-1].key == "position" else 0.2 if path[0].key == "gate" else 1.0
+        return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates)
+
+    adam = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam, optax.stateless(scale))
+
+
+def make_step(flags: Flags, mesh: Mesh, tx: optax.GradientTransformation, gate_start: int):
+    """One optimiser step: the loss with the controller's alpha, the update, then the controller with the batch's rate."""
+    gains = dict(k_p=flags.controller_p, k_i=flags.controller_i, lowest=flags.controller_lowest)
+    controller = words.pi_controller(target=flags.target_deletion, **gains)
+
+    def step(s: TrainState, ids: jax.Array, labels: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss(params):
+            model = state.to_model(flags.model, state.gathered(mesh, params))
+            return mrt5.loss(model, ids, labels, s.controller.alpha)
+
+        (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(s.params)
+        updates, opt = tx.update(grads, s.optimiser, s.params)
+        active = s.step >= gate_start
+        params: Any = optax.apply_updates(s.params, updates)
+        params["gate"] = jax.tree.map(lambda new, old: jnp.where(active, new, old), params["gate"], s.params["gate"])
+        params = jax.tree.map(jax.lax.with_sharding_constraint, params, state.sharded(mesh, params))
+        after = jax.tree.map(
+            lambda a, b: jnp.where(active, a, b), controller.update(s.controller, metrics["rate"]), s.controller
+        )
+        metrics |= {"loss": total, "alpha": s.controller.alpha}
+        return TrainState(params, opt, after, s.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def fresh(params: state.Params, tx: optax.GradientTransformation, controller: words.ControllerState, mesh: Mesh) -> TrainState:
+    """The state at a phase's first step."""
+    opt = jax.jit(tx.init, out_shardings=state.sharded(mesh, jax.eval_shape(tx.init, params)))(params)
+    whole = lambda x: jax.device_put(x, state.sharded(mesh, x))
+    return TrainState(params, opt, jax.tree.map(whole, controller), whole(jnp.zeros((), jnp.int32)))
+
+
+def batch(flags: Flags, corpora: dict[str, data.Corpus], phase: str, step: int) -> np.ndarray:
+    """The windows of a step: half prose and half code for the base, an expert's own domain for an expert."""
+    rng = np.random.default_rng((flags.seed, PHASES.index(phase), step))
+    domains = data.DOMAINS if phase == "base" else (phase,)
+    rows = [data.draw(corpora[d].train, rng, flags.batch // len(domains), flags.inputs + flags.targets) for d in domains]
+    return np.concatenate(rows).astype(np.int32) + words.OFFSET
+
+
+class Log:
+    """Metrics to a progress bar and to OUT/metrics.jsonl, a line at a time, so that a killed run loses none."""
+
+    def __init__(self, path: pathlib.Path, progress):
+        self.path, self.progress = path, progress
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def run_phase(
+    flags: Flags, phase: str, s: TrainState, step, *, mesh: Mesh, corpora: dict[str, data.Corpus], scorer, log: Log
+) -> TrainState:
+    """Train from where the state stands to the phase's end; save on the way."""
+    steps = flags.steps if phase == "base" else flags.expert_steps
+    first = int(s.step)
+    task = log.progress.add_task(f"{phase:5s}", total=steps, completed=first, text="compiling")
+    began, bytes_seen = time.perf_counter(), 0
+    for i in range(first, steps):
+        windows = jax.device_put(batch(flags, corpora, phase, i), state.batched(mesh))
+        s, metrics = step(s, windows[:, : flags.inputs], windows[:, flags.inputs :])
+        # One step in flight: more of them starve each other's collectives on virtual devices that share few threads.
+        jax.block_until_ready(s)
+        bytes_seen += windows.size
+        if (i + 1) % flags.log_every == 0 or i + 1 == steps:
+            m = {k: float(v) for k, v in metrics.items()}
+            if not np.isfinite(m["loss"]):
+                raise FloatingPointError(f"train_mrt5: the loss of {phase} at step {i} is {m['loss']}; lower --lr.")
+            speed = bytes_seen / (time.perf_counter() - began)
+            began, bytes_seen = time.perf_counter(), 0
+            row = {"phase": phase, "step": i + 1, **m, "bpb": m["ce"] / np.log(2), "bytes_per_s": round(speed)}
+            log.write(row)
+            log.progress.update(
+                task,
+                completed=i + 1,
+                text=f"loss {m['loss']:.2f} bits/byte {row['bpb']:.2f} deleted {m['rate']:.0%} alpha {m['alpha']:.3f} "
+                f"{speed:,.0f} B/s",
+            )
+        if (i + 1) % flags.eval_every == 0 or i + 1 == steps:
+            bits = {d: float(scorer(s.params, d)["bits"].mean()) for d in data.DOMAINS}
+            log.write({"phase": phase, "step": i + 1, "heldout": bits})
+            shown = ", ".join(f"{d} {b:.3f}" for d, b in bits.items())
+            log.progress.console.print(f"{phase:5s} step {i + 1:5d}: held-out bits per byte: {shown}", highlight=False)
+        if (i + 1) % flags.save_every == 0 and i + 1 < steps:
+            keep_for_resume(flags.out, phase, s)
+    if first < steps:
+        keep_for_resume(flags.out, phase, s)
+        state.save(flags.out / phase, s.params)
+    return s
+
+
+def keep_for_resume(out: pathlib.Path, phase: str, s: TrainState) -> None:
+    """Save the whole training state, then drop the one before it (of this phase: the base's last one starts both experts)."""
+    path = out / "resume" / f"{phase}-{int(s.step):06d}"
+    state.save(path, s._asdict())
+    for old in path.parent.glob(f"{phase}-*"):
+        if old != path:
+            shutil.rmtree(old)
+
+
+def latest(out: pathlib.Path, phase: str) -> pathlib.Path | None:
+    """The newest finished state of a phase."""
+    found = sorted(p for p in (out / "resume").glob(f"{phase}-*") if p.name.removeprefix(f"{phase}-").isdigit())
+    return found[-1] if found else None
+
+
+def train(flags: Flags) -> None:
+    """The three phases."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    mesh = state.make_mesh(flags.data, flags.fsdp)
+    if flags.batch % (2 * len(data.DOMAINS)) or flags.batch % mesh.size:
+        raise ValueError(f"train_mrt5: batch must be a multiple of 4 and of the {mesh.size} devices, got {flags.batch}.")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    if not flags.resume:
+        shutil.rmtree(flags.out / "resume", ignore_errors=True)
+        (flags.out / "metrics.jsonl").unlink(missing_ok=True)
+    state.save_config(flags.out / "model.json", flags.model)
+    corpora = {d: data.load(d) for d in data.DOMAINS}
+    scorer = evaluate.Scorer(flags.model, mesh, evaluate.heldout(32, flags.inputs + flags.targets), flags.inputs, 32)
+    columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        log = Log(flags.out / "metrics.jsonl", progress)
+        base, step = None, None
+        for phase in PHASES:
+            tx = optimiser(flags, phase)
+            if base is None:
+                no_alpha = words.pi_controller(target=flags.target_deletion).init()
+                s = fresh(initial_params(flags, mesh), tx, no_alpha, mesh)
+            else:
+                params, controller = jax.tree.map(jnp.copy, (base.params, base.controller))  # a step consumes its state
+                s = fresh(params, tx, controller, mesh)
+            path = latest(flags.out, phase) if flags.resume else None
+            if path is not None:
+                s = TrainState(**state.load_like(path, s._asdict()))
+                progress.console.print(f"{phase:5s} goes on from step {int(s.step)}", highlight=False)
+            if phase != "code":  # both experts share one compiled step
+                step = make_step(flags, mesh, tx, flags.gate_start if phase == "base" else 0)
+            s = run_phase(flags, phase, s, step, mesh=mesh, corpora=corpora, scorer=scorer, log=log)
+            base = s if phase == "base" else base
+    draw(flags)
+
+
+def draw(flags: Flags) -> None:
+    """OUT/loss.png: bits per byte, deletion against its target, alpha."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (flags.out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    offset = {"base": 0, "prose": flags.steps, "code": flags.steps}
+    colour = {"base": "#444444", "prose": "#0072B2", "code": "#D55E00"}  # told apart by colour-blind eyes (Okabe and Ito)
+    for phase in PHASES:
+        train_rows = [r for r in rows if r["phase"] == phase and "loss" in r]
+        x = [r["step"] + offset[phase] for r in train_rows]
+        for axis, key in zip(axes, ("bpb", "rate", "alpha"), strict=True):
+            axis.plot(x, [r[key] for r in train_rows], color=colour[phase], alpha=0.4 if key == "bpb" else 0.9, label=phase)
+        for domain, marker in zip(data.DOMAINS, ("o", "s"), strict=True):
+            tested = [r for r in rows if r["phase"] == phase and "heldout" in r]
+            x = [r["step"] + offset[phase] for r in tested]
+            style = dict(color=colour[phase], marker=marker, linestyle="none", markersize=4)
+            axes[0].plot(x, [r["heldout"][domain] for r in tested], label=f"{phase}, held-out {domain}", **style)
+    axes[1].axhline(flags.target_deletion, color="black", linestyle=":", label="target")
+    axes[1].set_ylim(0, 1)
+    for axis, title in zip(axes, ("bits per byte", "bytes deleted", "alpha, the gate's weight in the loss"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=6, ncols=2)
+    axes[1].legend(fontsize=7)
+    figure.savefig(flags.out / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Flags, description=__doc__))

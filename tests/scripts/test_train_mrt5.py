@@ -1,0 +1,126 @@
+"""The main job at a tiny size: it trains, saves, resumes bit for bit, is evaluated and shown."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from models import mrt5, t5
+from scripts import evaluate, show_bytes, state, train_mrt5
+
+TINY = mrt5.MrT5Config(t5.T5Config(16, 4, 32, 2, 2, 1, softmax1=True, dropout=0.0), gate_layer=1)
+FLAGS = train_mrt5.Flags(
+    model=TINY, inputs=32, targets=16, batch=8, steps=4, expert_steps=2, gate_start=1, log_every=1, eval_every=4, save_every=2
+)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [(r["phase"], r["step"], r["loss"], r["alpha"]) for r in rows(out) if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mrt5")
+    train_mrt5.train(dataclasses.replace(FLAGS, out=out))
+    return out
+
+
+def test_training_leaves_everything(trained):
+    assert {p.name for p in trained.iterdir()} >= {"base", "prose", "code", "model.json", "metrics.jsonl", "loss.png", "resume"}
+    assert [(p, s) for p, s, *_ in losses(trained)] == [
+        *(("base", i) for i in (1, 2, 3, 4)), *(("prose", i) for i in (1, 2)), *(("code", i) for i in (1, 2))
+    ]  # fmt: skip
+    assert all(a == 0 for p, s, _, a in losses(trained) if p == "base" and s <= 2)  # the gate is not steered before it learns
+    assert losses(trained)[3][3] > 0
+    assert [r["step"] for r in rows(trained) if "heldout" in r] == [4, 2, 2]
+
+
+def test_checkpoints_are_plain_sharded_trees(trained):
+    mesh = state.make_mesh(4, 2)
+    params = state.load_params(trained / "base", mesh, TINY)
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    assert all(type(key.key) is str for path, _ in flat for key in path)
+    assert params["t5"]["embedding"].sharding.spec == P("fsdp")
+    assert params["t5"]["encoder"]["blocks"]["1"]["ffn"]["wi_0"]["kernel"].shape == (16, 32)
+    again = state.to_tree(state.to_model(TINY, params))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    experts = [state.load_params(trained / name, mesh, TINY) for name in ("prose", "code")]
+    tables = [np.asarray(p["t5"]["embedding"]) for p in (params, *experts)]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(tables, 2))
+
+
+def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
+    """Stopped in the middle of the base, as a killed run is: after the save at step 2, before anything else."""
+    flags = dataclasses.replace(FLAGS, out=tmp_path)
+
+    class Stop(Exception):
+        pass
+
+    save = train_mrt5.keep_for_resume
+    with monkeypatch.context() as m:
+
+        def save_and_stop(out, phase, s):
+            save(out, phase, s)
+            raise Stop
+
+        m.setattr(train_mrt5, "keep_for_resume", save_and_stop)
+        with pytest.raises(Stop):
+            train_mrt5.train(flags)
+    assert [s for _, s, *_ in losses(tmp_path)] == [1, 2]
+    train_mrt5.train(dataclasses.replace(flags, resume=True))
+    assert losses(tmp_path) == losses(trained)  # bit for bit
+    mesh = state.make_mesh(4, 2)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state.load_params(tmp_path / "code", mesh, TINY),
+        state.load_params(trained / "code", mesh, TINY),
+    )
+
+
+def test_evaluation(trained):
+    flags = evaluate.Flags(
+        (f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, inputs=32, targets=16, rows=8
+    )
+    evaluate.main(flags)
+    result = json.loads((trained / "evaluation.json").read_text())
+    assert set(result["rows"]) == {"base", "code"} and set(result["baselines"]) == {"byte frequency", "order-2 bytes"}
+    for row in result["rows"].values():
+        for d in row.values():
+            assert 0 <= d["deleted"] <= 1 and d["overflow"] == 0 and 0 < d["soft"] < 20
+            assert d["hard"] == pytest.approx(d["soft"], abs=0.5)
+    with pytest.raises(ValueError, match=r"NAME=PATH; got \['nothing'\]"):
+        evaluate.evaluate(dataclasses.replace(flags, checkpoints=("nothing",)))
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        evaluate.evaluate(dataclasses.replace(flags, checkpoints=(f"x={trained / 'absent'}",)))
+
+
+def test_pictures(trained, tmp_path, capsys):
+    page = tmp_path / "page.txt"
+    page.write_bytes("Grüße & <b>\n".encode() + b"\xff" + "漢字 end".encode())
+    flags = show_bytes.Flags(trained / "base", out=tmp_path / "d.html", file=page, inputs=32)
+    show_bytes.main(flags)
+    chars, threshold = show_bytes.show(flags)
+    assert "".join(c for c, _ in chars) == "Grüße & <b>\n\ufffd漢字 end"
+    assert all(-30 <= g <= 0 for _, g in chars) and threshold == -15
+    text = flags.out.read_text()
+    assert text.count("<span") == len(chars) + 2 and "&lt;" in text and 'title="gate -' in text
+    assert "characters" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there is no file"):
+        show_bytes.show(dataclasses.replace(flags, file=tmp_path / "absent"))
+
+
+def test_bad_flags(tmp_path):
+    with pytest.raises(ValueError, match="batch must be a multiple of 4 and of the 8 devices, got 6"):
+        train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, batch=6))
+    with pytest.raises(ValueError, match="3 x 2 must equal the number of devices, 8"):
+        state.make_mesh(3, 2)
+    with pytest.raises(ValueError, match=r"model\.json is missing"):
+        state.load_config(tmp_path / "model.json")
