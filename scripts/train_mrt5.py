@@ -80,7 +80,8 @@ def initial_params(flags: Flags, mesh: Mesh) -> state.Params:
         bucket = np.arange(flags.model.base.num_buckets) % per_side
         bias = -np.log1p(bucket)[:, None] * slope[None]
         params["t5"][stack]["position"] = params["t5"][stack]["position"] + jnp.asarray(bias, jnp.float32)
-    params["gate"]["out"]["bias"] = jnp.full_like(params["gate"]["out"]["bias"], 3.0)
+    gate = params["gate"]["out"]
+    gate["kernel"], gate["bias"] = jnp.zeros_like(gate["kernel"]), jnp.full_like(gate["bias"], 3.0)
     return params
 
 
