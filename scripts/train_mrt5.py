@@ -43,6 +43,8 @@ class Flags:
     inputs: int = 128
     targets: int = 128
     batch: int = 8
+    experts: bool = True
+    """Whether the two experts follow the base."""
     steps: int = 1000
     expert_steps: int = 250
     lr: float = 3e-3
@@ -227,7 +229,7 @@ def train(flags: Flags) -> None:
     with Progress(*columns, TimeElapsedColumn()) as progress:
         log = Log(flags.out / "metrics.jsonl", progress)
         base, step = None, None
-        for phase in PHASES:
+        for phase in PHASES if flags.experts else ("base",):
             tx = optimiser(flags, phase)
             if base is None:
                 no_alpha = words.pi_controller(target=flags.target_deletion).init()
