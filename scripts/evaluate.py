@@ -119,14 +119,16 @@ def evaluate(flags: Flags) -> dict[str, Any]:
 
 def table(result: dict[str, Any]):
     """The figures as a rich table; the best of each column is bold."""
+    from rich import box
     from rich.table import Table
 
     rows = result["rows"]
-    out = Table(title=f"Held-out bits per byte (the next {result['targets']} bytes after {result['inputs']})")
-    out.add_column("")
+    title = f"Held-out bits per byte (the next {result['targets']} bytes after {result['inputs']})"
+    out = Table(title=title, box=box.SIMPLE)
+    out.add_column("", no_wrap=True)
     for domain in data.DOMAINS:
         for column in ("soft", "hard", "deleted"):
-            out.add_column(f"{domain} {column}", justify="right")
+            out.add_column(f"{domain}\n{column}", justify="right", no_wrap=True)
     best = {(d, c): min(r[d][c] for r in rows.values()) for d in data.DOMAINS for c in ("soft", "hard")}
     for name, row in rows.items():
         cells = []

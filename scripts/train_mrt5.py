@@ -3,7 +3,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m scripts.train_mrt5 --out runs/quickstart
 
 The encoder reads 128 bytes, the decoder predicts the 128 that follow. Bytes are deleted after the first encoder block. At
-first nothing is deleted, as in the paper, where a trained ByT5 is the start; then the controller steers deletion to its
+first the gate is fixed and mostly open (the paper starts from a trained ByT5); then the controller steers deletion to its
 target. Parameters and optimiser state are split over the mesh axis `fsdp`, batches over both axes.
 
 Writes OUT/base, OUT/prose, OUT/code (Orbax, parameters alone), OUT/model.json, OUT/metrics.jsonl, OUT/loss.png, and
@@ -43,12 +43,14 @@ class Flags:
     inputs: int = 128
     targets: int = 128
     batch: int = 8
+    experts: bool = True
+    """Whether the two experts follow the base."""
     steps: int = 1000
     expert_steps: int = 250
     lr: float = 3e-3
     expert_lr: float = 1e-3
     gate_start: int = 300
-    """The step from which the gate learns; before it, next to nothing is deleted."""
+    """The step from which the gate learns; before it, little is deleted."""
     target_deletion: float = 0.5
     controller_p: float = 0.02
     controller_i: float = 5e-5
@@ -80,6 +82,7 @@ def initial_params(flags: Flags, mesh: Mesh) -> state.Params:
         bucket = np.arange(flags.model.base.num_buckets) % per_side
         bias = -np.log1p(bucket)[:, None] * slope[None]
         params["t5"][stack]["position"] = params["t5"][stack]["position"] + jnp.asarray(bias, jnp.float32)
+    # The gate's kernel stays random: from zero, all bytes cross the threshold together and the controller never settles.
     params["gate"]["out"]["bias"] = jnp.full_like(params["gate"]["out"]["bias"], 3.0)
     return params
 
@@ -226,7 +229,7 @@ def train(flags: Flags) -> None:
     with Progress(*columns, TimeElapsedColumn()) as progress:
         log = Log(flags.out / "metrics.jsonl", progress)
         base, step = None, None
-        for phase in PHASES:
+        for phase in PHASES if flags.experts else ("base",):
             tx = optimiser(flags, phase)
             if base is None:
                 no_alpha = words.pi_controller(target=flags.target_deletion).init()

@@ -99,8 +99,8 @@ def softmax1(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> jm.words.softmax1(jnp.array([0.0, 0.0, -1e30])).round(3).tolist()
-      [0.333, 0.333, 0.0]
+      >>> jm.words.softmax1(jnp.array([0.0, jnp.log(2.0), -1e30])).round(3).tolist()
+      [0.25, 0.5, 0.0]
 
     Source: MrT5 (arXiv:2410.20771), after Miller, "Attention is off by one" (2023).
     """

@@ -59,7 +59,7 @@ def test_checkpoints_are_plain_sharded_trees(trained):
 
 def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
     """Stopped in the middle of the base, as a killed run is: after the save at step 2, before anything else."""
-    flags = dataclasses.replace(FLAGS, out=tmp_path)
+    flags = dataclasses.replace(FLAGS, out=tmp_path, experts=False)
 
     class Stop(Exception):
         pass
@@ -76,12 +76,12 @@ def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
             train_mrt5.train(flags)
     assert [s for _, s, *_ in losses(tmp_path)] == [1, 2]
     train_mrt5.train(dataclasses.replace(flags, resume=True))
-    assert losses(tmp_path) == losses(trained)  # bit for bit
+    assert losses(tmp_path) == losses(trained)[:4]  # bit for bit
     mesh = state.make_mesh(4, 2)
     jax.tree.map(
         np.testing.assert_array_equal,
-        state.load_params(tmp_path / "code", mesh, TINY),
-        state.load_params(trained / "code", mesh, TINY),
+        state.load_params(tmp_path / "base", mesh, TINY),
+        state.load_params(trained / "base", mesh, TINY),
     )
 
 
