@@ -19,7 +19,7 @@ python -m scripts.train_mrt5 --out "$out"
 step "2. Four merges of the sharded checkpoints, on the mesh, without gathering"
 merge() { jaxmerge merge "$1" --base "$out/base" --models "$out/prose" "$out/code" --out "$out/$1" --overwrite "${@:2}"; }
 jaxmerge merge linear --models "$out/prose" "$out/code" --out "$out/linear" --overwrite
-merge task-arithmetic --scale 0.5
+merge task-arithmetic --scale 0.6
 merge ties --density 0.5 --scale 0.7
 merge dare-linear --density 0.5 --scale 0.5 --seed 0
 

@@ -45,11 +45,11 @@ class Flags:
     batch: int = 8
     experts: bool = True
     """Whether the two experts follow the base."""
-    steps: int = 1000
-    expert_steps: int = 250
+    steps: int = 750
+    expert_steps: int = 200
     lr: float = 3e-3
     expert_lr: float = 1e-3
-    gate_start: int = 300
+    gate_start: int = 200
     """The step from which the gate learns; before it, little is deleted."""
     target_deletion: float = 0.5
     controller_p: float = 0.02
@@ -60,7 +60,7 @@ class Flags:
     fsdp: int = 2
     seed: int = 0
     log_every: int = 10
-    eval_every: int = 125
+    eval_every: int = 150
     save_every: int = 250
 
 
