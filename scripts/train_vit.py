@@ -36,7 +36,7 @@ CONFIG = ViTConfig(
 def main(
     *,
     out: pathlib.Path = pathlib.Path("runs/vit"),
-    steps: int = 800,
+    steps: int = 700,
     batch: int = 32,
     learning_rate: float = 4e-3,
     train_r: int = 16,
