@@ -53,8 +53,8 @@ def test_readme_commands_exist():
             assert importlib.util.find_spec(found[1]), line
         elif found := re.match(r"bash (\S+)", line):
             assert (ROOT / found[1]).exists(), line
-        elif found := re.match(r"jaxmerge (\w+)", line):
-            command = [sys.executable, "-m", "jaxmerge.cli", found[1], "--help"]
+        elif found := re.match(r"jaxmerge (\w+) ([\w-]+)", line):
+            command = [sys.executable, "-m", "jaxmerge.cli", *found.groups(), "--help"]
             assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, line
 
 

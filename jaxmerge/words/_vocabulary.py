@@ -1,6 +1,9 @@
 """Bytes as ids, as ByT5 numbers them: byte b is b + 3, below are pad, end of sequence and unknown."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from jaxtyping import ArrayLike, Int
 
 PAD, EOS, UNK = 0, 1, 2
 OFFSET = 3
@@ -22,7 +25,7 @@ def to_ids(text: str | bytes) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).astype(np.int32) + OFFSET
 
 
-def to_bytes(ids: np.ndarray) -> bytes:
+def to_bytes(ids: Int[ArrayLike, "n"] | Sequence[int]) -> bytes:
     """The bytes that a row of ids spells, specials and unused ids left out.
 
     Law:
