@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
+
+from jaxmerge import _segments as segments
 
 Reduce = Literal["mean", "sum", "max", "first"]
 
@@ -82,9 +84,7 @@ class Plan:
     @property
     def sizes(self) -> Int[Array, "*batch m"]:
         """Positions in each segment: A 1. An empty slot has size 0."""
-        count = lambda plan: jnp.sum(plan.matrix, axis=-1, dtype=jnp.int32)
-        scatter = lambda plan: _segment_sum(plan, jnp.ones_like(plan.segment_ids, jnp.int32))
-        return lax.platform_dependent(self, tpu=count, default=scatter)
+        return segments.counts(self.segment_ids, self.num_segments)
 
     @property
     def overflow(self) -> Int[Array, "*batch"]:
@@ -253,12 +253,12 @@ def unmerge(
         y = jnp.asarray(y)
         _check_leading(y, batch_m, "unmerge", "y")
         if isinstance(plan, SoftPlan):
-            x = _matmul(jnp.swapaxes(plan.weights, -1, -2), y)
+            x = segments.matmul(jnp.swapaxes(plan.weights, -1, -2), y)
         elif plan.num_segments == 0:
             x = jnp.zeros((*kept.shape, *y.shape[kept.ndim :]), y.dtype)
         else:
-            x = _take(jnp.where(kept, plan.segment_ids, 0), y)
-        return _fill(~kept, x.astype(y.dtype), fill)
+            x = segments.take(jnp.where(kept, plan.segment_ids, 0), y)
+        return segments.fill(~kept, x.astype(y.dtype), fill)
 
     return jax.tree.map(one, y)
 
@@ -293,12 +293,12 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
     if _batch(outer) != _batch(inner):
         raise ValueError(f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one.")
     if isinstance(outer, SoftPlan) or isinstance(inner, SoftPlan):
-        return SoftPlan(_matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
+        return SoftPlan(segments.matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
     ids = inner.segment_ids
     beyond = jnp.where(ids < 0, -1, outer.num_segments)
     if inner.num_segments == 0:
         return Plan(beyond.astype(jnp.int32), outer.num_segments)
-    onward = _take(jnp.where(inner.kept, ids, 0), outer.segment_ids)
+    onward = segments.take(jnp.where(inner.kept, ids, 0), outer.segment_ids)
     return Plan(jnp.where(inner.kept, onward, beyond).astype(jnp.int32), outer.num_segments)
 
 
@@ -335,20 +335,15 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan
       [0, 0, 1, 0]
     """
     to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
-    n, here = to.shape[-1], _positions(to)
+    n, here = to.shape[-1], segments.positions(to)
     inside = (to >= 0) & (to < n)
     is_root = inside & (to == here)
     to = jnp.where(inside, to, here)
     for _ in range(max(n - 1, 0).bit_length()):  # pointer jumping: a chain of n needs log2 n doublings
-        to = _take(to, to)
+        to = segments.take(to, to)
     rank = jnp.cumsum(is_root, axis=-1, dtype=jnp.int32) - 1
-    ids = jnp.where(_take(to, is_root), _take(to, rank), -1) if n else rank
+    ids = jnp.where(segments.take(to, is_root), segments.take(to, rank), -1) if n else rank
     return Plan(ids, num_segments)
-
-
-# --- how a plan touches an array -----------------------------------------------------------------------------------
-# Every gather and scatter below is batched (vmap), takes its layout from the array it works on, and names no mesh. So it
-# partitions over batch and feature axes without a collective, under Auto and Explicit axes alike.
 
 
 def _batch(plan: Plan | SoftPlan) -> tuple[int, ...]:
@@ -359,11 +354,6 @@ def _dtype(plan: Plan | SoftPlan) -> Any:
     return jnp.float32 if isinstance(plan, Plan) else plan.weights.dtype
 
 
-def _accumulator(dtype: Any) -> Any:
-    """float32 or wider for floating point; exact types as they are."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
-
-
 def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) -> None:
     if x.shape[: len(expected)] != expected:
         raise ValueError(
@@ -372,46 +362,11 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
         )
 
 
-def _like(w: Array, x: Array) -> Array:
-    """w with trailing axes of length 1, to broadcast over the features of x."""
-    return w.reshape(*w.shape, *(1,) * (x.ndim - w.ndim))
-
-
-def _fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
-    """x with a value written where a mask over its leading axes says; x's layout wins."""
-    return jnp.where(_like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
-
-
-def _positions(ids: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-    """0 to n - 1 in every row, laid out as ids are."""
-    return lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1) + jnp.zeros_like(ids, jnp.int32)
-
-
-def _batched(f: Callable[..., Array], rank: int) -> Callable[..., Array]:
-    for _ in range(rank):
-        f = jax.vmap(f)
-    return f
-
-
-def _take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """x[batch, indices[batch, i]]: indices are known to be in bounds."""
-    return _batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
-
-
-def _blank(x: Array, m: int, value: Any) -> Array:
-    """(m, *features) of one value, laid out as x (n, *features) is."""
-    row = jnp.full_like(x[:1], value) if x.shape[0] else jnp.full((1, *x.shape[1:]), value, x.dtype)
-    return jnp.broadcast_to(row, (m, *x.shape[1:]))
-
-
-def _slots(plan: Plan) -> Int[Array, "*batch n"]:
-    """Segment ids with every drop sent past the end, where scatters ignore it."""
-    return jnp.where(plan.kept, plan.segment_ids, plan.num_segments)
-
-
 def _apply(plan: Plan | SoftPlan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """A x, accumulated in float32 or wider."""
-    return _segment_sum(plan, x) if isinstance(plan, Plan) else _matmul(plan.weights, x)
+    if isinstance(plan, Plan):
+        return segments.sums(plan.segment_ids, plan.num_segments, x)
+    return segments.matmul(plan.weights, x)
 
 
 def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callable[[Array], Array]:
@@ -429,52 +384,18 @@ def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callabl
 
     def rows(x):
         if weight is not None:
-            x = x.astype(jnp.promote_types(_accumulator(x.dtype), weight.dtype)) * _like(weight, x)
+            x = x.astype(jnp.promote_types(segments.accumulator(x.dtype), weight.dtype)) * segments.like(weight, x)
         y = _apply(plan, x)
-        return _fill(empty, y / _like(jnp.where(empty, 1, mass), y), 0) if mean else y
+        return segments.fill(empty, y / segments.like(jnp.where(empty, 1, mass), y), 0) if mean else y
 
     return rows
 
 
 def _chosen_rows(plan: Plan, *, largest: bool) -> Callable[[Array], Array]:
     """x -> the elementwise maximum of each segment, or its first row."""
+    ids, m = plan.segment_ids, plan.num_segments
     empty = plan.sizes == 0
-    first = jnp.where(empty, 0, _first(plan))
-    return lambda x: _fill(empty, _segment_max(plan, x) if largest else _take(first, x), 0)
-
-
-def _segment_sum(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    m, rank = plan.num_segments, plan.segment_ids.ndim - 1
-
-    def scatter(ids, kept, x):
-        x = x.astype(_accumulator(x.dtype))
-        return _batched(lambda i, x: _blank(x, m, 0).at[i].add(x, mode="drop"), rank)(ids, x)
-
-    def one_hot(ids, kept, x):  # scatters serialise on TPU; the matrix unit does not
-        x = jnp.where(_like(kept, x), x, jnp.zeros((), x.dtype))
-        return _matmul(jax.nn.one_hot(ids, m, axis=-2, dtype=x.dtype), x)
-
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return scatter(_slots(plan), plan.kept, x)
-    return lax.platform_dependent(_slots(plan), plan.kept, x, tpu=one_hot, default=scatter)
-
-
-def _segment_max(plan: Plan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else False if x.dtype == bool else jnp.iinfo(x.dtype).min
-    put = lambda i, x: _blank(x, plan.num_segments, low).at[i].max(x, mode="drop")
-    return _batched(put, plan.segment_ids.ndim - 1)(_slots(plan), x)
-
-
-def _first(plan: Plan) -> Int[Array, "*batch m"]:
-    """The lowest position in each segment; n for an empty one."""
-    n, ids = plan.num_positions, _slots(plan)
-    put = lambda i, p: _blank(p, plan.num_segments, n).at[i].min(p, mode="drop")
-    return _batched(put, ids.ndim - 1)(ids, _positions(ids))
-
-
-def _matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """A x over the axis that the plan names, accumulated in float32 or wider, features of any rank."""
-    rank = a.ndim - 2
-    dims = (((rank + 1,), (rank,)), (tuple(range(rank)), tuple(range(rank))))
-    wide = jnp.promote_types(a.dtype, x.dtype)
-    return lax.dot_general(a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=_accumulator(wide))
+    if largest:
+        return lambda x: segments.fill(empty, segments.maxima(ids, m, x), 0)
+    first = jnp.where(empty, 0, segments.firsts(ids, m))
+    return lambda x: segments.fill(empty, segments.take(first, x), 0)

@@ -19,9 +19,17 @@ ALLOWED = {
     "models": LIGHT | {"flax", "models"},
     "scripts": LIGHT | {"flax", "optax", "orbax", "rich", "tyro", "models", "scripts", "sklearn", "matplotlib", "PIL"},
 }
-BELOW = {"_plan": set(), "attention": {"_plan"}, "tokens": {"_plan", "attention"}, "words": {"_plan", "attention", "tokens"},
-         "params": {"_plan"}, "checkpoint": {"_plan", "params"}, "testing": {"_plan", "params"},
-         "cli": {"_plan", "params", "checkpoint"}}  # fmt: skip
+BELOW = {
+    "_segments": set(),
+    "_plan": {"_segments"},
+    "attention": {"_plan"},
+    "tokens": {"_plan", "attention"},
+    "words": {"_plan", "attention", "tokens"},
+    "params": {"_plan"},
+    "checkpoint": {"_plan", "params"},
+    "testing": {"_plan", "params"},
+    "cli": {"_plan", "params", "checkpoint"},
+}
 
 
 def modules():
