@@ -19,7 +19,7 @@ from jaxmerge.checkpoint import _orbax
 from jaxmerge.checkpoint._plan import BATCH_BYTES, CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._sharding import Rule
 from jaxmerge.params._stack import Integers, add_leaf, reduced, stack_leaf
-from jaxmerge.params._transform import MergeTransform, Step
+from jaxmerge.params._transform import MergeTransform, Step, settled
 
 
 class Progress(NamedTuple):
@@ -135,7 +135,7 @@ def merge(
             for _, arrays in stream():
                 for n, leaves in arrays.items():
                     read = _reader(steps[:i], survey.read, headers.shardings[n], has_base)
-                    counts[n] = read(query, [s[n] for s in settings[:i]], leaves)
+                    counts[n] = settled(read(query, [s[n] for s in settings[:i]], leaves))
                 counts = {n: c if isinstance(c, np.ndarray) else _from_halves(c) for n, c in counts.items()}
             query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
         settings[i] = survey.finish(notes, settings[i])
@@ -146,7 +146,8 @@ def merge(
         for batch, arrays in stream():
             written, small = {}, {}
             for n, leaves in arrays.items():
-                written[n], *small[n] = _merger(steps, headers.shardings[n], has_base)([s[n] for s in settings], leaves)
+                work = _merger(steps, headers.shardings[n], has_base)
+                written[n], *small[n] = settled(work([s[n] for s in settings], leaves))
             for n, (plans, strange) in small.items():
                 found[n] = jax.tree.map(np.asarray, plans)
                 if np.any(strange):

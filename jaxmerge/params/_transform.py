@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
 Stacked = PyTree[Float[Array, "_K ..."]]
@@ -153,7 +154,7 @@ def _transform(steps: tuple[Step, ...]) -> MergeTransform:
 def _merge(steps: tuple[Step, ...], plan: Plan, stacked: Stacked) -> Stacked:
     leaves, treedef = named_leaves(stacked)
     for step, plans in zip(steps, plan, strict=True):
-        leaves = {name: step.merge(plans[name], x) for name, x in leaves.items()}
+        leaves = {name: settled(step.merge(plans[name], x)) for name, x in leaves.items()}
     return jax.tree.unflatten(treedef, list(leaves.values()))
 
 
@@ -165,11 +166,18 @@ def fold(steps: tuple[Step, ...], stacked: Stacked) -> tuple[Plan, Stacked]:
     for step in steps:
         settings = {name: step.settings(name, leaves[name].shape) for name in ordered}
         if step.survey is not None:
-            settings = step.survey.settle(settings, {name: leaves[name] for name in ordered})
-        plans = {name: step.match(settings[name], leaves[name]) for name in ordered}
-        leaves = {name: step.merge(plans[name], x) for name, x in leaves.items()}
+            settings = settled(step.survey.settle(settings, {name: leaves[name] for name in ordered}))
+        plans = {name: settled(step.match(settings[name], leaves[name])) for name in ordered}
+        leaves = {name: settled(step.merge(plans[name], x)) for name, x in leaves.items()}
         plan.append(plans)
     return tuple(plan), jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def settled(x: Any) -> Any:
+    """x, computed where devices are virtual: XLA's CPU collectives of several programs in flight starve each other of threads,
+    and the process is aborted. Accelerators queue per device and are not waited for; nor is anything inside jit."""
+    concrete = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
+    return jax.block_until_ready(x) if concrete and jax.default_backend() == "cpu" and jax.device_count() > 1 else x
 
 
 def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
