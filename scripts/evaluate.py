@@ -30,7 +30,7 @@ class Flags:
     """NAME=PATH for every row; each an Orbax checkpoint of parameters."""
     out: pathlib.Path = pathlib.Path("runs/quickstart")
     """Where evaluation.json goes, and where training left model.json."""
-    windows: int = 128
+    windows: int = 256
     """Held-out windows per domain."""
     inputs: int = 128
     """Bytes that the encoder reads."""
