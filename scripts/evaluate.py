@@ -38,8 +38,9 @@ class Flags:
     """Bytes that the decoder predicts."""
     rows: int = 64
     """Windows per forward pass."""
-    data: int = 4
-    fsdp: int = 2
+    data: int | None = None
+    fsdp: int | None = None
+    """The mesh: by default parameters are split in two, and batches over all devices."""
 
 
 def score(

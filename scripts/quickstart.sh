@@ -3,11 +3,11 @@
 #
 #   bash scripts/quickstart.sh [OUT]      OUT is runs/quickstart unless named; about 5 minutes on two CPU cores
 #
-# Eight virtual devices stand in for a pod; on real ones set JAX_PLATFORMS=tpu (or cuda).
+# Eight virtual devices stand in for a pod; on real ones: EXTRAS=tpu JAX_PLATFORMS=tpu (or EXTRAS=cuda13 JAX_PLATFORMS=cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
-bash scripts/setup.sh train,viz
+bash scripts/setup.sh "train,viz${EXTRAS:+,$EXTRAS}"
 export PATH="$PWD/.venv/bin:$PATH" JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"
 

@@ -6,6 +6,7 @@ Parameters are nested dicts of arrays with string keys, so that any tool can rea
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -19,11 +20,14 @@ from models.t5 import T5Config
 Params = dict[str, Any]
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """The mesh, or a clear word when the devices do not fit it."""
-    if data * fsdp != len(jax.devices()):
+def make_mesh(data: int | None = None, fsdp: int | None = None) -> Mesh:
+    """The mesh, or a clear word when the devices do not fit it. By default parameters are split in two."""
+    devices = jax.device_count()
+    fsdp = (math.gcd(devices, 2) if data is None else devices // data) if fsdp is None else fsdp
+    data = devices // fsdp if data is None else data
+    if data * fsdp != devices:
         raise ValueError(
-            f"make_mesh: data x fsdp = {data} x {fsdp} must equal the number of devices, {len(jax.devices())}; "
+            f"make_mesh: data x fsdp = {data} x {fsdp} must equal the number of devices, {devices}; "
             "on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=8 or choose other sizes."
         )
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

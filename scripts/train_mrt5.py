@@ -56,8 +56,9 @@ class Flags:
     controller_i: float = 5e-5
     controller_lowest: float = -0.1
     """Below 0: so small a model would by itself delete more than half of what it reads."""
-    data: int = 4
-    fsdp: int = 2
+    data: int | None = None
+    fsdp: int | None = None
+    """The mesh: by default parameters are split in two, and batches over all devices."""
     seed: int = 0
     log_every: int = 10
     eval_every: int = 150

@@ -122,5 +122,7 @@ def test_bad_flags(tmp_path):
         train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, batch=6))
     with pytest.raises(ValueError, match="3 x 2 must equal the number of devices, 8"):
         state.make_mesh(3, 2)
+    assert dict(state.make_mesh().shape) == {"data": 4, "fsdp": 2} == dict(state.make_mesh(fsdp=2).shape)
+    assert dict(state.make_mesh(data=1).shape) == {"data": 1, "fsdp": 8}
     with pytest.raises(ValueError, match=r"model\.json is missing"):
         state.load_config(tmp_path / "model.json")
