@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job, end to end, on text and images that Python and scikit-learn carry: train, specialise, merge, look.
 #
-#   bash scripts/quickstart.sh [OUT]      OUT is runs/quickstart unless named; about 5 minutes on two CPU cores
+#   bash scripts/quickstart.sh [OUT]      OUT is runs/quickstart unless named; 5 to 6 minutes on two CPU cores
 #
 # Eight virtual devices stand in for a pod; on real ones: EXTRAS=tpu JAX_PLATFORMS=tpu (or EXTRAS=cuda13 JAX_PLATFORMS=cuda).
 set -euo pipefail
