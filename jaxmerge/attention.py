@@ -143,7 +143,8 @@ def proportional_attention(
     """Attention in which every key weighs what it stands for: `jax.nn.dot_product_attention` with a key bias.
 
     Args:
-      q, k, v: heads before features; fewer key heads than query heads are shared (GQA).
+      q, k, v: heads before features, with one batch axis or none (vmap over more); fewer key heads than query heads are
+        shared (GQA).
       bias: from `key_bias`; None before the first merge.
       mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`.
 
@@ -163,8 +164,6 @@ def proportional_attention(
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
     b = None if bias is None else bias[..., None, None, :]
-    if b is not None and q.ndim == 3:
-        b = b[0] if b.ndim == 4 else b
     return jax.nn.dot_product_attention(
         q, k, v, bias=b, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
     )
