@@ -316,7 +316,7 @@ def identity(n: int, batch: tuple[int, ...] = ()) -> Plan:
     return Plan(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n)), n)
 
 
-def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan:
+def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops: int | None = None) -> Plan:
     """The plan in which every position follows its parent to a root; segments are numbered in the roots' order.
 
     This is how most planners speak: "token i merges into token j". A position that is its own parent is a root. Chains are
@@ -325,9 +325,10 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan
     Args:
       parents: the position that each position merges into.
       num_segments: m, room for that many roots. What hangs on further roots is counted by `overflow`.
+      hops: the longest chain to follow, if it is known: 1 where every parent is a root. None follows all.
 
     Raises:
-      ValueError: `parents` has no axis. TypeError: `parents` are not integers.
+      ValueError: `parents` has no axis; hops below 1. TypeError: `parents` are not integers.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -336,10 +337,13 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int) -> Plan
     """
     to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
     n, here = to.shape[-1], segments.positions(to)
+    if hops is not None and hops < 1:
+        raise ValueError(f"from_parents: hops must be 1 or more, got {hops}.")
     inside = (to >= 0) & (to < n)
     is_root = inside & (to == here)
     to = jnp.where(inside, to, here)
-    for _ in range(max(n - 1, 0).bit_length()):  # pointer jumping: a chain of n needs log2 n doublings
+    longest = n - 1 if hops is None else min(hops, n - 1)
+    for _ in range(max(longest - 1, 0).bit_length()):  # pointer jumping: a chain of h needs log2 h doublings
         to = segments.take(to, to)
     rank = jnp.cumsum(is_root, axis=-1, dtype=jnp.int32) - 1
     ids = jnp.where(segments.take(to, is_root), segments.take(to, rank), -1) if n else rank

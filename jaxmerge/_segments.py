@@ -18,7 +18,7 @@ def sums(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shaped
 
     def scatter(ids, x):
         x = x.astype(accumulator(x.dtype))
-        return _batched(lambda i, x: _blank(x, m, 0).at[_slots(i, m)].add(x, mode="drop"), ids.ndim - 1)(ids, x)
+        return batched(lambda i, x: _blank(x, m, 0).at[_slots(i, m)].add(x, mode="drop"), ids.ndim - 1)(ids, x)
 
     def one_hot(ids, x):  # scatters serialise on TPU; the matrix unit does not
         x = jnp.where(like((ids >= 0) & (ids < m), x), x, jnp.zeros((), x.dtype))
@@ -40,18 +40,18 @@ def maxima(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shap
     """The elementwise maximum of each segment; of an empty one, the least value that the dtype has."""
     low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else False if x.dtype == bool else jnp.iinfo(x.dtype).min
     put = lambda i, x: _blank(x, m, low).at[_slots(i, m)].max(x, mode="drop")
-    return _batched(put, ids.ndim - 1)(ids, x)
+    return batched(put, ids.ndim - 1)(ids, x)
 
 
 def firsts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
     """The lowest position in each segment; n for an empty one."""
     put = lambda i, p: _blank(p, m, ids.shape[-1]).at[_slots(i, m)].min(p, mode="drop")
-    return _batched(put, ids.ndim - 1)(ids, positions(ids))
+    return batched(put, ids.ndim - 1)(ids, positions(ids))
 
 
 def take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """x[batch, indices[batch, i]]; the indices are known to be in bounds."""
-    return _batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
+    return batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
 
 
 def matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -82,6 +82,13 @@ def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
 
 
+def batched(f: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    """f over `rank` leading batch axes."""
+    for _ in range(rank):
+        f = jax.vmap(f)
+    return f
+
+
 def _slots(ids: Int[Array, "n"], m: int) -> Int[Array, "n"]:
     """Ids with every drop sent past the end, where scatters ignore it; a negative one would count from there."""
     return jnp.where(ids < 0, m, ids)
@@ -91,9 +98,3 @@ def _blank(x: Array, m: int, value: Any) -> Array:
     """(m, *features) of one value, laid out as x (n, *features) is."""
     row = jnp.full_like(x[:1], value) if x.shape[0] else jnp.full((1, *x.shape[1:]), value, x.dtype)
     return jnp.broadcast_to(row, (m, *x.shape[1:]))
-
-
-def _batched(f: Callable[..., Array], rank: int) -> Callable[..., Array]:
-    for _ in range(rank):
-        f = jax.vmap(f)
-    return f

@@ -25,7 +25,7 @@ BELOW = {
     "_segments": set(),
     "_plan": {"_segments"},
     "attention": {"_plan"},
-    "tokens": {"_plan", "attention"},
+    "tokens": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
     "params": {"_plan"},
     "checkpoint": {"_plan", "params"},
@@ -83,7 +83,7 @@ def test_import_is_light():
 SURFACE = {
     "jaxmerge": "Plan SoftPlan compose from_parents identity merge unmerge",
     "jaxmerge.attention": "MASKED append_bias key_bias proportional_attention segment_mask",
-    "jaxmerge.tokens": "bipartite_matching keep keep_top_k schedule",
+    "jaxmerge.tokens": "Nearest bipartite_matching keep keep_top_k nearest schedule",
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
     "jaxmerge.params": """MergeTransform add chain dare_linear dare_ties elect_sign interpolate linear max_agreeing

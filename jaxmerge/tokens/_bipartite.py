@@ -9,7 +9,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
+from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._nearest import nearest
+from jaxmerge.tokens._rank import ranks
 
 
 def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
@@ -66,9 +69,7 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
     if r == 0:  # identity, laid out as the metric is
         here = lax.broadcasted_iota(jnp.int32, metric.shape[:-1], metric.ndim - 2)
         return Plan(jnp.zeros_like(metric[..., 0], jnp.int32) + here, n)
-    match = lambda x: _match(x, r, fixed)
-    for _ in metric.shape[:-2]:
-        match = jax.vmap(match)
+    match = segments.batched(lambda x: _match(x, r, fixed), metric.ndim - 2)
     return Plan(match(lax.stop_gradient(metric)), n - r)
 
 
@@ -146,28 +147,14 @@ def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
 
 def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
     """Segment ids of one row of the batch."""
-    a, b = (_unit(side.astype(jnp.promote_types(side.dtype, jnp.float32))) for side in (x[::2], x[1::2]))
-    # "highest": in one bfloat16 pass a TPU would order near-equal pairs unlike other machines.
-    similarity = jnp.matmul(a, b.T, precision="highest")
-    similarity = jnp.where(protected[::2, None] | protected[None, 1::2], -jnp.inf, similarity)
-    best, to = similarity.max(axis=-1), similarity.argmax(axis=-1)
-
-    # Rank by counting who is ahead, which is stable and needs no sort: sorts are slow on TPU and CPU, and this fuses.
-    i = jnp.arange(len(a))
-    ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & (i[None, :] < i[:, None]))
-    source = ahead.sum(axis=-1, dtype=jnp.int32) < r
+    a, b = x[::2], x[1::2]
+    best, to = nearest(a, b, mask=~(protected[::2, None] | protected[None, 1::2]))
+    source = ranks(best) < r
 
     # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
+    i = jnp.arange(len(a))
     stay = jnp.cumsum(~source, dtype=jnp.int32)
     odd = stay[: len(b)] + i[: len(b)].astype(jnp.int32)
     even = jnp.where(source, odd.at[to].get(mode="promise_in_bounds"), stay - 1 + i.astype(jnp.int32))
     odd = jnp.concatenate([odd, odd[:1]]) if len(a) > len(b) else odd
     return jnp.stack([even, odd], axis=-1).reshape(-1)[: len(x)]
-
-
-def _unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Rows of length 1. Scaled by their largest entry first, so that no square overflows or vanishes."""
-    peak = jnp.abs(x).max(axis=-1, keepdims=True)
-    sound = (peak > 0) & jnp.isfinite(peak)
-    x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
-    return x / jnp.where(sound, jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), 1)

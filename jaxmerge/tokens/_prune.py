@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._rank import ranks
 
 
 def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
@@ -56,8 +57,4 @@ def keep_top_k(score: Shaped[Array, "*batch n"], k: int) -> Plan:
     n = score.shape[-1]
     if not 0 <= k <= n:
         raise ValueError(f"keep_top_k: k must be between 0 and the number of tokens, {n}; got {k}.")
-    if jnp.issubdtype(score.dtype, jnp.inexact):
-        score = jnp.where(jnp.isnan(score), -jnp.inf, score)
-    order = jnp.argsort(score, axis=-1, descending=True, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return keep(rank < k, k)
+    return keep(ranks(score) < k, k)
