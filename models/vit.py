@@ -3,6 +3,7 @@
     model = ViT(VARIANTS["S/16"], rngs=nnx.Rngs(0))
     logits = model(images)                              every token through every block
     logits = model(images, r=13)                        13 tokens fewer after every block
+    logits = model(images, r=13, planner=yours)         any planner: from what a block `Seen`, and r, to a plan
     x, plan = model.features(images, r=13)              what the head reads, and which patch went where
     load.load(model, load.read("vit.safetensors"), torch_name)
 
@@ -23,7 +24,7 @@ import jaxmerge as jm
 
 Schedule = int | tuple[int, float] | Sequence[int]
 AnyPlan = jm.Plan | jm.SoftPlan
-Matching = Callable[..., AnyPlan]
+Reduce = Literal["mean", "sum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +82,60 @@ VARIANTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a planner may look at between a block's attention and its MLP. What it leaves alone is not computed.
+
+    Attributes:
+      x: `Float[Array, "b n d"]`, the tokens after the attention's residual: what will be merged.
+      q, k, v: `Float[Array, "b n h f"]`, of the attention just computed.
+      bias: `Float[Array, "b n"]`, the key bias it used, or None.
+      protect: positions that must neither move nor receive.
+      plan: which of the first block's tokens each token stands for, or None before the first merge.
+    """
+
+    x: Any
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+    protect: tuple[int, ...]
+    plan: AnyPlan | None
+
+    @property
+    def keys(self) -> Float[Array, "b n f"]:
+        """The mean over heads of the keys, float32: Token Merging's metric."""
+        return self.k.astype(jnp.float32).mean(axis=-2)
+
+    @property
+    def attention(self) -> Float[Array, "b h n n"]:
+        """The attention's probabilities, float32: query by key."""
+        logits = jnp.einsum("bqhf,bkhf->bhqk", self.q, self.k, preferred_element_type=jnp.float32) / self.q.shape[-1] ** 0.5
+        return jax.nn.softmax(logits if self.bias is None else logits + self.bias[:, None, None, :], axis=-1)
+
+
+Planner = Callable[[Seen, int], AnyPlan]
+
+
+def token_merging(seen: Seen, r: int) -> jm.Plan:
+    """Token Merging: bipartite matching on the mean keys (arXiv:2210.09461)."""
+    return jm.tokens.bipartite_matching(seen.keys, r, protect=seen.protect)
+
+
 class Attention(nnx.Module):
-    """Self-attention with fused q, k, v; returns its keys too, which are what tokens are matched by."""
+    """Self-attention with fused q, k, v; returns them too, which are what planners look at."""
 
     def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
         self.qkv = _linear(config.width, 3 * config.width, dtype, rngs)
         self.proj = _linear(config.width, config.width, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, Array]:
+    def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, tuple[Array, Array, Array]]:
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         out = jm.attention.proportional_attention(q, k, v, bias)
-        return self.proj(out.reshape(b, n, d)), k
+        return self.proj(out.reshape(b, n, d)), (q, k, v)
 
 
 class MLP(nnx.Module):
@@ -119,14 +160,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], plan: AnyPlan | None, r: int, *, matching: Matching, proportional: bool
+        self, x: Float[Array, "b n d"], plan: AnyPlan | None, r: int, *, planner: Planner, proportional: bool, reduce: Reduce
     ) -> tuple[Float[Array, "b m d"], AnyPlan | None]:
         bias = jm.attention.key_bias(plan) if proportional and plan is not None else None
-        y, keys = self.attn(self.norm1(x), bias)
+        y, qkv = self.attn(self.norm1(x), bias)
         x = x + y
         if r:
-            step = matching(keys.astype(jnp.float32).mean(axis=-2), r, protect=self.protect)
-            x = jm.merge(step, x, weight=None if plan is None else plan.sizes)
+            step = planner(Seen(x, *qkv, bias, self.protect, plan), r)
+            sizes = plan.sizes if plan is not None and reduce == "mean" else None
+            x = jm.merge(step, x, weight=sizes, reduce=reduce)
             plan = step if plan is None else jm.compose(step, plan)
         return x + self.mlp(self.norm2(x)), plan
 
@@ -189,17 +231,21 @@ class ViT(nnx.Module):
         *,
         r: Schedule = 0,
         proportional: bool = True,
-        matching: Matching = jm.tokens.bipartite_matching,
+        planner: Planner = token_merging,
+        reduce: Reduce = "mean",
     ) -> Float[Array, "b classes"]:
         """Logits, float32.
 
         Args:
           images: as `config` says; already normalised.
-          r: tokens removed per block, as `jm.tokens.schedule` reads it; more than there are is clamped.
+          r: tokens removed per block, as `jm.tokens.schedule` reads it. An int or a pair is clamped to what Token Merging
+            can remove of the tokens left; a list, one int per block, is taken at its word.
           proportional: let merged keys weigh as many as they stand for. Off for models trained without (MAE).
-          matching: from (metric, r, protect=) to a plan.
+          planner: from what the block has `Seen` and r to a plan, hard or soft.
+          reduce: "mean" weighs tokens by their sizes; "sum" takes a soft plan's rows as they are (GTP-ViT).
         """
-        return self.classify(*self.features(images, r=r, proportional=proportional, matching=matching))
+        x, plan = self.features(images, r=r, proportional=proportional, planner=planner, reduce=reduce)
+        return self.classify(x, plan)
 
     def features(
         self,
@@ -207,7 +253,8 @@ class ViT(nnx.Module):
         *,
         r: Schedule = 0,
         proportional: bool = True,
-        matching: Matching = jm.tokens.bipartite_matching,
+        planner: Planner = token_merging,
+        reduce: Reduce = "mean",
     ) -> tuple[Float[Array, "b m d"], AnyPlan]:
         """The tokens after the last block, and the composed plan from the n of the first; arguments as in a call.
 
@@ -221,9 +268,10 @@ class ViT(nnx.Module):
         x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
         start = jm.tokens.bipartite_matching(x, 0)  # the identity, laid out as x is
         plan = None
-        layers = jm.tokens.schedule(len(self.blocks), r, n=x.shape[1], protected=self.config.num_prefix)
+        clamp = {} if isinstance(r, list) else dict(n=x.shape[1], protected=self.config.num_prefix)
+        layers = jm.tokens.schedule(len(self.blocks), r, **clamp)
         for block, r_block in zip(self.blocks, layers, strict=False):
-            x, plan = block(x, plan, r_block, matching=matching, proportional=proportional)
+            x, plan = block(x, plan, r_block, planner=planner, proportional=proportional, reduce=reduce)
         return x, start if plan is None else plan
 
     def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:

@@ -1,7 +1,6 @@
 """The Vision Transformer: the official vectors, timm's layout, meshes, dtypes, bad input."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models.load import export, load
-from models.vit import VARIANTS, ViT, ViTConfig, torch_name
+from models.vit import VARIANTS, Block, Seen, ViT, ViTConfig, torch_name
 from tests.conftest import GOLDEN
 from tests.hlo import collectives
 
@@ -39,12 +38,12 @@ def images():
     return jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
 
 
-def official_order(metric, r, *, protect):
+def official_order(seen, r):
     """Our matching, its segments numbered as the official code orders its tokens: even ones first, then odd ones.
 
     The next layer's sides are the parities of *this* order, so that parity in depth needs it.
     """
-    plan = jm.tokens.bipartite_matching(metric, r, protect=protect)
+    plan = jm.tokens.bipartite_matching(seen.keys, r, protect=seen.protect)
     n, ids = plan.num_positions, plan.segment_ids
     even = jnp.broadcast_to(jnp.arange(n) % 2 == 0, ids.shape)
     joined = jnp.take_along_axis(plan.sizes, ids, axis=1) > 1
@@ -62,11 +61,11 @@ def test_equals_the_official_model(tome, official, case):
     assert jm.tokens.schedule(4, r, n=65, protected=1)[:3] == p["schedule"][:3]
     graph, state = official
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each case runs once
+    @jax.jit
     def run(img, cot):
         def forward(img):
             model = nnx.merge(graph, state)
-            x, plan = model.features(img.transpose(0, 2, 3, 1), r=r, proportional=p["prop_attn"], matching=official_order)
+            x, plan = model.features(img.transpose(0, 2, 3, 1), r=r, proportional=p["prop_attn"], planner=official_order)
             return model.classify(x, plan), plan
 
         if f"{name}/grad_img" not in tome:
@@ -90,15 +89,49 @@ def test_the_metric_is_the_mean_key_of_the_official_model(tome, official):
     def first_metric(images):
         seen = []
 
-        def record(metric, r, *, protect):
-            seen.append(metric)
-            return jm.tokens.bipartite_matching(metric, r, protect=protect)
+        def record(block, r):
+            seen.append(block.keys)
+            return jm.tokens.bipartite_matching(block.keys, r, protect=block.protect)
 
-        nnx.merge(*official).features(images, r=[8], matching=record)
+        nnx.merge(*official).features(images, r=[8], planner=record)
         return seen[0]
 
     got = first_metric(tome["cls_model/img"].transpose(0, 2, 3, 1))
     np.testing.assert_allclose(got, tome["cls_p_8/metric0"], rtol=0, atol=2e-5)
+
+
+def test_planners_may_look_at_the_attention(images):
+    """Pruning by what the class token attends to, and a soft plan whose rows are summed."""
+    model = ViT(TINY, rngs=nnx.Rngs(0))
+
+    def attended(seen, r):
+        score = seen.attention.mean(axis=1)[:, 0].at[:, 0].set(jnp.inf)
+        return jm.tokens.keep_top_k(score, score.shape[-1] - r)
+
+    def halves(seen, r):
+        n = seen.x.shape[1]
+        return jm.SoftPlan(0.5 * jnp.eye(n)[None, : n - r] + jnp.zeros_like(seen.x[:, :1, :1]))
+
+    @jax.jit
+    def run(images):
+        x, plan = model.features(images, r=[12], planner=attended)
+        rows = [model.features(images, r=[3], planner=halves, reduce=reduce) for reduce in ("mean", "sum")]
+        return x, plan, rows
+
+    x, plan, (mean, total) = run(images)
+    assert x.shape == (8, 5, 32) and plan.matrix[:, 0, 0].all() and (np.asarray(plan.sizes) == 1).all()
+    assert mean[0].shape == total[0].shape == (8, 14, 32) and not np.allclose(mean[0], total[0])
+    np.testing.assert_allclose(total[1].sizes, 0.5, rtol=1e-6)
+
+
+def test_the_attention_that_planners_see_is_the_blocks_own(images):
+    block = Block(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 32))
+    bias = jnp.log(jnp.arange(1.0, 11.0)).reshape(2, 5)
+    out, (q, k, v) = block.attn(x, bias)
+    seen = Seen(x, q, k, v, bias, (0,), None)
+    again = jnp.einsum("bhqk,bkhf->bqhf", seen.attention, v).reshape(2, 5, 32)
+    np.testing.assert_allclose(block.attn.proj(again), out, rtol=0, atol=1e-5)
 
 
 # --- timm's layout

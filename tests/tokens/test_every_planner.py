@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jaxmerge as jm
 from jaxmerge import testing
 from tests.hlo import collectives
-from tests.tokens.cases import D, N, Case, every_case
+from tests.tokens.cases import Case, D, N, every_case
 
 BATCH = 8
 CASES = every_case()
