@@ -20,13 +20,13 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits, load_sample_image
+from sklearn.datasets import load_sample_image
 
 import jaxmerge as jm
 from models.vit import ViT, ViTConfig
 from scripts.draw import gallery, merged_patches
+from scripts.images import Images, digits
 
-HELD_OUT = 448
 CONFIG = ViTConfig(
     width=48, depth=4, num_heads=4, patch_size=4, image_size=32, mlp_ratio=2, num_classes=10, channels=1,
     class_token=False, pool="mean",
@@ -52,14 +52,14 @@ def main(
     """
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    train, held_out = digits(seed)
+    data = digits(seed)
     began = time.perf_counter(), time.process_time()
-    model = fit(train, steps=steps, batch=batch, learning_rate=learning_rate, r=train_r, seed=seed)
+    model = fit(CONFIG, data, steps=steps, batch=batch, learning_rate=learning_rate, r=train_r, seed=seed)
     seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
     console.print(f"trained {steps} steps in {seconds:.0f} s ({cpu_seconds:.0f} s of processor time)")
 
-    rows = evaluate(model, held_out, rs)
-    table = Table(title=f"{len(held_out[1])} held-out digits, {CONFIG.num_tokens} tokens, {CONFIG.depth} blocks")
+    rows = evaluate(model, data, rs)
+    table = Table(title=f"{len(data.held_out)} held-out digits, {CONFIG.num_tokens} tokens, {CONFIG.depth} blocks")
     for column in ("r", "tokens left", "MFLOPs / image", "accuracy", "images / s", "speed-up"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -70,47 +70,41 @@ def main(
     console.print(table)
     report = dict(steps=steps, seconds=seconds, cpu_seconds=cpu_seconds, seed=seed, train_r=train_r, rows=rows)
     (out / "vit.json").write_text(json.dumps(report, indent=2))
-    draw_digits(model, held_out[0][:6], out / "digits.png")
+    draw_digits(model, data.held_out[:6], out / "digits.png")
     draw_photo(out / "photo.png")
     console.print(f"wrote vit.json, digits.png and photo.png to {out}")
 
 
-def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(images, labels) to train on and to hold out: 8 x 8 digits enlarged to 32 x 32, in [-1, 1]."""
-    pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
-    images = jax.image.resize(pixels.reshape(-1, 8, 8, 1) / 8 - 1, (len(pixels), 32, 32, 1), "bicubic")
-    order = np.random.default_rng((seed, 1)).permutation(len(pixels))
-    images, labels = np.asarray(images, np.float32)[order], labels[order]
-    return (images[HELD_OUT:], labels[HELD_OUT:]), (images[:HELD_OUT], labels[:HELD_OUT])
-
-
-def fit(data, *, steps: int, batch: int, learning_rate: float, r: int, seed: int) -> ViT:
-    """AdamW with a cosine, on images shifted by up to one original pixel."""
-    model = ViT(CONFIG, rngs=nnx.Rngs(seed))
+def fit(
+    config: ViTConfig, data: Images, *, steps: int, batch: int, learning_rate: float, r: int, seed: int, shift: int = 4
+) -> ViT:
+    """AdamW with a cosine, on images moved by up to `shift` pixels; r tokens merge in every block."""
+    model = ViT(config, rngs=nnx.Rngs(seed))
     rate = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps)
     optimizer = nnx.Optimizer(model, optax.adamw(rate, b2=0.98, weight_decay=0.05), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimizer, images, labels, shift):
+    def step(model, optimizer, images, labels, by):
+        border = ((shift, shift), (shift, shift), (0, 0))
         move = lambda image, by: jax.lax.dynamic_slice(
-            jnp.pad(image, ((4, 4), (4, 4), (0, 0)), constant_values=-1.0), (by[0], by[1], 0), image.shape
+            jnp.pad(image, border, constant_values=-1.0), (by[0], by[1], 0), image.shape
         )
-        images = jax.vmap(move)(images, shift)
+        images = jax.vmap(move)(images, by)
         loss = lambda m: optax.softmax_cross_entropy_with_integer_labels(m(images, r=r), labels).mean()
         optimizer.update(model, nnx.grad(loss)(model))
 
     rng = np.random.default_rng(seed)
     for _ in track(range(steps), "training the ViT"):
-        some = rng.choice(len(data[0]), batch, replace=False)
-        step(model, optimizer, data[0][some], data[1][some], rng.integers(0, 9, (batch, 2)))
+        some = rng.choice(len(data.train), batch, replace=False)
+        step(model, optimizer, data.train[some], data.train_labels[some], rng.integers(0, 2 * shift + 1, (batch, 2)))
     jax.block_until_ready(nnx.state(model))
     return model
 
 
-def evaluate(model: ViT, data, rs: tuple[int, ...]) -> list[dict]:
+def evaluate(model: ViT, data: Images, rs: tuple[int, ...]) -> list[dict]:
     """Accuracy, arithmetic and speed for each r: compiled, warmed up, all r in turn, the median of the rounds."""
     graph, state = nnx.split(model)
-    images, labels = jnp.asarray(data[0]), data[1]
+    images, labels = jnp.asarray(data.held_out), data.held_out_labels
     programs, rows = {}, []
     for r in rs:
         forward = jax.jit(lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)).lower(state, images).compile()
