@@ -131,7 +131,8 @@ def virtual_attention(
     ):
         raise ValueError(
             f"virtual_attention: the plan takes {(*batch, n)} to {lead}, so expected q (*batch, {m}, h, d), k and v "
-            f"(*batch, {m}, g, d) with g dividing h, and positions {(*batch, n)}; got {q.shape}, {k.shape}, {v.shape} and {positions.shape}."
+            f"(*batch, {m}, g, d) with g dividing h, and positions {(*batch, n)}; "
+            f"got {q.shape}, {k.shape}, {v.shape} and {positions.shape}."
         )
     if implementation not in ("expanded", "compact"):
         raise ValueError(f'virtual_attention: implementation must be "expanded" or "compact", got {implementation!r}.')

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
-from jaxmerge import testing
 from jaxmerge.virtual import merged_positions, rotary, virtual_attention
 from tests.hlo import collectives
 
@@ -16,13 +15,13 @@ B, N, M, H, D = 4, 16, 10, 4, 8
 
 @pytest.fixture(scope="module")
 def plan():
-    return testing.random_plan(jax.random.key(0), (B,), N, M)
+    return jm.Plan(jnp.asarray(np.random.default_rng(0).integers(-1, M + 1, (B, N)), jnp.int32), M)
 
 
 @pytest.fixture(scope="module")
 def qkv():
-    keys = jax.random.split(jax.random.key(1), 3)
-    return tuple(jax.random.normal(key, (B, M, H if i == 0 else 2, D)) for i, key in enumerate(keys))
+    rng = np.random.default_rng(1)
+    return tuple(jnp.asarray(rng.standard_normal((B, M, heads, D)), jnp.float32) for heads in (H, 2, 2))
 
 
 def reference(ids, q, k, v, positions, *, base=10_000.0, is_causal=False):
@@ -76,7 +75,7 @@ def test_the_official_kernels_scores_are_ours(golden):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("implementation", ["expanded", "compact"])
 def test_equals_the_rule_with_drops_empty_slots_and_shared_heads(plan, qkv, implementation, is_causal):
-    positions = jnp.cumsum(jax.random.randint(jax.random.key(2), (B, N), 1, 4), axis=-1)
+    positions = jnp.asarray(np.cumsum(np.random.default_rng(2).integers(1, 4, (B, N)), axis=-1), jnp.int32)
     f = jax.jit(lambda p, q, k, v, t: virtual_attention(p, q, k, v, t, is_causal=is_causal, implementation=implementation))
     got = f(plan, *qkv, positions)
     ids = np.asarray(plan.segment_ids)
@@ -135,13 +134,14 @@ def test_every_device_attends_its_own(mesh, plan, qkv):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_only_the_distance_matters(interleaved):
-    q, k = jax.random.normal(jax.random.key(3), (2, N, H, D))
-    score = lambda s, t: jnp.einsum("nhd,nhd->nh", rotary(q, s, interleaved=interleaved), rotary(k, t, interleaved=interleaved))
-    s, t = jnp.arange(N), jnp.arange(N)[::-1] * 2
+    q, k = np.random.default_rng(3).standard_normal((2, N, H, D)).astype(np.float32)
+    turn = jax.jit(lambda x, t: rotary(x, t, interleaved=interleaved))
+    score = lambda s, t: np.einsum("nhd,nhd->nh", turn(q, s), turn(k, t))
+    s, t = np.arange(N), np.arange(N)[::-1] * 2
     np.testing.assert_allclose(score(s, t), score(s + 5, t + 5), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(score(s, s), jnp.einsum("nhd,nhd->nh", q, k), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(rotary(q, 0 * s, interleaved=interleaved), q)
-    assert jnp.abs(score(s, t) - score(s, t + 1)).max() > 0.1
+    np.testing.assert_allclose(score(s, s), np.einsum("nhd,nhd->nh", q, k), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(turn(q, 0 * s), q)
+    assert np.abs(score(s, t) - score(s, t + 1)).max() > 0.1
 
 
 def test_the_two_layouts_are_one_permutation_apart():
