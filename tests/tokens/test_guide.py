@@ -1,0 +1,99 @@
+"""Negative token merging: the official vectors, both readings of the index, the rule, bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmerge.tokens import negative_merge
+from tests.conftest import GOLDEN
+
+CASES = {c["name"]: c["params"] for c in json.loads((GOLDEN / "tokens/negtome_a.json").read_text())["cases"]}
+
+
+@pytest.fixture(scope="module")
+def negtome(golden):
+    return golden("tokens/negtome_a")
+
+
+def read(negtome, name):
+    h, p = negtome[f"{name}/h"], CASES[name]
+    mask = negtome[f"{name}/mask"].reshape(len(h), h.shape[1], h.shape[1]) > 0 if p["masked"] else None
+    return h, mask, dict(alpha=p["alpha"], threshold=p["threshold"])
+
+
+def rule(h, reference, mask, *, alpha, threshold, match):
+    """One row at a time, in float64."""
+    unit = lambda a: a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
+    h, reference = np.asarray(h, np.float64), np.asarray(reference, np.float64)
+    s = unit(h) @ unit(reference).T
+    s = s if mask is None else np.where(mask, s, -np.inf)
+    axis = 1 if match == "reference" else 0
+    moves = s.max(axis) > threshold
+    return np.where(moves[:, None], h + alpha * (h - reference[s.argmax(axis)]), h)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_official_code(negtome, name):
+    h, mask, p = read(negtome, name)
+    got = jax.jit(lambda h: negative_merge(h, h[:1], mask=mask, match="tokens", **p))(h)
+    np.testing.assert_allclose(got, negtome[f"{name}/out"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("match", ["reference", "tokens"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_rule(negtome, name, match):
+    h, mask, p = read(negtome, name)
+    got = negative_merge(h, h[:1], mask=mask, match=match, **p)
+    want = [rule(row, h[0], None if mask is None else mask[i], match=match, **p) for i, row in enumerate(h)]
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def test_the_two_readings_differ_and_agree_on_the_reference_itself(negtome):
+    h, _, p = read(negtome, "c0")
+    paper, official = (negative_merge(h, h[:1], match=m, **p) for m in ("reference", "tokens"))
+    assert (np.abs(paper - official).max(axis=(1, 2)) > 1e-3).tolist() == [False, True, True]
+    np.testing.assert_allclose(paper[0], h[0], rtol=0, atol=1e-6)  # the reference matches itself, and stays
+
+
+@pytest.mark.parametrize("match", ["reference", "tokens"])
+def test_laws(negtome, match):
+    h, _, p = read(negtome, "c0")
+    np.testing.assert_array_equal(negative_merge(h, h[:1], alpha=0.0, threshold=-2.0, match=match), h)
+    np.testing.assert_array_equal(negative_merge(h, h[:1], threshold=1.1, match=match), h)
+    rows = jax.vmap(lambda row: negative_merge(row, h[0], match=match, **p))(h)
+    np.testing.assert_allclose(rows, negative_merge(h, h[:1], match=match, **p), rtol=0, atol=1e-6)
+    assert negative_merge(jnp.asarray(h, jnp.bfloat16), h[:1], match=match).dtype == jnp.bfloat16
+
+
+def test_tokens_without_a_direction_stay():
+    h = jnp.stack([jnp.ones(4), jnp.zeros(4), jnp.full(4, jnp.nan)])
+    out = negative_merge(h, jnp.ones((2, 4)) * 2, alpha=1.0)
+    np.testing.assert_array_equal(out, jnp.stack([jnp.zeros(4), jnp.zeros(4), jnp.full(4, jnp.nan)]))
+    none = negative_merge(h[:1], h[:1] * 2, threshold=-2.0, mask=jnp.zeros((1, 1), bool))
+    np.testing.assert_array_equal(none, h[:1])
+
+
+def test_gradients_are_those_of_the_moves(negtome):
+    h, _, p = read(negtome, "c0")
+    x, reference = jnp.asarray(h[1]), jnp.asarray(h[0])
+    dx, dr = jax.grad(lambda x, r: negative_merge(x, r, **p).sum(), argnums=(0, 1))(x, reference)
+    moved = np.any(np.asarray(negative_merge(x, reference, **p)) != h[1], axis=-1)
+    np.testing.assert_allclose(dx, np.where(moved[:, None], 1.9, 1.0) * np.ones_like(h[1]), rtol=1e-6)
+    np.testing.assert_allclose(dr.sum(), -0.9 * moved.sum() * h.shape[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda h: negative_merge(h, h[0]), r"as many axes and the same d, got \(3, 24, 8\) and \(24, 8\)"),
+        (lambda h: negative_merge(h, h[..., :4]), "same d"),
+        (lambda h: negative_merge(h, h[:, :5], match="tokens"), "so n = m; got 24 and 5"),
+        (lambda h: negative_merge(h, h, match="official"), '"reference" or "tokens", got \'official\''),
+    ],
+)
+def test_bad_input(call, message, negtome, unchecked):
+    with pytest.raises(ValueError, match=message):
+        call(negtome["c0/h"])
