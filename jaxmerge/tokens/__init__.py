@@ -1,5 +1,20 @@
 """Pillar 1: which tokens become one? Every planner is a pure function that returns a `Plan` or a `SoftPlan`."""
 
+from jaxmerge.tokens._assign import assign as assign
 from jaxmerge.tokens._bipartite import bipartite_matching as bipartite_matching, schedule as schedule
+from jaxmerge.tokens._dominant import dominant_and_contextual as dominant_and_contextual, representatives as representatives
+from jaxmerge.tokens._flow import (
+    flow_budget as flow_budget,
+    flow_cut as flow_cut,
+    flow_layers as flow_layers,
+    flow_score as flow_score,
+)
+from jaxmerge.tokens._hiprune import hiprune as hiprune
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
+from jaxmerge.tokens._page_rank import (
+    linear_decay as linear_decay,
+    page_rank as page_rank,
+    page_rank_pruning as page_rank_pruning,
+)
 from jaxmerge.tokens._prune import keep as keep, keep_top_k as keep_top_k
+from jaxmerge.tokens._tail import merged_similarity as merged_similarity, prune_and_merge as prune_and_merge
