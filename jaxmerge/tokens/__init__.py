@@ -2,7 +2,9 @@
 
 from jaxmerge.tokens._assign import assign as assign
 from jaxmerge.tokens._bipartite import bipartite_matching as bipartite_matching, schedule as schedule
+from jaxmerge.tokens._correlation import redundant as redundant, sample_by_correlation as sample_by_correlation
 from jaxmerge.tokens._dominant import dominant_and_contextual as dominant_and_contextual, representatives as representatives
+from jaxmerge.tokens._exit import exit_layer as exit_layer, exit_plan as exit_plan, visible_layers as visible_layers
 from jaxmerge.tokens._flow import (
     flow_budget as flow_budget,
     flow_cut as flow_cut,
@@ -17,4 +19,6 @@ from jaxmerge.tokens._page_rank import (
     page_rank_pruning as page_rank_pruning,
 )
 from jaxmerge.tokens._prune import keep as keep, keep_top_k as keep_top_k
+from jaxmerge.tokens._rank import ranks as ranks
+from jaxmerge.tokens._recover import local_outlier_factor as local_outlier_factor, recover as recover
 from jaxmerge.tokens._tail import merged_similarity as merged_similarity, prune_and_merge as prune_and_merge

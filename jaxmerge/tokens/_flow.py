@@ -114,8 +114,8 @@ def flow_cut(
     Law:
       flow_cut(score, n - k, k) = keep_top_k(score, k).
 
-    Static schedule: the last cut is to the target, so its capacity is the target; before it, pass capacity n and let empty slots
-    be masked (`attention.key_bias(plan)`), or the capacities that calibration found large enough.
+    Static schedule: the last cut is to the target, so its capacity is the target; before it, pass capacity n and let empty
+    slots be masked (`attention.key_bias(plan)`), or the capacities that calibration found large enough.
 
     Raises:
       ValueError: capacity is negative or larger than n.

@@ -57,7 +57,7 @@ def prune_and_merge(
     Source: DiffRate (arXiv:2305.17997), `get_merge_func` and its block. Its mean counts a token once however many it stands
     for; `merge(weight=sizes)` is the law.
     """
-    return _prune_and_merge(importance, metric, kept, merged, protect, capacity)[0]
+    return _prune_and_merge(importance, metric, kept, merged, protect=protect, capacity=capacity)[0]
 
 
 def merged_similarity(
@@ -91,7 +91,7 @@ def merged_similarity(
 
     Source: DiffRate (arXiv:2305.17997), section 3.3.
     """
-    return _prune_and_merge(importance, metric, kept, merged, protect, capacity)[1]
+    return _prune_and_merge(importance, metric, kept, merged, protect=protect, capacity=capacity)[1]
 
 
 def _prune_and_merge(
@@ -99,6 +99,7 @@ def _prune_and_merge(
     metric: Float[ArrayLike, "*batch n d"],
     kept: Count,
     merged: Count,
+    *,
     protect: Sequence[int],
     capacity: int | None,
 ) -> tuple[Plan, Float[Array, "*batch n"]]:

@@ -50,4 +50,16 @@ CASES = [
     Case("representatives", lambda x: t.representatives(received(x), 4, 3), ordered=True),
     Case("prune_and_merge", lambda x: t.prune_and_merge(received(x), x, 12, 7, protect=(0,))),
     Case("prune_and_merge, all", lambda x: t.prune_and_merge(received(x), x, 16, 8), equivariant=True),
+    Case(
+        "sample_by_correlation",
+        lambda x: t.sample_by_correlation(received(x), x, 14, threshold=0.3, repeats=2),
+        ordered=True,
+        equivariant=True,
+    ),
+    Case("recover", lambda x: t.recover(x[..., 0], x[..., 1], x, 10, neighbours=3)),
+    Case(
+        "recover, the rest in pairs",
+        lambda x: t.recover(x[..., 0], x[..., 1], x, 10, neighbours=3, rest=lambda x, _: t.bipartite_matching(x, 8)),
+    ),
+    Case("exit_plan", lambda x: t.exit_plan(x[..., 0, 0] > 0, visual(x), 12), ordered=True),
 ]

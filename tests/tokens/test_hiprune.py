@@ -19,7 +19,7 @@ def attention():
     return tuple(jax.nn.softmax(jax.random.normal(jax.random.key(i), (3, 24)) * 2) for i in (0, 1))
 
 
-def rule(middle, deep, k, width, alpha, wrap):
+def rule(middle, deep, k, *, width, alpha, wrap):
     """One row, as the paper says it; with `wrap`, as the official code does."""
     n = len(middle)
     chosen = set()
@@ -46,7 +46,9 @@ def test_equals_the_official_code(golden, name):
 @pytest.mark.parametrize("wrap", [False, True])
 def test_equals_the_rule(attention, k, alpha, wrap):
     plan = hiprune(*attention, k, width=6, alpha=alpha, wrap=wrap)
-    np.testing.assert_array_equal(plan.kept, [rule(*rows, k, 6, alpha, wrap) for rows in zip(*attention, strict=True)])
+    np.testing.assert_array_equal(
+        plan.kept, [rule(*rows, k, width=6, alpha=alpha, wrap=wrap) for rows in zip(*attention, strict=True)]
+    )
     np.testing.assert_array_equal(plan.sizes, 1)
 
 

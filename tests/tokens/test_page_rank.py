@@ -62,7 +62,7 @@ def test_no_value_breaks_a_plan(logits, value):
 
 
 def test_text_stays_and_each_row_keeps_its_own_number(logits):
-    """The official code protects as many tokens of every row as the first has text; here each row keeps its own and k others."""
+    """The official code protects as many tokens of every row as the first has text; here each keeps its own and k others."""
     text = np.zeros((2, 12), bool)
     text[0, :3], text[1, :6] = True, True
     plan = page_rank_pruning(logits, 4, protect=jnp.asarray(text), capacity=10)

@@ -105,6 +105,7 @@ def test_their_size_can_be_negative_and_ours_cannot():
         (lambda x, s: merged_similarity(s[:, :3], x, 3, 2), ValueError, r"metric \(3, 21, 8\)"),
     ],
 )
-def test_bad_input(call, error, message, x, importance, unchecked):
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input(call, error, message, x, importance):
     with pytest.raises(error, match=message):
         call(x, importance)
