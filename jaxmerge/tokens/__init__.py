@@ -1,9 +1,25 @@
 """Pillar 1: which tokens become one? Every planner is a pure function that returns a `Plan` or a `SoftPlan`."""
 
+from jaxmerge.tokens._assign import assign as assign
 from jaxmerge.tokens._bipartite import bipartite_matching as bipartite_matching, schedule as schedule
+from jaxmerge.tokens._correlation import redundant as redundant, sample_by_correlation as sample_by_correlation
+from jaxmerge.tokens._dominant import dominant_and_contextual as dominant_and_contextual, representatives as representatives
+from jaxmerge.tokens._exit import exit_layer as exit_layer, exit_plan as exit_plan, visible_layers as visible_layers
+from jaxmerge.tokens._flow import (
+    flow_budget as flow_budget,
+    flow_cut as flow_cut,
+    flow_layers as flow_layers,
+    flow_score as flow_score,
+)
 from jaxmerge.tokens._groups import bind as bind, bind_attributes as bind_attributes, from_groups as from_groups
 from jaxmerge.tokens._guide import negative_merge as negative_merge
+from jaxmerge.tokens._hiprune import hiprune as hiprune
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
+from jaxmerge.tokens._page_rank import (
+    linear_decay as linear_decay,
+    page_rank as page_rank,
+    page_rank_pruning as page_rank_pruning,
+)
 from jaxmerge.tokens._pool import (
     grid_pool as grid_pool,
     matryoshka_pool as matryoshka_pool,
@@ -11,4 +27,7 @@ from jaxmerge.tokens._pool import (
     temporal_pairs as temporal_pairs,
 )
 from jaxmerge.tokens._prune import keep as keep, keep_top_k as keep_top_k
+from jaxmerge.tokens._rank import ranks as ranks
+from jaxmerge.tokens._recover import local_outlier_factor as local_outlier_factor, recover as recover
 from jaxmerge.tokens._shuffle import depth_to_space as depth_to_space, space_to_depth as space_to_depth
+from jaxmerge.tokens._tail import merged_similarity as merged_similarity, prune_and_merge as prune_and_merge

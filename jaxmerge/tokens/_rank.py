@@ -15,6 +15,11 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
 
     Law:
       ranks are a permutation in every row; `ranks(s) < k` are the k highest.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.tokens.ranks(jnp.array([0.1, 0.9, 0.3, 0.9])).tolist()
+      [3, 0, 2, 1]
     """
     n = score.shape[-1]
     if jnp.issubdtype(score.dtype, jnp.inexact):
