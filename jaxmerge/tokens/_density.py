@@ -60,7 +60,7 @@ def density_centers(
     x: Float[ArrayLike, "*batch n d"],
     k: int,
     *,
-    neighbors: int | Int[Array, "*batch"] = 5,
+    neighbors: int = 5,
     mask: Bool[ArrayLike, "*batch n"] | None = None,
     count: Int[Array, "*batch"] | None = None,
 ) -> Bool[Array, "*batch n"]:
@@ -78,9 +78,10 @@ def density_centers(
     Args:
       x: tokens. A row with NaN or infinity is far from all and becomes a centre last.
       k: how many centres at most, a Python int.
-      neighbors: how many nearest tokens, itself included. An array says it for each row (at most k then).
+      neighbors: how many nearest tokens, itself included.
       mask: True for tokens that take part.
-      count: how many centres each row gets, at most k: for budgets that depend on the data. None is k.
+      count: how many centres each row gets, at most k: for budgets that depend on the data. Densities then look at no more
+        neighbours than there are centres, as HoliTom's do. None is k.
 
     Returns:
       True at the centres: k of them, or as many as take part.
@@ -104,21 +105,21 @@ def density_centers(
         raise TypeError(f"density_centers: k must be a Python int, because shapes are static; got {k!r}.") from None
     if not 0 <= k <= n:
         raise ValueError(f"density_centers: k must be between 0 and the number of tokens, {n}; got {k}.")
-    most = neighbors if isinstance(neighbors, int) else max(k, 1)
-    if not 1 <= most <= max(n, 1):
-        raise ValueError(f"density_centers: neighbors must be between 1 and the number of tokens, {n}; got {most}.")
+    if not 1 <= neighbors <= max(n, 1):
+        raise ValueError(f"density_centers: neighbors must be between 1 and the number of tokens, {n}; got {neighbors}.")
     x = lax.stop_gradient(x)
     if n == 0:
         return jnp.zeros((*batch, 0), bool)
     valid = _everyone(x) if mask is None else jnp.asarray(mask) & _everyone(x)
     zero = jnp.sum(jnp.zeros_like(valid, jnp.int32), axis=-1)
-    near, count = zero + neighbors, zero + (k if count is None else jnp.minimum(count, k))
+    near = zero + (neighbors if count is None else jnp.clip(count, 1, neighbors))
+    count = zero + (k if count is None else jnp.minimum(count, k))
 
     def row(x, valid, near, count):
         squared, scale = distances(x)
         squared = jnp.where(valid[None, :] & valid[:, None], squared, jnp.inf)
-        nearest = smallest(squared, most)
-        used = (jnp.arange(most) < near)[None, :] & jnp.isfinite(nearest)
+        nearest = smallest(squared, neighbors)
+        used = (jnp.arange(neighbors) < near)[None, :] & jnp.isfinite(nearest)
         mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1)
         log_rho = jnp.where(used.any(axis=-1), -((scale * jnp.sqrt(mean / d)) ** 2), -jnp.inf)
 
@@ -172,7 +173,14 @@ def nearest_center(
     if x.shape[-2] == 0:
         return Plan(jnp.zeros(x.shape[:-1], jnp.int32), k)
     valid = _everyone(x) if mask is None else jnp.asarray(mask) & _everyone(x)
-    centers = jnp.asarray(centers) & valid
+    plan = from_parents(joined(x, jnp.asarray(centers), valid), k, hops=1)
+    return plan if order == "center" else in_order(plan)
+
+
+def joined(
+    x: Float[Array, "*batch n d"], centers: Bool[Array, "*batch n"], valid: Bool[Array, "*batch n"]
+) -> Int[Array, "*batch n"]:
+    """The position of each valid token's nearest valid centre; -1 where there is none."""
 
     def row(x, valid, centers):
         squared = jnp.minimum(distances(x).squared, jnp.finfo(jnp.float32).max)
@@ -180,9 +188,7 @@ def nearest_center(
         near = jnp.where(centers, jnp.arange(len(x), dtype=jnp.int32), near)
         return jnp.where(valid & centers.any(), near, -1)
 
-    near = segments.batched(row, x.ndim - 2)(x, valid, centers)
-    plan = from_parents(near, k, hops=1)
-    return plan if order == "center" else in_order(plan)
+    return segments.batched(row, x.ndim - 2)(x, valid, centers & valid)
 
 
 def in_order(plan: Plan) -> Plan:
@@ -196,12 +202,38 @@ def in_order(plan: Plan) -> Plan:
       >>> jm.tokens.in_order(jm.Plan(jnp.array([2, 0, -1, 2, 0]), 3)).segment_ids.tolist()
       [0, 1, -1, 0, 1]
     """
-    ids, m = plan.segment_ids, plan.num_segments
-    if m == 0 or plan.num_positions == 0:
-        return plan
-    first = segments.take(jnp.where(plan.kept, ids, 0), segments.firsts(ids, m))
-    numbered = from_parents(jnp.where(plan.kept, first, -1), m, hops=1).segment_ids
-    return Plan(jnp.where(plan.kept, numbered, jnp.where(ids < 0, -1, m)), m)
+    return keep_apart(plan, jnp.zeros_like(plan.segment_ids, bool), 0)
+
+
+def keep_apart(plan: Plan, mask: Bool[ArrayLike, "*batch n"], capacity: int) -> Plan:
+    """Give every token that a mask names a segment of its own, beside the groups of a plan.
+
+    Args:
+      plan: groups of the other tokens; what it says of the named ones does not matter.
+      mask: tokens to keep as they are.
+      capacity: room for that many of them.
+
+    Returns:
+      A plan of plan.num_segments + capacity segments, numbered by the first position they hold.
+
+    Law:
+      keep_apart(p, nobody, 0) = in_order(p).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> rest = jm.Plan(jnp.array([0, 0, 1, 0]), 2)
+      >>> jm.tokens.keep_apart(rest, jnp.array([False, True, False, False]), 1).segment_ids.tolist()
+      [0, 1, 2, 0]
+    """
+    mask = jnp.asarray(mask)
+    ids, m = jnp.where(mask, -1, plan.segment_ids), plan.num_segments
+    if plan.num_positions == 0:
+        return Plan(ids, m + capacity)
+    inside = (ids >= 0) & (ids < m)
+    first = segments.take(jnp.where(inside, ids, 0), segments.firsts(ids, m)) if m else ids
+    parents = jnp.where(mask, segments.positions(ids), jnp.where(inside, first, -1))
+    numbered = from_parents(parents, m + capacity, hops=1).segment_ids
+    return Plan(jnp.where(ids >= m, m + capacity, numbered), m + capacity)
 
 
 def _everyone(x: Array) -> Bool[Array, "*batch n"]:

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from jaxmerge.tokens import carry_positions, density_centers, density_peaks, in_order, members, nearest_center, rope_positions
+from jaxmerge.tokens import (
+    carry_positions,
+    density_centers,
+    density_peaks,
+    in_order,
+    keep_apart,
+    members,
+    nearest_center,
+    rope_positions,
+)
 from jaxmerge.tokens._distance import distances, smallest
 
 B, N, D = 3, 30, 8
 peaks = jax.jit(density_peaks, static_argnames=("k", "neighbors", "order"))
-find_centers = jax.jit(density_centers, static_argnames=("k",))
+find_centers = jax.jit(density_centers, static_argnames=("k", "neighbors"))
 name_members = jax.jit(members, static_argnames=("k", "order"))
 
 
@@ -115,10 +124,23 @@ def test_fewer_tokens_than_clusters_leave_empty_slots(x):
 
 def test_budgets_of_each_row(x):
     count = jnp.array([2, 0, 6])
-    centers = find_centers(x, 6, count=count, neighbors=jnp.array([2, 2, 5]))
+    centers = find_centers(x, 6, count=count)
     assert centers.sum(1).tolist() == [2, 0, 6]
     np.testing.assert_array_equal(centers[0], find_centers(x[0], 2, neighbors=2))
     np.testing.assert_array_equal(centers[2], find_centers(x[2], 6, neighbors=5))
+
+
+def test_named_tokens_stay_apart(x):
+    alone = np.arange(N) % 7 == 0
+    groups = peaks(x, 4, mask=np.tile(~alone, (B, 1)))
+    plan = keep_apart(groups, np.tile(alone, (B, 1)), 5)
+    jm.testing.assert_plan(plan, ordered=True)
+    ids = np.asarray(plan.segment_ids)
+    for b in range(B):
+        assert len(set(ids[b])) == 9 and len(set(ids[b, alone])) == 5 and not set(ids[b, alone]) & set(ids[b, ~alone])
+        same = lambda i: i[:, None] == i[None, :]
+        np.testing.assert_array_equal(same(ids[b, ~alone]), same(np.asarray(groups.segment_ids)[b, ~alone]))
+    assert keep_apart(jm.Plan(jnp.array([0, 2, -1, 0]), 1), np.arange(4) == 2, 1).segment_ids.tolist() == [0, 2, 1, 0]
 
 
 def test_twins_meet():

@@ -1,0 +1,1 @@
+"""Parts of token reduction that carry weights, one family per file."""
