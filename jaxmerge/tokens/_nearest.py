@@ -66,4 +66,4 @@ def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
     peak = jnp.abs(x).max(axis=-1, keepdims=True)
     sound = (peak > 0) & jnp.isfinite(peak)
     x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
-    return x / jnp.where(sound, jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), 1)
+    return x / jnp.sqrt(jnp.where(sound, jnp.sum(x * x, axis=-1, keepdims=True), 1))  # the root of 0 has no gradient
