@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
+from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import ranks
@@ -173,8 +174,8 @@ def earlier_matching(
     metric = checked_metric("earlier_matching", metric)
     n = metric.shape[-2]
     best, to = nearest(metric, metric, mask=np.tri(n, k=-1, dtype=bool))
-    here = lax.broadcasted_iota(jnp.int32, to.shape, to.ndim - 1)
-    return from_parents(jnp.where((best + 1) / 2 > threshold, to.astype(jnp.int32), here), capacity, hops=hops)
+    to = jnp.where((best + 1) / 2 > threshold, to.astype(jnp.int32), segments.positions(to))
+    return from_parents(to, capacity, hops=hops)
 
 
 def _pairs(name: str, metric: Array, protect: Sequence[int], valid: ArrayLike | None) -> tuple[Array, Array, Array]:
