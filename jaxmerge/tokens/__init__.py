@@ -2,6 +2,7 @@
 
 from jaxmerge.tokens._assign import assign as assign
 from jaxmerge.tokens._bipartite import bipartite_matching as bipartite_matching, schedule as schedule
+from jaxmerge.tokens._clips import clip_matching as clip_matching
 from jaxmerge.tokens._correlation import redundant as redundant, sample_by_correlation as sample_by_correlation
 from jaxmerge.tokens._density import (
     density_centers as density_centers,
@@ -11,6 +12,7 @@ from jaxmerge.tokens._density import (
     nearest_center as nearest_center,
 )
 from jaxmerge.tokens._dominant import dominant_and_contextual as dominant_and_contextual, representatives as representatives
+from jaxmerge.tokens._energy import energy as energy, energy_matching as energy_matching, margins as margins
 from jaxmerge.tokens._exit import exit_layer as exit_layer, exit_plan as exit_plan, visible_layers as visible_layers
 from jaxmerge.tokens._flow import (
     flow_budget as flow_budget,
@@ -19,6 +21,7 @@ from jaxmerge.tokens._flow import (
     flow_score as flow_score,
 )
 from jaxmerge.tokens._frame_attention import frame_attention as frame_attention
+from jaxmerge.tokens._grid import grid_matching as grid_matching
 from jaxmerge.tokens._groups import bind as bind, bind_attributes as bind_attributes, from_groups as from_groups
 from jaxmerge.tokens._guide import negative_merge as negative_merge
 from jaxmerge.tokens._hiprune import hiprune as hiprune
@@ -33,6 +36,15 @@ from jaxmerge.tokens._k_means import (
     inertia as inertia,
     k_means as k_means,
     silhouette as silhouette,
+)
+from jaxmerge.tokens._kth import (
+    kth_bipartite_matching as kth_bipartite_matching,
+    random_bipartite_matching as random_bipartite_matching,
+)
+from jaxmerge.tokens._local import (
+    adjacent_matching as adjacent_matching,
+    block_matching as block_matching,
+    local_matching as local_matching,
 )
 from jaxmerge.tokens._members import carry_positions as carry_positions, members as members, rope_positions as rope_positions
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
@@ -61,6 +73,12 @@ from jaxmerge.tokens._propagate import (
 from jaxmerge.tokens._prune import keep as keep, keep_top_k as keep_top_k
 from jaxmerge.tokens._rank import ranks as ranks
 from jaxmerge.tokens._recover import local_outlier_factor as local_outlier_factor, recover as recover
+from jaxmerge.tokens._rounds import (
+    halvings as halvings,
+    head_mean as head_mean,
+    in_rounds as in_rounds,
+    keep_schedule as keep_schedule,
+)
 from jaxmerge.tokens._saliency import saliency_gather as saliency_gather, soft_gather as soft_gather
 from jaxmerge.tokens._shuffle import depth_to_space as depth_to_space, space_to_depth as space_to_depth
 from jaxmerge.tokens._static import (
@@ -70,4 +88,12 @@ from jaxmerge.tokens._static import (
     static_windows as static_windows,
 )
 from jaxmerge.tokens._tail import merged_similarity as merged_similarity, prune_and_merge as prune_and_merge
+from jaxmerge.tokens._threshold import (
+    RunningThreshold as RunningThreshold,
+    earlier_matching as earlier_matching,
+    matching_threshold as matching_threshold,
+    threshold_matching as threshold_matching,
+)
+from jaxmerge.tokens._trajectory import trajectory_matching as trajectory_matching
 from jaxmerge.tokens._transform import token_transform as token_transform
+from jaxmerge.tokens._two_sided import two_sided_matching as two_sided_matching

@@ -1,0 +1,151 @@
+"""Matching in general: given who may leave and who may receive, each source joins the destination most like it."""
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from jaxmerge import _segments as segments
+from jaxmerge._plan import Plan, from_parents
+from jaxmerge.tokens._nearest import nearest
+from jaxmerge.tokens._rank import ranks
+
+
+def two_sided_matching(
+    metric: Float[ArrayLike, "*batch n d"],
+    sources: Int[ArrayLike, "*#batch a"],
+    destinations: Int[ArrayLike, "*#batch b"],
+    r: int | None = None,
+    *,
+    mask: Bool[ArrayLike, "*#batch a b"] | None = None,
+) -> Plan:
+    """Merge the r sources that are most like a destination, each into the destination that it is most like.
+
+    Likeness is the cosine; of equal ones the first in the list wins. What is in neither list stays alone. Every matching
+    whose two sides are lists of positions is this function: strided cells, k-th tokens, random halves, energies.
+
+    Args:
+      metric: what to compare tokens by, any floating dtype; compared in float32.
+      sources, destinations: positions, each at most once and in one list only; numpy for a fixed split, a traced array
+        for one that depends on data. Without batch axes the rows of the batch share them.
+      r: how many sources merge, a Python int; None for all of them.
+      mask: True where a source may join a destination. A source that may join none goes last, and stays if r lets it.
+
+    Returns:
+      A plan of n - r segments, numbered in the order of the positions that stay. No gradient flows through it.
+
+    Law:
+      two_sided_matching(x, np.arange(0, n, 2), np.arange(1, n, 2), r) = bipartite_matching(x, r).
+
+    Raises:
+      ValueError: r negative or above the number of sources, no destination, a metric of rank 1; and of lists in
+        numpy, a position outside [0, n) or named twice. TypeError: r is not a Python int.
+
+    Cost: the a x b similarities and a comparison of all pairs of sources; no sort.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jaxmerge as jm
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [0.5, 0.5]])
+      >>> jm.tokens.two_sided_matching(x, np.array([2, 3]), np.array([0, 1]), 1).segment_ids.tolist()
+      [0, 1, 0, 2]
+
+    Source: the core of `bipartite_soft_matching` (arXiv:2210.09461) and of all its descendants.
+    """
+    name = "two_sided_matching"
+    metric = checked_metric(name, metric)
+    n = metric.shape[-2]
+    _check_sides(name, sources, destinations, n)
+    a, b = np.shape(sources)[-1], np.shape(destinations)[-1]
+    r = a if r is None else checked_r(name, r, a, f"there are {a} sources")
+    if r == 0:
+        return unchanged(metric)
+    if b == 0:
+        raise ValueError(f"{name}: {r} sources should merge but there is no destination.")
+    sources, best, goal = look(metric, sources, destinations, mask)
+    if r < a:
+        goal = jnp.where(ranks(best) < r, goal, sources)
+    return from_parents(sent(metric, sources, goal), n - r, hops=1)
+
+
+def look(
+    metric: Array, sources: ArrayLike, destinations: ArrayLike, mask: ArrayLike | None = None
+) -> tuple[Array, Array, Array]:
+    """Sources per row of the batch, the similarity of each to its best destination, and that destination's position."""
+    sources, destinations = per_row(sources, metric), per_row(destinations, metric)
+    a, b = segments.take(sources, metric), segments.take(destinations, metric)
+    best, to = nearest(a, b, mask=mask)
+    return sources, best, segments.take(to.astype(jnp.int32), destinations)
+
+
+def sent(metric: Array, sources: Array, goal: Array) -> Int[Array, "*batch n"]:
+    """Parents: every position its own, but each source its goal."""
+    put = lambda here, s, g: here.at[s].set(g, mode="promise_in_bounds")
+    return segments.batched(put, metric.ndim - 2)(segments.positions(_ids(metric)), sources, goal)
+
+
+def per_row(indices: ArrayLike, metric: Array) -> Int[Array, "*batch k"]:
+    """Positions for every row of the batch, laid out as the metric is."""
+    indices = jnp.asarray(indices, jnp.int32)
+    indices = indices.reshape(*(1,) * (metric.ndim - 1 - indices.ndim), *indices.shape)
+    return indices + jnp.zeros_like(_ids(metric)[..., :1])
+
+
+def unchanged(metric: Array) -> Plan:
+    """The identity, laid out as the metric is."""
+    return Plan(segments.positions(_ids(metric)), metric.shape[-2])
+
+
+def checked_metric(name: str, metric: ArrayLike) -> Array:
+    """The metric, at least of rank 2, without a gradient."""
+    metric = jnp.asarray(metric)
+    if metric.ndim < 2:
+        raise ValueError(f"{name}: metric must have shape (*batch, n, d), got {metric.shape}.")
+    return lax.stop_gradient(metric)
+
+
+def checked_r(name: str, r: int, largest: int, why: str) -> int:
+    """r as an int between 0 and the largest; `why` says what limits it."""
+    try:
+        r = operator.index(r)
+    except TypeError:
+        raise TypeError(f"{name}: r must be a Python int, because shapes are static; got {r!r}.") from None
+    if not 0 <= r <= largest:
+        raise ValueError(f"{name}: r must be between 0 and {largest}, got r={r}: {why}.")
+    return r
+
+
+def protected_mask(name: str, protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
+    """Static positions as a mask."""
+    mask = np.zeros(n, bool)
+    for p in protect:
+        if isinstance(p, bool | np.bool_ | jax.Array):
+            raise TypeError(
+                f"{name}: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a jax array; "
+                "np.flatnonzero(mask) turns one into the other."
+            )
+        if not -n <= p < n:
+            raise ValueError(f"{name}: protected position {p} is not among n={n} tokens.")
+        mask[p] = True
+    return mask
+
+
+def _ids(metric: Array) -> Int[Array, "*batch n"]:
+    """Zeros, one per token: where positions take their layout from."""
+    return jnp.zeros_like(metric[..., 0], jnp.int32)
+
+
+def _check_sides(name: str, sources: ArrayLike, destinations: ArrayLike, n: int) -> None:
+    both = (("source", sources), ("destination", destinations))
+    sides = [(side, np.asarray(i)) for side, i in both if not isinstance(i, jax.Array)]  # values of others may not be known
+    for side, i in sides:
+        bad = i[(i < 0) | (i >= n)]
+        if bad.size:
+            raise ValueError(f"{name}: {side} {bad.flat[0]} is not among n={n} tokens.")
+    if sides and all(i.ndim == 1 for _, i in sides):
+        values, counts = np.unique(np.concatenate([i for _, i in sides]), return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(f"{name}: position {values[counts > 1][0]} is named twice; a token is on one side, once.")
