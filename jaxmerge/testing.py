@@ -177,11 +177,12 @@ def assert_planner(
     shape = jax.eval_shape(planner, x)
     assert leaf(shape).shape == leaf(plan).shape, f"eval_shape: {leaf(shape).shape}, the plan has {leaf(plan).shape}"
     tolerance = 0 if isinstance(plan, Plan) else 16 * EPS * x.shape[1]
-    for how, other in {
-        "jit": jax.jit(planner)(x),
-        "vmap": jax.vmap(planner)(x),
-        "scan": jax.lax.scan(lambda c, row: (c, planner(row)), 0, x)[1],
-    }.items():
+    ways = {
+        "jit": planner,
+        "vmap": jax.vmap(planner),
+        "scan": lambda x: jax.lax.scan(lambda c, row: (c, planner(row)), 0, x)[1],
+    }
+    for how, other in jax.jit(lambda x: {how: f(x) for how, f in ways.items()})(x).items():  # compiled together: once
         assert other.num_segments == plan.num_segments, f"{how}: num_segments {other.num_segments}, eager {plan.num_segments}"
         message = f"{how} disagrees with the eager call"
         np.testing.assert_allclose(leaf(other), leaf(plan), rtol=tolerance, atol=tolerance, err_msg=message)
