@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from jaxmerge.virtual import merged_positions, rotary, virtual_attention
-from tests.hlo import collectives
+from tests.hlo import collectives, compile_for, tpu_mesh
 
 B, N, M, H, D = 4, 16, 10, 4, 8
 
@@ -127,6 +127,21 @@ def test_every_device_attends_its_own(mesh, plan, qkv):
             out = compiled(*args)
             assert collectives(compiled) == [], how
             assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 4), how
+
+
+@pytest.mark.tpu
+def test_compiles_for_tpu_without_a_collective():
+    """Pool, group and attend as if unmerged, on every chip its own."""
+    mesh = tpu_mesh("v5e:4x4", (16,), ("data",))
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct((16, *s), dtype, sharding=NamedSharding(mesh, P("data")))
+
+    def step(groups, x, q):
+        plan = jm.tokens.from_groups(groups, 64)
+        pooled = jm.merge(jm.tokens.grid_pool((16, 16), (8, 8), like=x), x)
+        return pooled, [virtual_attention(plan, q, q, q, implementation=how) for how in ("expanded", "compact")]
+
+    compiled = compile_for(step, shape(jnp.int32, 256), shape(jnp.bfloat16, 256, 128), shape(jnp.bfloat16, 64, 4, 64))
+    assert collectives(compiled) == []
 
 
 # --- rotary and positions

@@ -121,7 +121,7 @@ def bind_attributes(
       noun_weight, attribute_weight: the factors.
 
     Returns:
-      A SoftPlan of n segments, for `merge(plan, embeddings, reduce="sum")`. Tokens taken in leave 0 behind.
+      A SoftPlan of n segments, for `merge(plan, embeddings, reduce="sum")`. Tokens taken in leave 0 behind. Cost as `bind`.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm

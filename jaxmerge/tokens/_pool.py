@@ -76,6 +76,8 @@ def matryoshka_pool(grid: Sequence[int], tokens: int, *, like: Shaped[ArrayLike,
     Raises:
       ValueError: no square window cuts this grid into that many tokens; the official code would drop the rest of the image.
 
+    Cost: the plan is a constant.
+
     Example:
       >>> import jaxmerge as jm
       >>> jm.tokens.matryoshka_pool((4, 4), 4).segment_ids.tolist()
@@ -110,6 +112,8 @@ def sequence_pool(n: int, m: int, *, like: Shaped[ArrayLike, "*batch n d"] | Non
 
     Raises:
       ValueError: m is below 1 or above n.
+
+    Cost: the plan is a constant.
 
     Example:
       >>> import jaxmerge as jm
@@ -153,8 +157,10 @@ def temporal_pairs(
       >>> jm.tokens.temporal_pairs(2, tokens=3).segment_ids.tolist()
       [0, 1, 2, 0, 1, 2]
 
-    Source: temporal dimension token merging of On-device Sora (arXiv:2502.04363). With an odd number of frames the official
-    unmerge gives back a video of another length unless half of it, rounded down, is odd too (and not 15).
+    Cost: the plan is a constant.
+
+    Source: temporal dimension token merging of On-device Sora (arXiv:2502.04363), `eai-lab/On-device-Sora`. Its unmerge adds a
+    frame if the number of *pairs* is odd and not 15, so that 6 frames come back as 7, and 5 as 4; ours returns what went in.
     """
     (frames,), (tokens,) = _sizes((frames,), "temporal_pairs", "frames"), _sizes((tokens,), "temporal_pairs", "tokens")
     if last not in ("keep", "drop"):

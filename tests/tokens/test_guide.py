@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxmerge.tokens import negative_merge
 from tests.conftest import GOLDEN
+from tests.hlo import collectives
 
 CASES = {c["name"]: c["params"] for c in json.loads((GOLDEN / "tokens/negtome_a.json").read_text())["cases"]}
 
@@ -83,6 +85,19 @@ def test_gradients_are_those_of_the_moves(negtome):
     moved = np.any(np.asarray(negative_merge(x, reference, **p)) != h[1], axis=-1)
     np.testing.assert_allclose(dx, np.where(moved[:, None], 1.9, 1.0) * np.ones_like(h[1]), rtol=1e-6)
     np.testing.assert_allclose(dr.sum(), -0.9 * moved.sum() * h.shape[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("match", ["reference", "tokens"])
+def test_every_device_moves_its_own(mesh, match):
+    x = np.random.default_rng(0).standard_normal((8, 16, 8)).astype(np.float32)
+    layout = NamedSharding(mesh, P("data"))
+    with jax.set_mesh(mesh):
+        args = jax.device_put(x, layout), jax.device_put(x[:1], NamedSharding(mesh, P()))
+        compiled = jax.jit(lambda x, r: negative_merge(x, r, threshold=0.3, match=match)).lower(*args).compile()
+        out = compiled(*args)
+    assert collectives(compiled) == []
+    assert out.sharding.is_equivalent_to(layout, 3)
+    np.testing.assert_allclose(out, negative_merge(x, x[:1], threshold=0.3, match=match), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
