@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 import jaxmerge as jm
-from models.vit import Attention, ViT
+from models.vit import AnyPlan, Attention, ViT
 
 EPSILON = 1e-6
 """What every key weighs at least in training, together: a row whose keys are all masked stays finite."""
@@ -121,7 +121,7 @@ class DiffRate(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "b h w c"], counts: Sequence[tuple[int, int]]
-    ) -> tuple[Float[Array, "b classes"], jm.Plan, Float[Array, "b m"]]:
+    ) -> tuple[Float[Array, "b classes"], AnyPlan, Float[Array, "b m"]]:
         """Logits, where every token went, and the size of those that are left.
 
         Args:
@@ -181,13 +181,13 @@ class DiffRate(nnx.Module):
         self, x: Float[Array, "b n d"], size: Float[Array, "b n"], place: Int[Array, "b n"], kept: Array, left: Array
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n"]]:
         """What stays takes in what merges into it; everything else is as it was."""
-        ranked = dict(importance=-place.astype(jnp.float32), metric=x, kept=kept, merged=left)
-        ranked |= dict(protect=(0,), capacity=x.shape[1])
-        plan = jm.tokens.prune_and_merge(**ranked)
+        ranked, n = (-place.astype(jnp.float32), x, kept, left), x.shape[1]
+        plan = jm.tokens.prune_and_merge(*ranked, protect=(0,), capacity=n)
         stays = place < left
         if self.official:
             goes = (place >= left) & (place < kept)
-            size = jnp.where(goes, jnp.maximum(size * jm.tokens.merged_similarity(**ranked), 1), size)
+            similarity = jm.tokens.merged_similarity(*ranked, protect=(0,), capacity=n)
+            size = jnp.where(goes, jnp.maximum(size * similarity, 1), size)
         merged = jm.merge(plan, x, weight=None if self.official else size)
         x = jnp.where(stays[..., None], jm.unmerge(plan, merged), x)
         return x, jnp.where(stays, jm.unmerge(plan, jm.merge(plan, size, reduce="sum")), size)
