@@ -44,6 +44,7 @@ CASES = [
     Case("adaptive_k_means", lambda x: t.adaptive_k_means(x, (3, 5), iterations=3), ordered=True),
     Case("primary_and_clusters", lambda x: t.primary_and_clusters(x, received(x), 4, 3), ordered=True),
     Case("attention_and_density", lambda x: t.attention_and_density(x, received(x), 4, 3).plan, ordered=True),
+    Case("attention_and_similarity", lambda x: t.attention_and_similarity(x, received(x), 5).plan, equivariant=True),
     Case("static_merging", lambda x: t.static_merging(video(x), threshold=0.3), ordered=True),
     Case(
         "holitom",
