@@ -28,6 +28,7 @@ from jaxmerge.tokens._hiprune import hiprune as hiprune
 from jaxmerge.tokens._holitom import (
     Weighted as Weighted,
     attention_and_density as attention_and_density,
+    attention_and_similarity as attention_and_similarity,
     center_weight as center_weight,
     holitom as holitom,
 )

@@ -44,7 +44,7 @@ def frame_attention(
     q, k = jnp.asarray(queries), jnp.asarray(keys)
     if q.shape != k.shape:
         raise ValueError(f"frame_attention: queries {q.shape} and keys {k.shape} must have one shape (*batch, frames, d).")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    attention = jax.nn.softmax(segments.matmul(q, jnp.swapaxes(k, -1, -2)) * scale, axis=-1)
+    by = q.shape[-1] ** -0.5 if scale is None else scale
+    attention = jax.nn.softmax(segments.matmul(q, jnp.swapaxes(k, -1, -2)) * by, axis=-1)
     eye = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=attention.dtype), attention.shape)
     return SoftPlan(eye + alpha * attention)

@@ -9,6 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge.tokens._density import density_centers, density_peaks, in_order, joined, keep_apart
+from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._prune import keep_top_k
 from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens._static import first_of_window, frame_similarity, static_windows
@@ -70,6 +71,55 @@ def attention_and_density(
     plan = keep_apart(density_peaks(x, k, neighbors=near, mask=~kept), kept, keep)
     centers = density_centers(x, k, neighbors=near, mask=~kept) | kept
     return Weighted(plan, center_weight(plan, centers, beta))
+
+
+def attention_and_similarity(
+    x: Float[ArrayLike, "*batch n d"], attention: Shaped[Array, "*batch n"], keep: int, *, halving: bool = False
+) -> Weighted:
+    """Keep the tokens of highest attention; each of the others joins the kept one that it is most like.
+
+    Args:
+      x: tokens, compared by cosine.
+      attention: how much attention each receives, in HoliTom from the prompt's last token.
+      keep: how many stay.
+      halving: weigh members as the official loop does, x_kept <- (x_kept + x) / 2 for one after the other: the last one that
+        joins weighs 1/2, the one before 1/4, and so on. False: the mean of all.
+
+    Returns:
+      A plan of `keep` segments in the order of the kept tokens, so that rotary positions stay theirs, and the weights. No
+      gradient flows through either.
+
+    Law:
+      nothing is dropped while keep > 0; with halving, the weights of each segment add up to 1.
+
+    Raises:
+      ValueError: keep outside [0, n].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.9, 0.0]])
+      >>> plan, weight = jm.tokens.attention_and_similarity(x, jnp.array([0.4, 0.3, 0.2, 0.1]), 2, halving=True)
+      >>> plan.segment_ids.tolist(), weight.tolist()
+      ([0, 1, 0, 0], [0.25, 1.0, 0.25, 0.5])
+
+    Source: what HoliTom (arXiv:2505.21334) does inside the language model, from one layer on (HOLITOM_k, HOLITOM_r).
+    """
+    x = jnp.asarray(x)
+    kept = keep_top_k(lax.stop_gradient(attention), keep).kept
+    to = nearest(x, x, mask=jnp.broadcast_to(kept[..., None, :], (*kept.shape, kept.shape[-1]))).index.astype(jnp.int32)
+    parents = jnp.where(kept, segments.positions(to), to if keep else -1)
+    plan = from_parents(parents, keep, hops=1)
+    if not halving:
+        return Weighted(plan, plan.kept.astype(jnp.float32))
+
+    def row(to, kept):  # after me, so many more halve what I brought
+        here = jnp.arange(len(to))
+        joins = (to[None, :] == to[:, None]) & ~kept[None, :]
+        later = jnp.sum(joins & ((here[None, :] > here[:, None]) | kept[:, None]), axis=-1)
+        return 0.5 ** (later + ~kept).astype(jnp.float32)
+
+    weight = segments.batched(row, kept.ndim - 1)(parents, kept)
+    return Weighted(plan, jnp.where(plan.kept, weight, 0.0))
 
 
 def center_weight(plan: Plan, centers: Bool[Array, "*batch n"], beta: float | None) -> Float[Array, "*batch n"]:

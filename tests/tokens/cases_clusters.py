@@ -24,13 +24,18 @@ def received(x):
     return attention(x).sum(axis=(-3, -2))
 
 
+def some(x, mask, k):
+    """A pruning plan that x does not decide: a selection that flips has no slope."""
+    return t.keep(jnp.broadcast_to(mask, x.shape[:-1]) | jnp.zeros_like(x[..., 0], bool), k)
+
+
 def propagated(x):
-    keep = t.keep_top_k(t.attention_score(attention(x, heads=2)), 10)
-    return t.propagate(keep, t.token_graph(x, grid=(3, 5), neighbors=3, prefix=1), alpha=0.3)
+    graph = t.token_graph(x, grid=(3, 5), prefix=1) * attention(x)[..., 0, :, :]
+    return t.propagate(some(x, jnp.arange(16) % 3 != 1, 11), graph, alpha=0.3)
 
 
 def first_five(x):
-    return t.keep(jnp.broadcast_to(jnp.arange(16) < 5, x.shape[:-1]) | jnp.zeros_like(x[..., 0], bool), 5)
+    return some(x, jnp.arange(16) < 5, 5)
 
 
 CASES = [
@@ -44,12 +49,15 @@ CASES = [
     Case("adaptive_k_means", lambda x: t.adaptive_k_means(x, (3, 5), iterations=3), ordered=True),
     Case("primary_and_clusters", lambda x: t.primary_and_clusters(x, received(x), 4, 3), ordered=True),
     Case("attention_and_density", lambda x: t.attention_and_density(x, received(x), 4, 3).plan, ordered=True),
+    Case("attention_and_similarity", lambda x: t.attention_and_similarity(x, received(x), 5).plan, equivariant=True),
     Case("static_merging", lambda x: t.static_merging(video(x), threshold=0.3), ordered=True),
     Case(
         "holitom",
         lambda x: t.holitom(video(x), video(x)[..., 0], ratio=0.6, threshold=0.3, density=0.5, capacity=14).plan,
         ordered=True,
     ),
+    Case("attention_score", lambda x: t.keep_top_k(t.attention_score(attention(x, heads=2)), 10), ordered=True),
+    Case("token_graph", lambda x: t.keep_top_k(t.token_graph(x, neighbors=3, prefix=1).sum(axis=-2), 10), ordered=True),
     Case("propagate", propagated),
     Case("token_transform", lambda x: t.token_transform(x, first_five(x), temperature=0.5)),
     Case("token_transform, over tokens", lambda x: t.token_transform(x, first_five(x), temperature=0.5, over="tokens")),

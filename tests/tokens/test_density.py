@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from jaxmerge.tokens import (
@@ -17,6 +18,7 @@ from jaxmerge.tokens import (
     rope_positions,
 )
 from jaxmerge.tokens._distance import distances, smallest
+from tests.hlo import collectives, compile_for, tpu_mesh
 
 B, N, D = 3, 30, 8
 peaks = jax.jit(density_peaks, static_argnames=("k", "neighbors", "order"))
@@ -224,6 +226,22 @@ def test_a_cascade_composes(x):
     ids = np.asarray(whole.segment_ids)
     for b in range(B):
         assert (ids[b][np.asarray(carried[b])] == np.arange(4)[:, None]).all()
+
+
+@pytest.mark.tpu
+def test_compiles_for_tpu_without_a_collective():
+    """Clusters, members and a propagating plan for 576 tokens of 1024 features, and no sort among them."""
+    mesh = tpu_mesh("v5e:4x4", (16,), ("data",))
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+
+    def step(x, score):
+        dense, means = density_peaks(x, 64), jm.tokens.k_means(x, 64)
+        soft = jm.tokens.propagate(jm.tokens.keep_top_k(score, 400), jm.tokens.token_graph(x, grid=(24, 24), neighbors=4))
+        return jm.merge(dense, x), members(dense, 4), jm.merge(means, x), jm.merge(soft, x, reduce="sum")
+
+    compiled = compile_for(step, shape(16, 576, 1024), shape(16, 576))
+    assert collectives(compiled) == []
+    assert " sort(" not in compiled.as_text()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import jaxmerge as jm
 from jaxmerge.tokens import (
     attention_and_density,
+    attention_and_similarity,
     center_weight,
-    density_centers,
     frame_similarity,
     holitom,
     static_merging,
@@ -25,6 +25,7 @@ DETAILS = json.loads((GOLDEN / "tokens/holitom_a.json").read_text())
 PARAMS = {c["name"]: c["params"] for c in DETAILS["cases"]}
 F, N, D = 8, 12, 8
 windows_of = jax.jit(static_windows, static_argnames=("threshold", "max_window"))
+merge_static = jax.jit(static_merging, static_argnames=("capacity",))
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +75,21 @@ def test_no_other_cut_saves_more(video, limit):
 
 def test_static_tokens_merge_into_their_first_frame(video):
     w = windows_of(np.asarray(frame_similarity(video)))
-    plan = static_merging(video)
+    plan = merge_static(video)
     jm.testing.assert_plan(plan, ordered=True)
     ids = np.asarray(plan.segment_ids).reshape(2, F, N)
     for b, t, i in np.ndindex(2, F, N):
         home = w.start[b, t] if w.static[b, t, i] else t
         assert ids[b, t, i] == ids[b, home, i]
     assert ((plan.sizes > 0).sum(1) == F * N - w.saved).all()
-    small = static_merging(video, capacity=40)
+    small = merge_static(video, capacity=40)
     assert (small.overflow == (np.asarray(plan.segment_ids) >= 40).sum(1)).all()
 
 
 def test_a_still_video_is_one_frame_and_a_broken_one_stays(video):
     still = np.repeat(video[:, :1], F, axis=1)
-    assert ((static_merging(still).sizes > 0).sum(1) == N).all()
-    plan = static_merging(np.full_like(video, np.nan))
+    assert ((merge_static(still).sizes > 0).sum(1) == N).all()
+    plan = merge_static(np.full_like(video, np.nan))
     np.testing.assert_array_equal(plan.segment_ids, np.tile(np.arange(F * N), (2, 1)))
 
 
@@ -119,6 +120,23 @@ def test_merges_are_the_official_ones(official, name):
     np.testing.assert_allclose(np.take_along_axis(np.asarray(y), slots[..., None], 1), a["density_out"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("halving", [False, True])
+def test_what_attention_leaves_joins_its_like(video, halving):
+    x, attention = video[:, 0], np.random.default_rng(2).random((2, N)).astype(np.float32)
+    plan, weight = attention_and_similarity(x, jnp.asarray(attention), 4, halving=halving)
+    y = jm.merge(plan, x, weight=weight)
+    for b in range(2):
+        top = np.sort(np.argsort(-attention[b])[:4])
+        u = x[b] / np.linalg.norm(x[b], axis=1, keepdims=True)
+        groups, state = [[i] for i in top], x[b].astype(np.float64)
+        for i in np.setdiff1d(np.arange(N), top):
+            near = (u[i] @ u[top].T).argmax()
+            groups[near].append(i)
+            state[top[near]] = (state[top[near]] + state[i]) / 2
+        want = state[top] if halving else np.stack([x[b, g].mean(0) for g in groups])
+        np.testing.assert_allclose(y[b], want, rtol=0, atol=2e-5)
+
+
 def test_beta_is_a_weighted_mean():
     plan = jm.Plan(jnp.array([0, 1, 0, 2, 0, -1]), 3)
     centers = jnp.array([False, True, True, True, False, False])
@@ -143,9 +161,11 @@ def rule(x, attention, ratio, w, *, share, beta):
     def clusters(feat, where, k):
         if k == 0:
             return
-        centers = np.flatnonzero(density_centers(feat, k, neighbors=min(7, k)))
-        dist = np.linalg.norm(feat[:, None] - feat[centers][None], axis=-1)
-        near = dist.argmin(1)
+        dist = np.linalg.norm(feat[:, None].astype(np.float64) - feat[None], axis=-1) / np.sqrt(D)
+        rho = np.exp(-(np.sort(dist, axis=1)[:, : min(7, k)] ** 2).mean(1))
+        delta = np.array([dist[i, rho > rho[i]].min(initial=dist.max()) for i in range(len(feat))])
+        centers = np.sort(np.argsort(-rho * delta, kind="stable")[:k])
+        near = dist[:, centers].argmin(1)
         near[centers] = np.arange(k)
         for j, c in enumerate(centers):
             others = feat[(near == j) & (np.arange(len(feat)) != c)]
