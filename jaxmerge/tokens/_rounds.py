@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, compose, merge
 from jaxmerge.tokens._bipartite import schedule
@@ -13,7 +13,7 @@ from jaxmerge.tokens._two_sided import unchanged
 
 def in_rounds(
     planner: Callable[[Array, int], Plan],
-    x: Float[Array, "*batch n d"],
+    x: Float[ArrayLike, "*batch n d"],
     rs: Sequence[int],
     *,
     metric: Callable[[Array], Array] = lambda x: x,
@@ -59,7 +59,7 @@ def in_rounds(
     return whole, x
 
 
-def head_mean(x: Float[Array, "*batch n c"], heads: int) -> Float[Array, "*batch n d"]:
+def head_mean(x: Float[ArrayLike, "*batch n c"], heads: int) -> Float[Array, "*batch n d"]:
     """The mean over heads, where channels are head by head: Token Merging's metric, of keys or of features.
 
     Raises:
@@ -72,6 +72,7 @@ def head_mean(x: Float[Array, "*batch n c"], heads: int) -> Float[Array, "*batch
 
     Source: Token Merging (arXiv:2210.09461), `k.mean(1)`; LongVLM (arXiv:2404.03384) takes 16 groups of the features.
     """
+    x = jnp.asarray(x)
     *lead, c = x.shape
     if heads < 1 or c % heads:
         raise ValueError(f"head_mean: {c} channels do not divide into {heads} heads.")

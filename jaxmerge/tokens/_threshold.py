@@ -13,7 +13,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, look, protected_mask, sent
+from jaxmerge.tokens._two_sided import checked_metric, checked_r, look, protected_mask, sent, unchanged
 
 
 def threshold_matching(
@@ -182,6 +182,9 @@ def _pairs(name: str, metric: Array, protect: Sequence[int], valid: ArrayLike | 
     """Even positions, the similarity of each to its best odd one, and that one's position; -inf where there is none."""
     n = metric.shape[-2]
     fixed = protected_mask(name, protect, n)
+    if n == 1:
+        alone = unchanged(metric).segment_ids
+        return alone, jnp.full_like(metric[..., 0], -jnp.inf, jnp.float32), alone
     free = jnp.broadcast_to(~fixed, metric.shape[:-1])
     if valid is not None:
         free &= jnp.asarray(valid)
