@@ -76,7 +76,8 @@ def grid_matching(
         pack = lambda mask, size: jnp.flatnonzero(mask, size=size).astype(jnp.int32)
         return pack(~receives, n - count), pack(receives, count)
 
-    return two_sided_matching(metric, *segments.batched(split, key.ndim)(key), r)
+    sources, receivers = segments.batched(split, key.ndim)(key)
+    return two_sided_matching(metric, sources, receivers, r)
 
 
 def _cells(h: int, w: int, sy: int, sx: int) -> Int[np.ndarray, "cells members"]:

@@ -111,4 +111,5 @@ def random_bipartite_matching(
         order = jax.random.permutation(key, jnp.asarray(free, jnp.int32))
         return order[:r], jnp.sort(order[r:])  # receivers in their order, so that of equal ones the first wins
 
-    return two_sided_matching(metric, *segments.batched(split, key.ndim)(key))
+    sources, receivers = segments.batched(split, key.ndim)(key)
+    return two_sided_matching(metric, sources, receivers)

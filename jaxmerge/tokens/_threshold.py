@@ -30,8 +30,8 @@ def threshold_matching(
     Args:
       metric: what to compare tokens by.
       threshold: a cosine, found by `matching_threshold`; one for all, or one per row of the batch.
-      capacity: m, room for that many tokens. Free slots come last and are empty; `plan.overflow` counts positions that found
-        no room. (n + 1) // 2 - the protected even ones are the most that merge, so n minus that is always enough.
+      capacity: m, room for that many tokens; n is always enough. Free slots come last and are empty; `plan.overflow`
+        counts positions that found no room.
       protect: positions that neither move nor receive.
       valid: which tokens are real, in a second round `plan.sizes > 0` of the first. Others are dropped.
       max_r: at most so many merges per row, the most similar ones.
@@ -40,8 +40,8 @@ def threshold_matching(
       A plan of `capacity` segments, in the order of the tokens that stay.
 
     Law:
-      raising the threshold never merges more; threshold_matching(x, t, n) has n - r tokens in all rows together when t is
-      matching_threshold(x, r / rows), no two pairs tie and t > 0.
+      raising the threshold never merges more; t = matching_threshold(x, r) removes r tokens per row on average, if t > 0 and
+      no two pairs tie.
 
     Raises:
       ValueError: max_r negative, a protected position outside [-n, n).

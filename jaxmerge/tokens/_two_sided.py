@@ -33,7 +33,8 @@ def two_sided_matching(
       sources, destinations: positions, each at most once and in one list only; numpy for a fixed split, a traced array
         for one that depends on data. Without batch axes the rows of the batch share them.
       r: how many sources merge, a Python int; None for all of them.
-      mask: True where a source may join a destination. A source that may join none goes last, and stays if r lets it.
+      mask: True where a source may join a destination. A source that may join none is chosen last and stays; where r
+        counts on it, as many tokens at the end find no room, and `plan.overflow` counts them.
 
     Returns:
       A plan of n - r segments, numbered in the order of the positions that stay. No gradient flows through it.
@@ -60,15 +61,17 @@ def two_sided_matching(
     n = metric.shape[-2]
     _check_sides(name, sources, destinations, n)
     a, b = np.shape(sources)[-1], np.shape(destinations)[-1]
-    r = a if r is None else checked_r(name, r, a, f"there are {a} sources")
-    if r == 0:
+    moving = a if r is None else checked_r(name, r, a, f"there are {a} sources")
+    if moving == 0:
         return unchanged(metric)
     if b == 0:
-        raise ValueError(f"{name}: {r} sources should merge but there is no destination.")
+        raise ValueError(f"{name}: {moving} sources should merge but there is no destination.")
     sources, best, goal = look(metric, sources, destinations, mask)
-    if r < a:
-        goal = jnp.where(ranks(best) < r, goal, sources)
-    return from_parents(sent(metric, sources, goal), n - r, hops=1)
+    if moving < a:
+        goal = jnp.where(ranks(best) < moving, goal, sources)
+    if mask is not None:
+        goal = jnp.where(best > -jnp.inf, goal, sources)
+    return from_parents(sent(metric, sources, goal), n - moving, hops=1)
 
 
 def look(

@@ -115,6 +115,8 @@ def test_a_mask_says_who_may_join_whom(metric):
     mask[1] = False  # the second source has nowhere to go, so it goes last
     plan = two_sided_matching(metric, np.array([1, 3, 5]), np.array([0, 2, 4]), 2, mask=mask)
     assert (np.asarray(plan.segment_ids)[:, :6] == [0, 0, 1, 2, 3, 3]).all()
+    plan = two_sided_matching(metric, np.array([1, 3, 5]), np.array([0, 2, 4]), 3, mask=mask)
+    assert (np.asarray(plan.segment_ids)[:, :6] == [0, 0, 1, 2, 3, 3]).all() and (plan.overflow == 1).all()
 
 
 @pytest.mark.parametrize(
