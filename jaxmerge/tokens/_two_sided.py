@@ -1,7 +1,7 @@
 """Matching in general: given who may leave and who may receive, each source joins the destination most like it."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,13 @@ def per_row(indices: ArrayLike, metric: Array) -> Int[Array, "*batch k"]:
     indices = jnp.asarray(indices, jnp.int32)
     indices = indices.reshape(*(1,) * (metric.ndim - 1 - indices.ndim), *indices.shape)
     return indices + jnp.zeros_like(_ids(metric)[..., :1])
+
+
+def drawn(name: str, key: Array, draw: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Both sides by chance: from one key for all rows of the batch, or from one key each."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name}: key must be a typed key, as jax.random.key(0) makes it; got {key.dtype}{list(key.shape)}.")
+    return segments.batched(draw, key.ndim)(key)
 
 
 def unchanged(metric: Array) -> Plan:
