@@ -6,9 +6,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Float, Int, Key
 
-from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, two_sided_matching, unchanged
+from jaxmerge.tokens._two_sided import checked_metric, checked_r, drawn, two_sided_matching, unchanged
 
 
 def grid_matching(
@@ -76,7 +75,8 @@ def grid_matching(
         pack = lambda mask, size: jnp.flatnonzero(mask, size=size).astype(jnp.int32)
         return pack(~receives, n - count), pack(receives, count)
 
-    return two_sided_matching(metric, *segments.batched(split, key.ndim)(key), r)
+    sources, receivers = drawn(name, key, split)
+    return two_sided_matching(metric, sources, receivers, r)
 
 
 def _cells(h: int, w: int, sy: int, sx: int) -> Int[np.ndarray, "cells members"]:

@@ -14,6 +14,7 @@ from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._two_sided import (
     checked_metric,
     checked_r,
+    drawn,
     look,
     protected_mask,
     sent,
@@ -111,4 +112,5 @@ def random_bipartite_matching(
         order = jax.random.permutation(key, jnp.asarray(free, jnp.int32))
         return order[:r], jnp.sort(order[r:])  # receivers in their order, so that of equal ones the first wins
 
-    return two_sided_matching(metric, *segments.batched(split, key.ndim)(key))
+    sources, receivers = drawn(name, key, split)
+    return two_sided_matching(metric, sources, receivers)

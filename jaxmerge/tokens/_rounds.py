@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
-from jaxmerge._plan import Plan, compose, merge
+from jaxmerge._plan import Plan, SoftPlan, compose, merge
 from jaxmerge.tokens._bipartite import schedule
 from jaxmerge.tokens._two_sided import unchanged
 
 
 def in_rounds(
-    planner: Callable[[Array, int], Plan],
-    x: Float[Array, "*batch n d"],
+    planner: Callable[[Array, int], Plan | SoftPlan],
+    x: Float[ArrayLike, "*batch n d"],
     rs: Sequence[int],
     *,
     metric: Callable[[Array], Array] = lambda x: x,
     sizes: bool = True,
-) -> tuple[Plan, Float[Array, "*batch m d"]]:
+) -> tuple[Plan | SoftPlan, Float[Array, "*batch m d"]]:
     """Remove tokens in several rounds, each matching the tokens that the round before left.
 
     A token takes part once per round at most, so halving a length needs one round and a quarter needs two; and a group can
@@ -40,6 +40,8 @@ def in_rounds(
     Raises:
       what the planner raises.
 
+    Cost: that of the rounds, each over fewer tokens; halving costs 4/3 of its first round.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> x = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.9, 0.1], [0.0, 1.0]])
@@ -50,16 +52,16 @@ def in_rounds(
     Source: LongVLM (arXiv:2404.03384): r = 1280, 640, 320, 160, 80, 40, 10 per clip, metric=lambda x: head_mean(x, 16).
     AIM (arXiv:2412.03248): n / 2, then n / 4, sizes=False. B-VLLM (arXiv:2412.09919): halvings(n, m), sizes=False.
     """
-    x = jnp.asarray(x)
-    whole = unchanged(x)
+    y = jnp.asarray(x)
+    whole: Plan | SoftPlan = unchanged(y)
     for r in rs:
-        plan = planner(metric(x), r)
-        x = merge(plan, x, weight=whole.sizes if sizes else None)
+        plan = planner(metric(y), r)
+        y = merge(plan, y, weight=whole.sizes if sizes else None)
         whole = compose(plan, whole)
-    return whole, x
+    return whole, y
 
 
-def head_mean(x: Float[Array, "*batch n c"], heads: int) -> Float[Array, "*batch n d"]:
+def head_mean(x: Float[ArrayLike, "*batch n c"], heads: int) -> Float[Array, "*batch n d"]:
     """The mean over heads, where channels are head by head: Token Merging's metric, of keys or of features.
 
     Raises:
@@ -72,6 +74,7 @@ def head_mean(x: Float[Array, "*batch n c"], heads: int) -> Float[Array, "*batch
 
     Source: Token Merging (arXiv:2210.09461), `k.mean(1)`; LongVLM (arXiv:2404.03384) takes 16 groups of the features.
     """
+    x = jnp.asarray(x)
     *lead, c = x.shape
     if heads < 1 or c % heads:
         raise ValueError(f"head_mean: {c} channels do not divide into {heads} heads.")

@@ -13,7 +13,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, look, protected_mask, sent
+from jaxmerge.tokens._two_sided import checked_metric, checked_r, look, protected_mask, sent, unchanged
 
 
 def threshold_matching(
@@ -30,8 +30,8 @@ def threshold_matching(
     Args:
       metric: what to compare tokens by.
       threshold: a cosine, found by `matching_threshold`; one for all, or one per row of the batch.
-      capacity: m, room for that many tokens. Free slots come last and are empty; `plan.overflow` counts positions that found
-        no room. (n + 1) // 2 - the protected even ones are the most that merge, so n minus that is always enough.
+      capacity: m, room for that many tokens; n is always enough. Free slots come last and are empty; `plan.overflow`
+        counts positions that found no room.
       protect: positions that neither move nor receive.
       valid: which tokens are real, in a second round `plan.sizes > 0` of the first. Others are dropped.
       max_r: at most so many merges per row, the most similar ones.
@@ -40,8 +40,8 @@ def threshold_matching(
       A plan of `capacity` segments, in the order of the tokens that stay.
 
     Law:
-      raising the threshold never merges more; threshold_matching(x, t, n) has n - r tokens in all rows together when t is
-      matching_threshold(x, r / rows), no two pairs tie and t > 0.
+      raising the threshold never merges more; t = matching_threshold(x, r) removes r tokens per row on average, if t > 0 and
+      no two pairs tie.
 
     Raises:
       ValueError: max_r negative, a protected position outside [-n, n).
@@ -182,6 +182,9 @@ def _pairs(name: str, metric: Array, protect: Sequence[int], valid: ArrayLike | 
     """Even positions, the similarity of each to its best odd one, and that one's position; -inf where there is none."""
     n = metric.shape[-2]
     fixed = protected_mask(name, protect, n)
+    if n == 1:
+        alone = unchanged(metric).segment_ids
+        return alone, jnp.full_like(metric[..., 0], -jnp.inf, jnp.float32), alone
     free = jnp.broadcast_to(~fixed, metric.shape[:-1])
     if valid is not None:
         free &= jnp.asarray(valid)

@@ -1,7 +1,7 @@
 """Matching in general: given who may leave and who may receive, each source joins the destination most like it."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ def two_sided_matching(
       sources, destinations: positions, each at most once and in one list only; numpy for a fixed split, a traced array
         for one that depends on data. Without batch axes the rows of the batch share them.
       r: how many sources merge, a Python int; None for all of them.
-      mask: True where a source may join a destination. A source that may join none goes last, and stays if r lets it.
+      mask: True where a source may join a destination. A source that may join none is chosen last and stays; where r
+        counts on it, as many tokens at the end find no room, and `plan.overflow` counts them.
 
     Returns:
       A plan of n - r segments, numbered in the order of the positions that stay. No gradient flows through it.
@@ -60,15 +61,17 @@ def two_sided_matching(
     n = metric.shape[-2]
     _check_sides(name, sources, destinations, n)
     a, b = np.shape(sources)[-1], np.shape(destinations)[-1]
-    r = a if r is None else checked_r(name, r, a, f"there are {a} sources")
-    if r == 0:
+    moving = a if r is None else checked_r(name, r, a, f"there are {a} sources")
+    if moving == 0:
         return unchanged(metric)
     if b == 0:
-        raise ValueError(f"{name}: {r} sources should merge but there is no destination.")
+        raise ValueError(f"{name}: {moving} sources should merge but there is no destination.")
     sources, best, goal = look(metric, sources, destinations, mask)
-    if r < a:
-        goal = jnp.where(ranks(best) < r, goal, sources)
-    return from_parents(sent(metric, sources, goal), n - r, hops=1)
+    if moving < a:
+        goal = jnp.where(ranks(best) < moving, goal, sources)
+    if mask is not None:
+        goal = jnp.where(best > -jnp.inf, goal, sources)
+    return from_parents(sent(metric, sources, goal), n - moving, hops=1)
 
 
 def look(
@@ -92,6 +95,13 @@ def per_row(indices: ArrayLike, metric: Array) -> Int[Array, "*batch k"]:
     indices = jnp.asarray(indices, jnp.int32)
     indices = indices.reshape(*(1,) * (metric.ndim - 1 - indices.ndim), *indices.shape)
     return indices + jnp.zeros_like(_ids(metric)[..., :1])
+
+
+def drawn(name: str, key: Array, draw: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Both sides by chance: from one key for all rows of the batch, or from one key each."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name}: key must be a typed key, as jax.random.key(0) makes it; got {key.dtype}{list(key.shape)}.")
+    return segments.batched(draw, key.ndim)(key)
 
 
 def unchanged(metric: Array) -> Plan:

@@ -117,7 +117,7 @@ def test_the_kernels_are_their_formulas(x):
 def test_rare_tokens_are_protected(x):
     crowd = np.tile(x[:, :1], (1, N, 1)) + 0.01 * x
     crowd[:, 5] = -x[:, 0]
-    plan = energy_matching(crowd, 8, margin=0.5)
+    plan = jax.jit(lambda x: energy_matching(x, 8, margin=0.5))(crowd)
     ids, sizes = np.asarray(plan.segment_ids), np.asarray(plan.sizes)
     assert (np.take_along_axis(sizes, ids[:, 5:6], 1) == 1).all()
 

@@ -115,6 +115,8 @@ def test_a_mask_says_who_may_join_whom(metric):
     mask[1] = False  # the second source has nowhere to go, so it goes last
     plan = two_sided_matching(metric, np.array([1, 3, 5]), np.array([0, 2, 4]), 2, mask=mask)
     assert (np.asarray(plan.segment_ids)[:, :6] == [0, 0, 1, 2, 3, 3]).all()
+    plan = two_sided_matching(metric, np.array([1, 3, 5]), np.array([0, 2, 4]), 3, mask=mask)
+    assert (np.asarray(plan.segment_ids)[:, :6] == [0, 0, 1, 2, 3, 3]).all() and (plan.overflow == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,7 @@ def test_a_mask_says_who_may_join_whom(metric):
         (lambda x: random_bipartite_matching(x, 17, jax.random.key(0)), ValueError, "between 0 and 16.*one must stay"),
         (lambda x: random_bipartite_matching(x, 16, jax.random.key(0), protect=(0,)), ValueError, "of 16 tokens"),
         (lambda x: random_bipartite_matching(x, 1.5, jax.random.key(0)), TypeError, "Python int.*1.5"),
+        (lambda x: random_bipartite_matching(x, 1, jax.random.PRNGKey(0)), TypeError, r"typed key.*got uint32\[2\]"),
         (lambda x: random_bipartite_matching(x, 1, jax.random.key(0), protect=(17,)), ValueError, "position 17 is not among"),
         (lambda x: random_bipartite_matching(x, 1, jax.random.key(0), protect=[True]), TypeError, "not a mask.*flatnonzero"),
         (lambda x: two_sided_matching(x, np.array([0]), np.array([17])), ValueError, "destination 17 is not among n=17"),
