@@ -49,11 +49,17 @@ def test_equals_the_official_code(golden, implementation):
     """q, k, v of 7 merged tokens with 12 places; the recorded output is of the unmerged sequence, then merged by the mean."""
     vtu = {k.split("/")[1]: v for k, v in golden("tokens/dymu_a").items() if k.startswith("vtu0/")}
     plan = jm.Plan(jnp.asarray(vtu["mapping"])[None], 7)
-    q, k, v = (jnp.moveaxis(vtu[name], 1, 2) for name in "qkv")
-    got = virtual_attention(plan, q, k, v, is_causal=True, implementation=implementation)
-    np.testing.assert_allclose(jnp.moveaxis(got, 2, 1), vtu["remerged"], rtol=0, atol=2e-5)
-    each = virtual_attention(jm.identity(12, (1,)), *jm.unmerge(plan, (q, k, v)), is_causal=True, implementation=implementation)
-    np.testing.assert_allclose(jnp.moveaxis(each, 2, 1), vtu["attn_out"], rtol=0, atol=2e-5)
+    qkv = tuple(np.moveaxis(vtu[name], 1, 2) for name in "qkv")
+    every = jm.identity(12, (1,))
+
+    @jax.jit
+    def calls(qkv):
+        attend = lambda plan, qkv: virtual_attention(plan, *qkv, is_causal=True, implementation=implementation)
+        return attend(plan, qkv), attend(every, jm.unmerge(plan, qkv))
+
+    merged, each = calls(qkv)
+    np.testing.assert_allclose(np.moveaxis(merged, 2, 1), vtu["remerged"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.moveaxis(each, 2, 1), vtu["attn_out"], rtol=0, atol=2e-5)
 
 
 def test_the_official_kernels_scores_are_ours(golden):
@@ -169,7 +175,8 @@ def test_positions_of_merged_tokens(plan):
     ids, t = np.asarray(plan.segment_ids), np.cumsum(np.arange(1, N + 1))
     given = jnp.broadcast_to(jnp.asarray(t), (B, N))
     weight = jnp.broadcast_to(jnp.linspace(1, 2, N), (B, N))
-    first, mean = merged_positions(plan, given), merged_positions(plan, given, reduce="mean", weight=weight)
+    both = lambda p, t, w: (merged_positions(p, t), merged_positions(p, t, reduce="mean", weight=w))
+    first, mean = map(np.asarray, jax.jit(both)(plan, given, weight))
     assert first.dtype == given.dtype
     for b, s in np.ndindex(B, M):
         members = np.flatnonzero(ids[b] == s)

@@ -237,13 +237,18 @@ def test_the_first_block_has_no_cross_tokens():
 
 
 def test_what_is_inserted_changes_nothing_at_first():
-    x = tokens(16)
-    np.testing.assert_array_equal(crosslmm.DualCrossAttention(D, HEADS, rngs=nnx.Rngs(0))(x, x, num_visual=9), x)
-    np.testing.assert_array_equal(flexdit.Block(D, HEADS, rngs=nnx.Rngs(0))(x, x[:, 0]), x)
-    recover = flexdit.RecoveryBlock(D, HEADS, GRID, (2, 2), rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(recover(x[:, :4], x[:, 0], x), x, rtol=1e-6)
-    means = jm.merge(jm.tokens.sequence_pool(16, 5, like=x), x)
-    pooled = subtokens.AttentionPool(D, rngs=nnx.Rngs(0))(x, jm.tokens.sequence_pool(16, 5, like=x))
+    x, r = tokens(16), nnx.Rngs(0)
+    read, recover = crosslmm.DualCrossAttention(D, HEADS, rngs=r), flexdit.RecoveryBlock(D, HEADS, GRID, (2, 2), rngs=r)
+    pool = subtokens.AttentionPool(D, rngs=r)
+
+    @jax.jit
+    def calls(x):
+        plan = jm.tokens.sequence_pool(16, 5, like=x)
+        return read(x, x, num_visual=9), recover(x[:, :4], x[:, 0], x), pool(x, plan), jm.merge(plan, x)
+
+    inserted, recovered, pooled, means = calls(x)
+    np.testing.assert_array_equal(inserted, x)
+    np.testing.assert_allclose(recovered, x, rtol=1e-6)
     np.testing.assert_allclose(pooled, means, rtol=0, atol=1e-6)
 
 
@@ -269,11 +274,11 @@ def test_masked_tokens_are_not_read():
     x, mask = tokens(16), jnp.asarray(np.arange(16) < np.array([[16], [12]]))
     other = np.where(mask[..., None], x, 5.0).astype(np.float32)
     read = randomised(MODULES["crosslmm"](nnx.Rngs(0)))
-    call = lambda memory: read(x[:, :7], memory, num_visual=4, mask=mask)
+    call = jax.jit(lambda memory: read(x[:, :7], memory, num_visual=4, mask=mask))
     np.testing.assert_allclose(call(other), call(x), rtol=0, atol=1e-6)
     block = randomised(MODULES["arc"](nnx.Rngs(0)))
     plan = jm.Plan(jnp.where(mask, jm.tokens.sequence_pool(16, 4, like=x).segment_ids, -1), 4)
-    call = lambda x: block(x, plan, mask=mask)
+    call = jax.jit(lambda x: block(x, plan, mask=mask))
     np.testing.assert_allclose(call(other)[:, :3], call(x)[:, :3], rtol=0, atol=1e-6)
 
 
@@ -281,7 +286,8 @@ def test_large_scores_do_not_overflow():
     module, x = subtokens.AttentionPool(D, rngs=nnx.Rngs(0)), tokens(16)
     module.score.bias[...] = jnp.full((1,), 300.0)  # exp would be inf
     plan = jm.tokens.sequence_pool(16, 5, like=x)
-    np.testing.assert_allclose(module(x, plan), jm.merge(plan, x), rtol=0, atol=1e-6)
+    pooled, means = jax.jit(lambda x: (module(x, plan), jm.merge(plan, x)))(x)
+    np.testing.assert_allclose(pooled, means, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_equals_the_official_code(negtome, name):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_rule(negtome, name, match):
     h, mask, p = read(negtome, name)
-    got = negative_merge(h, h[:1], mask=mask, match=match, **p)
+    got = jax.jit(lambda h: negative_merge(h, h[:1], mask=mask, match=match, **p))(h)
     want = [rule(row, h[0], None if mask is None else mask[i], match=match, **p) for i, row in enumerate(h)]
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
@@ -63,19 +63,27 @@ def test_the_two_readings_differ_and_agree_on_the_reference_itself(negtome):
 @pytest.mark.parametrize("match", ["reference", "tokens"])
 def test_laws(negtome, match):
     h, _, p = read(negtome, "c0")
-    np.testing.assert_array_equal(negative_merge(h, h[:1], alpha=0.0, threshold=-2.0, match=match), h)
-    np.testing.assert_array_equal(negative_merge(h, h[:1], threshold=1.1, match=match), h)
-    rows = jax.vmap(lambda row: negative_merge(row, h[0], match=match, **p))(h)
-    np.testing.assert_allclose(rows, negative_merge(h, h[:1], match=match, **p), rtol=0, atol=1e-6)
+
+    @jax.jit
+    def calls(h):
+        still = (negative_merge(h, h[:1], alpha=0.0, threshold=-2.0, match=match), negative_merge(h, h[:1], threshold=1.1))
+        rows = jax.vmap(lambda row: negative_merge(row, h[0], match=match, **p))(h)
+        return still, rows, negative_merge(h, h[:1], match=match, **p)
+
+    still, rows, whole = calls(h)
+    for out in still:
+        np.testing.assert_array_equal(out, h)
+    np.testing.assert_allclose(rows, whole, rtol=0, atol=1e-6)
     assert negative_merge(jnp.asarray(h, jnp.bfloat16), h[:1], match=match).dtype == jnp.bfloat16
 
 
 def test_tokens_without_a_direction_stay():
-    h = jnp.stack([jnp.ones(4), jnp.zeros(4), jnp.full(4, jnp.nan)])
-    out = negative_merge(h, jnp.ones((2, 4)) * 2, alpha=1.0)
-    np.testing.assert_array_equal(out, jnp.stack([jnp.zeros(4), jnp.zeros(4), jnp.full(4, jnp.nan)]))
-    none = negative_merge(h[:1], h[:1] * 2, threshold=-2.0, mask=jnp.zeros((1, 1), bool))
-    np.testing.assert_array_equal(none, h[:1])
+    h = np.repeat(np.float32([[1], [0], [np.nan]]), 4, axis=1)
+    reference = np.full((2, 4), 2, np.float32)
+    out = jax.jit(lambda h: negative_merge(h, reference, alpha=1.0))(h)
+    np.testing.assert_array_equal(out, [[0] * 4, [0] * 4, [np.nan] * 4])  # only the first has a match, and is pushed off it
+    none = jax.jit(lambda h: negative_merge(h, reference, threshold=-2.0, mask=np.zeros((3, 2), bool)))(h)
+    np.testing.assert_array_equal(none, h)
 
 
 def test_gradients_are_those_of_the_moves(negtome):
