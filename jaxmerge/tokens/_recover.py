@@ -89,7 +89,7 @@ def recover(
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> x = jnp.eye(8)
       >>> even = jnp.linspace(0, 0.1, 8)
-      >>> score, text = even.at[2].set(5.0), even.at[jnp.array([4, 6])].set(jnp.array([-5.0, 5.0]))
+      >>> score, text = even.at[2].set(5.0), even.at[jnp.array([5, 6])].set(jnp.array([5.0, 6.0]))
       >>> plan = jm.tokens.recover(score, text, x, 3, neighbours=3, rest=lambda x, mask: jm.Plan(jnp.where(mask, 0, -1), 1))
       >>> plan.segment_ids.tolist(), plan.sizes.tolist()
       ([3, 3, 0, 3, 3, 3, 1, 3], [1, 1, 0, 6])

@@ -58,10 +58,13 @@ def test_a_router_learns_its_targets():
         logits = jax.nn.log_softmax(router(text_state(x, text)))
         return -jnp.take_along_axis(logits, target[:, None], axis=-1).mean()
 
-    step = nnx.jit(nnx.grad(loss))
-    for _ in range(60):
-        grads = step(router, x)
+    @nnx.jit
+    def step(router, x):
+        grads = nnx.grad(loss)(router, x)
         nnx.update(router, jax.tree.map(lambda p, g: p - 0.5 * g, nnx.state(router, nnx.Param), grads))
+
+    for _ in range(60):
+        step(router, x)
     says = exit_layer(router(text_state(x, text))[:, None])  # one layer: 0 exits, 1 stays
     assert (says == 1 - target).mean() > 0.9
     assert (jax.grad(lambda x: loss(router, x))(x) == 0).all()

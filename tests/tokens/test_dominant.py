@@ -33,7 +33,7 @@ def test_assign_equals_the_rule(x):
     rng = np.random.default_rng(0)
     stay = rng.random((B, N)) < 0.4
     targets, rest = stay & (rng.random((B, N)) < 0.7), rng.random((B, N)) < 0.8
-    plan = assign(x, jnp.asarray(stay), 12, targets=jnp.asarray(targets), rest=jnp.asarray(rest))
+    plan = jax.jit(lambda x, stay, targets, rest: assign(x, stay, 12, targets=targets, rest=rest))(x, stay, targets, rest)
     for b in range(B):
         order, likeness = np.flatnonzero(stay[b]).tolist(), cosines(x[b])
         for i in range(N):
@@ -93,7 +93,7 @@ def test_our_mean_is_half_as_long_as_the_official_sum():
 
 @pytest.mark.parametrize("dominant, contextual", [(8, 5), (0, 4), (20, 1), (13, 8), (0, 21)])
 def test_equals_the_rule(x, score, dominant, contextual):
-    plan = dominant_and_contextual(score, x, dominant, contextual)
+    plan = jax.jit(lambda score, x: dominant_and_contextual(score, x, dominant, contextual))(score, x)
     for b in range(B):
         leads = np.argsort(-np.asarray(score[b]), kind="stable")[:dominant]
         rest = [i for i in range(N) if i not in leads]

@@ -45,10 +45,9 @@ def test_factors_equal_the_rule(k, d):
 
 def test_factors_equal_scikit_learn(scores):
     neighbors = pytest.importorskip("sklearn.neighbors")
-    for row in np.asarray(scores[0]):
+    for row, ours in zip(np.asarray(scores[0]), jax.jit(local_outlier_factor)(scores[0][..., None]), strict=True):
         lof = neighbors.LocalOutlierFactor(n_neighbors=20)
         outliers = lof.fit_predict(row[:, None].astype(np.float64)) == -1
-        ours = local_outlier_factor(row[:, None], 20)
         np.testing.assert_allclose(ours, -lof.negative_outlier_factor_, rtol=1e-4)
         np.testing.assert_array_equal(ours > 1.5, outliers)
         assert outliers.any()
@@ -82,7 +81,7 @@ def counts(score, text, k):
 
 @pytest.mark.parametrize("k", [4, 20])
 def test_equals_the_rule(scores, metric, k):
-    plan = recover(*scores, metric, N, neighbours=k)
+    plan = jax.jit(lambda *args: recover(*args, N, neighbours=k))(*scores, metric)
     for b in range(B):
         kept, asked = counts(*(np.asarray(s[b]) for s in scores), k)
         assert asked and kept
@@ -94,7 +93,8 @@ def test_equals_the_rule(scores, metric, k):
 def test_no_room_drops_the_recovered_first_and_the_lowest_first(scores, metric):
     kept, asked = counts(np.asarray(scores[0][0]), np.asarray(scores[1][0]), 20)
     for capacity in (len(kept) + 1, len(kept) - 1):
-        plan = recover(*scores, metric, capacity, rest=lambda x, mask: jm.Plan(jnp.full_like(x[..., 0], -1, jnp.int32), 0))
+        nothing = lambda x, mask: jm.Plan(jnp.full_like(x[..., 0], -1, jnp.int32), 0)
+        plan = jax.jit(lambda *args: recover(*args, capacity, rest=nothing))(*scores, metric)  # noqa: B023
         order = [*sorted(kept, key=lambda i: -scores[0][0, i]), *sorted(asked, key=lambda i: -scores[1][0, i])]
         assert set(np.flatnonzero(plan.kept[0]).tolist()) == set(order[:capacity])
         assert (plan.overflow == 0).all()

@@ -48,8 +48,8 @@ def test_equals_the_official_code(golden, name, kept, protect):
     "kept, merged, protect", [(16, 9, (0,)), (21, 10, ()), (12, 12, (0, 3)), (9, 14, (-1,)), (5, 2, (0, 4))]
 )
 def test_equals_the_rule(x, importance, kept, merged, protect):
-    plan = prune_and_merge(importance, x, kept, merged, protect=protect)
-    similarity = merged_similarity(importance, x, kept, merged, protect=protect)
+    both = lambda *args: [f(*args, kept, merged, protect=protect) for f in (prune_and_merge, merged_similarity)]
+    plan, similarity = jax.jit(both)(importance, x)
     assert plan.num_segments == min(kept, merged)
     for b in range(B):
         fixed = [p % N for p in protect]
