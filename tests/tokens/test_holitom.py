@@ -76,7 +76,6 @@ def test_no_other_cut_saves_more(video, limit):
 def test_static_tokens_merge_into_their_first_frame(video):
     w = windows_of(np.asarray(frame_similarity(video)))
     plan = merge_static(video)
-    jm.testing.assert_plan(plan, ordered=True)
     ids = np.asarray(plan.segment_ids).reshape(2, F, N)
     for b, t, i in np.ndindex(2, F, N):
         home = w.start[b, t] if w.static[b, t, i] else t
@@ -196,7 +195,6 @@ def test_the_whole_pipeline_is_its_rule(video, share, beta):
     run = jax.jit(lambda x, a: holitom(x, a, ratio=0.31, density=share, neighbors=7, beta=beta))
     plan, weight = run(video, attention)
     y = np.asarray(jm.merge(plan, video.reshape(2, F * N, D), weight=weight))
-    jm.testing.assert_plan(plan, ordered=True)
     for b in range(2):
         want = rule(video[b], attention[b], 0.31, [a[b] for a in w], share=share, beta=beta)
         ids = np.asarray(plan.segment_ids)[b]
