@@ -6,13 +6,13 @@ A plan is computed from data by a pure function and is small. It is applied by a
     merge, unmerge, compose           the algebra
     identity, from_parents            plans to start from
     tokens, words, params             the planners: which tokens, bytes, weights become one?
-    attention                         what a plan means to attention
+    attention, virtual                what a plan means to attention; attention as if nothing had merged
     checkpoint, testing               merge checkpoints on disk; the laws, as tests (loaded on first use)
 """
 
 import importlib
 
-from jaxmerge import attention as attention, params as params, tokens as tokens, words as words
+from jaxmerge import attention as attention, params as params, tokens as tokens, virtual as virtual, words as words
 from jaxmerge._plan import (
     Plan as Plan,
     SoftPlan as SoftPlan,

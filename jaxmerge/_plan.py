@@ -302,18 +302,32 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
     return Plan(jnp.where(inner.kept, onward, beyond).astype(jnp.int32), outer.num_segments)
 
 
-def identity(n: int, batch: tuple[int, ...] = ()) -> Plan:
+def identity(n: int, batch: tuple[int, ...] = (), *, like: Shaped[ArrayLike, "*batch n d"] | None = None) -> Plan:
     """The plan that leaves n positions as they are, where a stack of plans begins.
+
+    Args:
+      n: how many positions.
+      batch: batch axes.
+      like: the tokens that it is for, instead of `batch`: it takes their batch axes and, on a mesh, their layout.
 
     Law:
       merge(identity(n), x) = x; compose(p, identity(n)) = p.
+
+    Raises:
+      ValueError: `like` does not hold n tokens, or `batch` is given too.
 
     Example:
       >>> import jaxmerge as jm
       >>> jm.identity(3).segment_ids.tolist()
       [0, 1, 2]
     """
-    return Plan(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n)), n)
+    here = jnp.arange(n, dtype=jnp.int32)
+    if like is None:
+        return Plan(jnp.broadcast_to(here, (*batch, n)), n)
+    like = jnp.asarray(like)
+    if batch or like.ndim < 2 or like.shape[-2] != n:
+        raise ValueError(f"identity: like must be the tokens, (*batch, {n}, d), and batch left out; got {like.shape}, {batch}.")
+    return Plan(segments.rows_like(here, like), n)
 
 
 def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops: int | None = None) -> Plan:

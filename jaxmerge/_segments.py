@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import ArrayLike, Bool, Int, Shaped
 
 
 def sums(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -80,6 +80,15 @@ def like(w: Array, x: Array) -> Array:
 def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     """x with a value written where a mask over its leading axes says; x's layout wins."""
     return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
+
+
+def rows_like(constant: Shaped[ArrayLike, "..."], x: Shaped[Array, "*batch n ..."]) -> Shaped[Array, "..."]:
+    """A constant (..., n) for every row of x (*batch, n, d), laid out as x's batch is."""
+    # The compiler knows this sum of zeros: nothing of x is read, and its features may be sharded.
+    constant = jnp.asarray(constant)
+    blank = jnp.zeros_like(x, constant.dtype).sum(axis=-1, dtype=constant.dtype)
+    blank = blank.reshape(*blank.shape[:-1], *[1] * (constant.ndim - 1), blank.shape[-1])
+    return blank + constant.reshape(*[1] * (x.ndim - 2), *constant.shape)
 
 
 def batched(f: Callable[..., Any], rank: int) -> Callable[..., Any]:

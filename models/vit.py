@@ -266,13 +266,12 @@ class ViT(nnx.Module):
         x = self.patch_embed(images).astype(jnp.float32)
         prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
         x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
-        start = jm.tokens.bipartite_matching(x, 0)  # the identity, laid out as x is
         plan = None
         clamp = {} if isinstance(r, list) else dict(n=x.shape[1], protected=self.config.num_prefix)
         layers = jm.tokens.schedule(len(self.blocks), r, **clamp)
         for block, r_block in zip(self.blocks, layers, strict=False):
             x, plan = block(x, plan, r_block, planner=planner, proportional=proportional, reduce=reduce)
-        return x, start if plan is None else plan
+        return x, jm.identity(x.shape[1], like=x) if plan is None else plan
 
     def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:
         """Logits from `features`. The mean over patches weighs each token by the patches it stands for."""

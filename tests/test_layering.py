@@ -26,6 +26,7 @@ BELOW = {
     "_plan": {"_segments"},
     "attention": {"_plan"},
     "tokens": {"_plan", "_segments", "attention"},
+    "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
     "params": {"_plan"},
     "checkpoint": {"_plan", "params"},
@@ -83,7 +84,21 @@ def test_import_is_light():
 SURFACE = {
     "jaxmerge": "Plan SoftPlan compose from_parents identity merge unmerge",
     "jaxmerge.attention": "MASKED append_bias key_bias proportional_attention segment_mask",
-    "jaxmerge.tokens": "Nearest bipartite_matching keep keep_top_k nearest schedule",
+    "jaxmerge.tokens": """Nearest RunningThreshold Weighted Windows adaptive_k_means adjacent_matching assign
+        attention_and_density
+        attention_and_similarity attention_inhibition attention_score bind bind_attributes bipartite_matching
+        block_matching carry_positions center_weight clip_matching density_centers density_peaks
+        depth_to_space dominant_and_contextual earlier_matching energy energy_matching exit_layer exit_plan
+        flow_budget flow_cut flow_layers flow_score frame_attention frame_similarity from_groups grid_matching
+        grid_pool halvings head_mean hiprune holitom in_order in_rounds inertia k_means keep keep_apart
+        keep_schedule keep_top_k kth_bipartite_matching linear_decay local_matching local_outlier_factor
+        margins matching_threshold matryoshka_pool members merged_similarity nearest nearest_center
+        negative_merge page_rank page_rank_pruning primary_and_clusters propagate prune_and_merge
+        random_bipartite_matching ranks recover redundant representatives rope_positions saliency_gather
+        sample_by_correlation schedule sequence_pool silhouette soft_gather space_to_depth sparsify
+        static_merging static_windows subgraph temporal_pairs threshold_matching token_graph token_transform
+        trajectory_matching two_sided_matching visible_layers""",
+    "jaxmerge.virtual": "merged_positions rotary virtual_attention",
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
     "jaxmerge.params": """MergeTransform add chain dare_linear dare_ties elect_sign interpolate linear max_agreeing

@@ -17,7 +17,7 @@ from jaxmerge.tokens import (
     nearest_center,
     rope_positions,
 )
-from jaxmerge.tokens._distance import distances, smallest
+from jaxmerge.tokens.clustering._distance import distances, smallest
 from tests.hlo import collectives, compile_for, tpu_mesh
 
 B, N, D = 3, 30, 8

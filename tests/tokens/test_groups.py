@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
-from jaxmerge.tokens import _groups, bind, bind_attributes, from_groups
+from jaxmerge.tokens.given import _groups, bind, bind_attributes, from_groups
 from tests.hlo import collectives
 
 B, N, D = 4, 16, 8

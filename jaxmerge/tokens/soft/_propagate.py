@@ -10,8 +10,8 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, merge
-from jaxmerge.tokens._distance import smallest
 from jaxmerge.tokens._nearest import cosine, unit
+from jaxmerge.tokens.clustering._distance import smallest
 
 Rule = Literal[
     "CLSAttnMean",

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._prune import keep
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def exit_layer(logits: Float[Array, "*batch layers 2"]) -> Int[Array, "*batch"]:

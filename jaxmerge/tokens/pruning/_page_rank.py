@@ -6,8 +6,8 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._prune import keep
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def page_rank(

@@ -7,8 +7,8 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, SoftPlan, compose, merge
-from jaxmerge.tokens._bipartite import schedule
-from jaxmerge.tokens._two_sided import unchanged
+from jaxmerge.tokens.matching._bipartite import schedule
+from jaxmerge.tokens.matching._two_sided import unchanged
 
 
 def in_rounds(

@@ -6,8 +6,8 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._prune import keep
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def flow_score(

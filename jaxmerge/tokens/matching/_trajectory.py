@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, Float
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._nearest import unit
-from jaxmerge.tokens._two_sided import checked_metric, unchanged
+from jaxmerge.tokens.matching._two_sided import checked_metric, unchanged
 
 
 def trajectory_matching(

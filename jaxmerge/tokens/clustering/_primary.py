@@ -7,10 +7,10 @@ from jaxtyping import ArrayLike, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge.attention import MASKED
-from jaxmerge.tokens._density import keep_apart
-from jaxmerge.tokens._k_means import k_means
-from jaxmerge.tokens._prune import keep_top_k
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.clustering._density import keep_apart
+from jaxmerge.tokens.clustering._k_means import k_means
+from jaxmerge.tokens.pruning._prune import keep_top_k
 
 
 def primary_and_clusters(

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Float, Key
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
-from jaxmerge.tokens._two_sided import (
+from jaxmerge.tokens.matching._two_sided import (
     checked_metric,
     checked_r,
     drawn,

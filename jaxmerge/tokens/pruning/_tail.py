@@ -8,8 +8,8 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._assign import assign_by_similarity
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._assign import assign_by_similarity
 
 Count = int | Int[Array, ""]
 

@@ -6,7 +6,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan, merge
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._prune import keep
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def assign(

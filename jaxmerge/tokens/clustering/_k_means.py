@@ -11,9 +11,9 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._density import in_order
-from jaxmerge.tokens._distance import distances
 from jaxmerge.tokens._nearest import unit
+from jaxmerge.tokens.clustering._density import in_order
+from jaxmerge.tokens.clustering._distance import distances
 
 Init = Literal["farthest", "k-means++", "first"]
 Metric = Literal["cosine", "euclidean"]

@@ -8,10 +8,10 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, from_parents
-from jaxmerge.tokens._bipartite import bipartite_matching
 from jaxmerge.tokens._nearest import unit
 from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, per_row, protected_mask, sent, unchanged
+from jaxmerge.tokens.matching._bipartite import bipartite_matching
+from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, per_row, protected_mask, sent, unchanged
 
 
 def local_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, window: int, protect: Sequence[int] = ()) -> Plan:

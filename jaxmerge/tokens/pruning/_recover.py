@@ -8,9 +8,9 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._assign import assign
-from jaxmerge.tokens._prune import keep
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._assign import assign
+from jaxmerge.tokens.pruning._prune import keep
 
 OUTLIER = 1.5
 """A local outlier factor above this is an outlier: what scikit-learn calls contamination="auto"."""

@@ -13,7 +13,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, look, protected_mask, sent, unchanged
+from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, look, protected_mask, sent, unchanged
 
 
 def threshold_matching(

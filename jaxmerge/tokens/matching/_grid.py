@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float, Int, Key
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._two_sided import checked_metric, checked_r, drawn, two_sided_matching, unchanged
+from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, drawn, two_sided_matching, unchanged
 
 
 def grid_matching(

@@ -5,9 +5,9 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._assign import assign
-from jaxmerge.tokens._prune import keep
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._assign import assign
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def dominant_and_contextual(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Shaped
 
+from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan
 
 
@@ -195,7 +196,4 @@ def _laid_out(constant: np.ndarray, like: Any) -> Array:
     like = jnp.asarray(like)
     if like.ndim < 2 or like.shape[-2] != constant.shape[-1]:
         raise ValueError(f"pooling: like must be the tokens, (*batch, {constant.shape[-1]}, d); got {like.shape}.")
-    # The compiler knows this sum of zeros: no token is read, and features may be sharded.
-    blank = jnp.zeros_like(like, constant.dtype).sum(axis=-1, dtype=constant.dtype)
-    blank = blank.reshape(*blank.shape[:-1], *[1] * (constant.ndim - 1), blank.shape[-1])
-    return blank + constant.reshape(*[1] * (like.ndim - 2), *constant.shape)
+    return segments.rows_like(constant, like)

@@ -7,8 +7,8 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan
 from jaxmerge.tokens._nearest import cosine
-from jaxmerge.tokens._prune import keep
 from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens.pruning._prune import keep
 
 
 def redundant(metric: Float[ArrayLike, "*batch n d"], *, threshold: float = 0.7, repeats: int = 1) -> Bool[Array, "*batch n"]:
