@@ -82,7 +82,7 @@ def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
 
 
-def rows_like(constant: Shaped[ArrayLike, "..."], x: Shaped[Array, "*batch n ..."]) -> Shaped[Array, "..."]:
+def rows_like(constant: Shaped[ArrayLike, "..."], x: Shaped[Array, "*batch n d"]) -> Shaped[Array, "..."]:
     """A constant (..., n) for every row of x (*batch, n, d), laid out as x's batch is."""
     # The compiler knows this sum of zeros: nothing of x is read, and its features may be sharded.
     constant = jnp.asarray(constant)
