@@ -122,7 +122,7 @@ def test_the_tpu_form_agrees_with_the_default_form(x, monkeypatch):
     plan, w = random_plan(jax.random.key(0), (B,), N, M), jnp.abs(x[..., 0]) + 0.1
     run = lambda: jax.value_and_grad(lambda x, w: jnp.sum(jm.merge(plan, x, weight=w) ** 2), (0, 1))(x, w)
     want = run()
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, **_: tpu(*a))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), run(), want)
 
 
