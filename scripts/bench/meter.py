@@ -16,19 +16,20 @@ def pin() -> int:
     return core
 
 
-def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def interleave(calls: dict[str, Callable[[], object]], rounds: int, *, warm: int = 2) -> dict[str, np.ndarray]:
     """Time every call once per round, in turn, and another one first each round, so that noise falls on all alike.
 
     Args:
       calls: name to a function that returns when its work is done.
       rounds: 5 or more for figures that are reported.
+      warm: calls of each beforehand, to compile and to touch the memory.
 
     Returns:
       Name to (rounds, 2): seconds of processor time and of wall time.
     """
-    for call in calls.values():  # compile, and touch the memory
-        call()
-        call()
+    for call in calls.values():
+        for _ in range(warm):
+            call()
     times = {name: np.empty((rounds, 2)) for name in calls}
     names = list(calls)
     for i in range(rounds):
