@@ -1,4 +1,4 @@
-"""What merging is worth in a whole model: a forward pass with and without it, and which part of the arithmetic saved is time saved.
+"""What merging is worth in a whole model: a forward pass with and without it, and how much of the work saved is time saved.
 
     python -m scripts.bench.vit --out runs/bench
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.vit import ViTConfig
-from scripts.bench import meter, tome, vit
+from scripts.bench import meter, opentome, tome, vit
 
 TINY = ViTConfig(width=16, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=4)
 
@@ -46,3 +46,14 @@ def test_everyone_has_a_turn_every_round():
     times = meter.interleave({n: lambda n=n: turns.append(n) for n in "abc"}, 2, warm=1)
     assert "".join(turns) == "abc" + "abc" + "bca" and times["a"].shape == (2, 2)
     jax.block_until_ready(meter.matmul(8)[0]())
+
+
+def test_opentome_without_its_peer(tmp_path):
+    opentome.main(out=tmp_path, rounds=2, cases=((2, 17, 8, 4, 3),))
+    (case,) = json.loads((tmp_path / "opentome.json").read_text())["cases"]
+    assert list(case["rows"]) == [f"jaxmerge, {method}" for method in opentome.METHODS]
+    metric = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float32)
+    (_, ids) = opentome.ours(metric, metric, metric[..., 0] ** 2, 2)["DiffRate's merge"]
+    unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
+    want = (unit[:, 7:] @ unit[:, :7].transpose(0, 2, 1)).argmax(-1)
+    np.testing.assert_array_equal(ids, np.concatenate([np.tile(np.arange(7), (2, 1)), want], axis=1))
