@@ -71,7 +71,7 @@ def summary(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def table(title: str, rows: dict[str, dict[str, float]], *, against: Sequence[str]) -> Table:
     """Milliseconds of processor and wall time, and how many times the median of each of `against` goes into each row's."""
     out = Table(title=title)
-    out.add_column("")
+    out.add_column("", no_wrap=True)
     for column in ("CPU median", "min", "max", "wall median", "min", "max", *(f"{name} / this" for name in against)):
         out.add_column(column, justify="right")
     for name, row in rows.items():
