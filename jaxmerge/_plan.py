@@ -380,13 +380,6 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
         )
 
 
-def _apply(plan: Plan | SoftPlan, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """A x, accumulated in float32 or wider."""
-    if isinstance(plan, Plan):
-        return segments.sums(plan.segment_ids, plan.num_segments, x)
-    return segments.matmul(plan.weights, x)
-
-
 def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callable[[Array], Array]:
     """x -> sum(w x), or sum(w x) / sum(w), in each segment."""
     mass = plan.sizes
@@ -397,16 +390,22 @@ def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callabl
             raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
         weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
         weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
-        mass = _apply(plan, weight) if mean else mass
+        mass = _sums(plan, weight) if mean else mass
+    if not mean:
+        return lambda x: _sums(plan, x, weight)
     empty = mass == 0
+    scale = 1 / jnp.where(empty, 1, mass).astype(jnp.promote_types(mass.dtype, jnp.float32))
+    if isinstance(plan, SoftPlan):
+        return lambda x: segments.fill(empty, _sums(plan, x, weight, scale), 0)
+    filled = Plan(jnp.where(unmerge(plan, empty), -1, plan.segment_ids), plan.num_segments)  # 0 x NaN is no 0
+    return lambda x: _sums(filled, x, weight, scale)
 
-    def rows(x):
-        if weight is not None:
-            x = x.astype(jnp.promote_types(segments.accumulator(x.dtype), weight.dtype)) * segments.like(weight, x)
-        y = _apply(plan, x)
-        return segments.fill(empty, y / segments.like(jnp.where(empty, 1, mass), y), 0) if mean else y
 
-    return rows
+def _sums(plan: Plan | SoftPlan, x: Array, weight: Array | None = None, scale: Array | None = None) -> Array:
+    """scale · A (w x), accumulated in float32 or wider."""
+    if isinstance(plan, Plan):
+        return segments.sums(plan.segment_ids, plan.num_segments, x, weight, scale)
+    return segments.times(segments.matmul(plan.weights, segments.times(x, weight)), scale)
 
 
 def _chosen_rows(plan: Plan, *, largest: bool) -> Callable[[Array], Array]:

@@ -5,6 +5,7 @@ feature axes without a collective, under Auto and Explicit axes alike. Ids outsi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,21 +13,77 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Int, Shaped
 
+FEW = 32
+"""How many rows a CPU adds at a time: few enough for its cache."""
 
-def sums(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The sum of each segment, in float32 or wider; integers stay what they are."""
 
-    def scatter(ids, x):
-        x = x.astype(accumulator(x.dtype))
-        return batched(lambda i, x: _blank(x, m, 0).at[_slots(i, m)].add(x, mode="drop"), ids.ndim - 1)(ids, x)
+def sums(
+    ids: Int[Array, "*batch n"],
+    m: int,
+    x: Shaped[Array, "..."],
+    weight: Shaped[Array, "*batch n"] | None = None,
+    scale: Shaped[Array, "*batch m"] | None = None,
+) -> Shaped[Array, "..."]:
+    """scale_s · sum of weight_i x_i over the positions i of segment s, in float32 or wider; integers stay what they are."""
 
-    def one_hot(ids, x):  # scatters serialise on TPU; the matrix unit does not
+    def one_hot(ids, x, weight, scale):  # scatters serialise on TPU; the matrix unit does not
+        x = times(x, weight)
         x = jnp.where(like((ids >= 0) & (ids < m), x), x, jnp.zeros((), x.dtype))
-        return matmul(jax.nn.one_hot(ids, m, axis=-2, dtype=x.dtype), x)
+        return times(matmul(jax.nn.one_hot(ids, m, axis=-2, dtype=x.dtype), x), scale)
+
+    def scatter(ids, x, weight, scale):
+        return _scatter(ids, m, x, weight, scale)
 
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return scatter(ids, x)
-    return lax.platform_dependent(ids, x, tpu=one_hot, default=scatter)
+        return scatter(ids, x, weight, scale)
+    take_and_add = lambda ids, x, weight, scale: _take_and_add(ids, m, x, weight, scale)
+    rows = x.ndim > ids.ndim and min(m, x.size) > 0
+    return lax.platform_dependent(ids, x, weight, scale, tpu=one_hot, cpu=take_and_add if rows else scatter, default=scatter)
+
+
+def _scatter(ids: Array, m: int, x: Array, weight: Array | None, scale: Array | None) -> Array:
+    """The sums, in terms that JAX can transpose: x comes back by a gather."""
+    x = times(x, weight)
+    x = x.astype(accumulator(x.dtype))
+    y = batched(lambda i, x: _blank(x, m, 0).at[_slots(i, m)].add(x, mode="drop"), ids.ndim - 1)(ids, x)
+    return times(y, scale)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _take_and_add(ids: Array, m: int, x: Array, weight: Array | None, scale: Array | None) -> Array:
+    """The same sums with few trips to memory: the first row of each segment is taken, weighed, scaled and written once.
+
+    The other rows are packed to the left and added a few at a time. So a plan that merges few of many tokens costs little
+    more than a copy.
+    """
+    n, first, owner = ids.shape[-1], firsts(ids, m), jnp.clip(ids, 0, m - 1)
+    if scale is not None:
+        scale = take(owner, scale)
+        weight = scale if weight is None else weight * scale
+    row = lambda at: times(take(at, x), None if weight is None else take(at, weight)).astype(accumulator(x.dtype))
+    empty = first == n
+    y = fill(empty, row(jnp.where(empty, 0, first)), 0)
+
+    rest = (ids >= 0) & (ids < m) & (take(owner, first) != positions(ids))
+    rounds = -(-n // FEW)
+    at = firsts(jnp.where(rest, jnp.cumsum(rest, axis=-1, dtype=jnp.int32) - 1, -1), rounds * FEW)
+    none = at == n
+    at = jnp.where(none, 0, at)
+    to = jnp.where(none, m, take(at, owner))
+
+    def add(y, some):
+        at, to = some
+        return batched(lambda y, i, x: y.at[i].add(x, mode="drop"), ids.ndim - 1)(y, to, row(at)), None
+
+    split = lambda i: jnp.moveaxis(i.reshape(*i.shape[:-1], rounds, FEW), -2, 0)
+    return lax.scan(add, y, (split(at), split(to)))[0]
+
+
+@_take_and_add.defjvp
+def _take_and_add_jvp(m: int, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    ids, given = primals[0], primals[1:]
+    _, dy = jax.jvp(lambda *given: _scatter(ids, m, *given), given, tangents[1:])
+    return _take_and_add(ids, m, *given), dy
 
 
 def counts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
@@ -60,6 +117,11 @@ def matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Ar
     dims = (((rank + 1,), (rank,)), (tuple(range(rank)), tuple(range(rank))))
     wide = jnp.promote_types(a.dtype, x.dtype)
     return lax.dot_general(a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=accumulator(wide))
+
+
+def times(x: Shaped[Array, "..."], w: Shaped[Array, "..."] | None) -> Shaped[Array, "..."]:
+    """w x, in float32 or wider; x itself without a w."""
+    return x if w is None else x.astype(jnp.promote_types(accumulator(x.dtype), w.dtype)) * like(w, x)
 
 
 def accumulator(dtype: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
+
+AT_ONCE = 256
+"""Queries whose scores stand in memory at the same time: few enough for a cache, many enough for the matrix unit."""
 
 
 class Nearest(NamedTuple):
@@ -49,10 +53,36 @@ def nearest(
         raise ValueError(f"nearest: queries {queries.shape} and keys {keys.shape} must share batch axes and features.")
     if keys.shape[-2] == 0:
         raise ValueError("nearest: there must be at least one key.")
-    similarity = cosine(lax.stop_gradient(queries), lax.stop_gradient(keys))
+    batch, n, m = queries.shape[:-2], queries.shape[-2], keys.shape[-2]
     if mask is not None:
-        similarity = jnp.where(jnp.broadcast_to(mask, similarity.shape), similarity, -jnp.inf)
-    return Nearest(similarity.max(axis=-1), similarity.argmax(axis=-1))
+        mask = jnp.broadcast_to(mask, (*batch, n, m))
+    search = segments.batched(_search, len(batch))
+    return Nearest(*search(unit(lax.stop_gradient(queries)), unit(lax.stop_gradient(keys)), mask))
+
+
+def _search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[Array, "n m"] | None) -> tuple[Array, Array]:
+    """For each unit query the largest cosine, and the first key that has it.
+
+    Many queries are taken some at a time, so that their scores are still near when they are read again. Keys come first in
+    the scores, so that both reductions run over whole vectors of queries; an arg-max runs over single numbers.
+    """
+
+    def best(some):
+        queries, mask = some
+        score = segments.matmul(keys, queries.T)
+        if mask is not None:
+            score = jnp.where(mask.T, score, -jnp.inf)
+        highest = score.max(axis=0)
+        position = lax.broadcasted_iota(jnp.int32, score.shape, 0)
+        return highest, jnp.min(jnp.where(score == highest[None, :], position, len(keys)), axis=0)
+
+    n = len(queries)
+    if n <= 2 * AT_ONCE:
+        return best((queries, mask))
+    rounds = -(-n // AT_ONCE)
+    split = lambda x: jnp.pad(x, ((0, -n % rounds), (0, 0))).reshape(rounds, -1, x.shape[-1])
+    found = lax.map(best, jax.tree.map(split, (queries, mask)))
+    return jax.tree.map(lambda x: x.reshape(-1)[:n], found)
 
 
 def cosine(a: Float[Array, "*batch n d"], b: Float[Array, "*batch m d"]) -> Float[Array, "*batch n m"]:

@@ -1,8 +1,8 @@
-"""Who is ahead of whom: stable ranks without a sort where sorts are slow."""
+"""Who is ahead of whom: stable ranks, and the k highest, without a sort where sorts are slow."""
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Int, Shaped
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxmerge import _segments as segments
 
@@ -35,3 +35,25 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
         return ahead.sum(axis=-1, dtype=jnp.int32)
 
     return segments.batched(count, score.ndim - 1)(score)
+
+
+def highest(score: Float[Array, "*batch n"], k: int) -> Bool[Array, "*batch n"]:
+    """Which are the k highest; of equal scores the first. NaN scores lowest. As many counts as a score has bits: no n x n.
+
+    Law:
+      highest(s, k) = ranks(s) < k.
+    """
+    score = jnp.where(score == 0, 0, jnp.where(jnp.isnan(score), -jnp.inf, score))  # -0 equals 0
+    last = jnp.finfo(score.dtype).bits - 1
+    whole = jnp.dtype(f"int{last + 1}")
+    bits = lax.bitcast_convert_type(score, whole)
+    order = bits ^ ((bits >> last) & jnp.iinfo(whole).max)  # these integers order as the scores do
+    count = lambda mask: jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def bit(i, t):  # t becomes the largest number that k scores reach; the first bit, added to the least integer, gives 0
+        candidate = t + lax.shift_left(jnp.ones_like(t), jnp.full_like(t, last - i))
+        return jnp.where(count(order >= candidate) >= k, candidate, t)
+
+    t = lax.fori_loop(0, last + 1, bit, jnp.full_like(order[..., :1], jnp.iinfo(whole).min))
+    above, level = order > t, order == t
+    return above | (level & (jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= k - count(above)))

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 
 
 def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
@@ -148,8 +148,10 @@ def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
 def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
     """Segment ids of one row of the batch."""
     a, b = x[::2], x[1::2]
-    best, to = nearest(a, b, mask=~(protected[::2, None] | protected[None, 1::2]))
-    source = ranks(best) < r
+    open = np.flatnonzero(~protected[1::2])
+    best, to = nearest(a, b if len(open) == len(b) else b[open])
+    to = to if len(open) == len(b) else jnp.asarray(open)[to]
+    source = highest(jnp.where(protected[::2], -jnp.inf, best), r)
 
     # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
     i = jnp.arange(len(a))

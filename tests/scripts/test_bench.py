@@ -1,0 +1,59 @@
+"""The benchmarks run at tiny shapes, without their peers, and count what they say they count. No time is asserted."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models.vit import ViTConfig
+from scripts.bench import meter, opentome, tome, vit
+
+TINY = ViTConfig(width=16, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=4)
+
+
+@pytest.fixture(autouse=True)
+def unpinned(monkeypatch):
+    """A test must not leave the process on one core."""
+    monkeypatch.setattr(meter, "pin", lambda: 0)
+
+
+def test_tome_against_the_floor_alone(tmp_path):
+    tome.main(out=tmp_path, rounds=2, cases=((2, 17, 8, 4, 3), (1, 16, 4, 4, 8)))
+    report = json.loads((tmp_path / "tome.json").read_text())
+    assert [case["case"] for case in report["cases"]] == [[2, 17, 8, 4, 3], [1, 16, 4, 4, 8]]
+    first = report["cases"][0]
+    assert list(first["rows"]) == [tome.OURS] and first["floor"]["ms"] > 0
+    assert first["floor"]["bytes"] == 4 * (2 * 17 * (4 + 8 + 1) + 2 * 14 * 9) and first["floor"]["flops"] == 2 * 2 * 9 * 8 * 4
+    assert (tmp_path / "tome.png").stat().st_size > 0
+
+
+def test_groups_are_compared_whatever_their_numbers():
+    np.testing.assert_array_equal(tome.firsts(np.array([[3, 1, 3, 0]])), [[0, 1, 0, 3]])
+    with pytest.raises(SystemExit, match="checkout of https"):
+        tome.load(tome.pathlib.Path("nowhere") / "merge.py")
+
+
+def test_vit_counts_what_the_compiler_counts():
+    rows = vit.measure(TINY, 2, (0, 3), rounds=2)
+    assert rows[0]["speedup"] == 1 and rows[1]["flop_ratio"] > 1
+    for row in rows:  # the compiler counts softmax, norms and matching too
+        assert row["flops"] < row["compiled_flops"] < 2 * row["flops"], row
+
+
+def test_everyone_has_a_turn_every_round():
+    turns = []
+    times = meter.interleave({n: lambda n=n: turns.append(n) for n in "abc"}, 2, warm=1)
+    assert "".join(turns) == "abc" + "abc" + "bca" and times["a"].shape == (2, 2)
+    jax.block_until_ready(meter.matmul(8)[0]())
+
+
+def test_opentome_without_its_peer(tmp_path):
+    opentome.main(out=tmp_path, rounds=2, cases=((2, 17, 8, 4, 3),))
+    (case,) = json.loads((tmp_path / "opentome.json").read_text())["cases"]
+    assert list(case["rows"]) == [f"jaxmerge, {method}" for method in opentome.METHODS]
+    metric = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float32)
+    (_, ids) = opentome.ours(metric, metric, metric[..., 0] ** 2, 2)["DiffRate's merge"]
+    unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
+    want = (unit[:, 7:] @ unit[:, :7].transpose(0, 2, 1)).argmax(-1)
+    np.testing.assert_array_equal(ids, np.concatenate([np.tile(np.arange(7), (2, 1)), want], axis=1))
