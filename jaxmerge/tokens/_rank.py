@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from jaxmerge import _segments as segments
 
@@ -37,12 +37,14 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     return segments.batched(count, score.ndim - 1)(score)
 
 
-def highest(score: Float[Array, "*batch n"], k: int) -> Bool[Array, "*batch n"]:
+def highest(score: Shaped[Array, "*batch n"], k: int) -> Bool[Array, "*batch n"]:
     """Which are the k highest; of equal scores the first. NaN scores lowest. As many counts as a score has bits: no n x n.
 
     Law:
       highest(s, k) = ranks(s) < k.
     """
+    if not jnp.issubdtype(score.dtype, jnp.floating):
+        return ranks(score) < k
     score = jnp.where(score == 0, 0, jnp.where(jnp.isnan(score), -jnp.inf, score))  # -0 equals 0
     last = jnp.finfo(score.dtype).bits - 1
     whole = jnp.dtype(f"int{last + 1}")

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge.attention import MASKED
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.clustering._density import keep_apart
 from jaxmerge.tokens.clustering._k_means import k_means
 from jaxmerge.tokens.pruning._prune import keep_top_k
@@ -87,4 +87,4 @@ def attention_inhibition(
     if not 0 <= keep <= b.shape[-1]:
         raise ValueError(f"attention_inhibition: keep must be between 0 and the image tokens, {b.shape[-1]}; got {keep}.")
     focus = segments.matmul(a, b)
-    return jnp.where(ranks(focus) < keep, 0, MASKED).astype(jnp.float32)
+    return jnp.where(highest(focus, keep), 0, MASKED).astype(jnp.float32)

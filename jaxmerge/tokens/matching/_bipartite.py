@@ -3,14 +3,14 @@
 import operator
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan
+from jaxmerge._plan import Plan, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import highest
 
@@ -50,27 +50,19 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
     Source: Token Merging (arXiv:2210.09461), `bipartite_soft_matching`. The official tokens come out as [even, odd] (by
     rank where there is no class token); the groups are the same.
     """
-    metric = jnp.asarray(metric)
-    if metric.ndim < 2:
-        raise ValueError(f"bipartite_matching: metric must have shape (*batch, n, d), got {metric.shape}.")
+    name = "bipartite_matching"
+    metric = checked_metric(name, metric)
     *_, n, _ = metric.shape
-    fixed = _protected(protect, n)
-    largest = _largest(n, fixed)
-    try:
-        r = operator.index(r)
-    except TypeError:
-        raise TypeError(f"bipartite_matching: r must be a Python int, because shapes are static; got {r!r}.") from None
-    if not 0 <= r <= largest:
-        raise ValueError(
-            f"bipartite_matching: r must be between 0 and {largest}, got r={r}: of n={n} tokens, {fixed.sum()} of them "
-            f"protected, no more can merge than the smaller of the even and the odd side holds. "
-            f"tokens.schedule(depth, r, n={n}, protected={fixed.sum()}) clamps r layer by layer."
-        )
-    if r == 0:  # identity, laid out as the metric is
-        here = lax.broadcasted_iota(jnp.int32, metric.shape[:-1], metric.ndim - 2)
-        return Plan(jnp.zeros_like(metric[..., 0], jnp.int32) + here, n)
+    fixed = protected_mask(name, protect, n)
+    why = (
+        f"of n={n} tokens, {fixed.sum()} of them protected, no more can merge than the smaller of the even and the odd side "
+        f"holds. tokens.schedule(depth, r, n={n}, protected={fixed.sum()}) clamps r layer by layer"
+    )
+    r = checked_r(name, r, _largest(n, fixed), why)
+    if r == 0:
+        return identity(n, like=metric)
     match = segments.batched(lambda x: _match(x, r, fixed), metric.ndim - 2)
-    return Plan(match(lax.stop_gradient(metric)), n - r)
+    return Plan(match(metric), n - r)
 
 
 def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int | None = None, protected: int = 0) -> list[int]:
@@ -123,21 +115,6 @@ def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int |
         clamped.append(min(layer, _largest(left, np.arange(left) < protected)))
         left -= clamped[-1]
     return clamped
-
-
-def _protected(protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
-    """Static positions as a mask."""
-    mask = np.zeros(n, bool)
-    for p in protect:
-        if isinstance(p, bool | np.bool_ | jax.Array):
-            raise TypeError(
-                "bipartite_matching: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a "
-                "jax array; np.flatnonzero(mask) turns one into the other."
-            )
-        if not -n <= p < n:
-            raise ValueError(f"bipartite_matching: protected position {p} is not among n={n} tokens.")
-        mask[p] = True
-    return mask
 
 
 def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:

@@ -5,8 +5,8 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._checks import checked_r
 from jaxmerge.tokens.matching._bipartite import bipartite_matching
-from jaxmerge.tokens.matching._two_sided import checked_r
 
 
 def clip_matching(metric: Float[ArrayLike, "*batch clips n d"], r: int, *, classes: int = 1) -> Plan:

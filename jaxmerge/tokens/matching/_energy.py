@@ -11,10 +11,11 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan, from_parents
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import cosine
-from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, look, per_row, protected_mask, sent, unchanged
+from jaxmerge.tokens._rank import highest, ranks
+from jaxmerge.tokens.matching._two_sided import look, per_row, sent
 
 Kernel = Literal["shifted", "paper", "gaussian"]
 Split = Literal["alternate", "halves", "all"]
@@ -118,7 +119,7 @@ def energy_matching(
     if split not in ("alternate", "halves", "all"):
         raise ValueError(f'{name}: split must be "alternate", "halves" or "all", got {split!r}.')
     if r == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     free = per_row(free, metric)
     order = segments.take(_by_rank(energy(segments.take(free, metric), margin, kernel=kernel, alpha=alpha)), free)
     first = order if split == "all" else order[..., : 2 * r]
@@ -127,7 +128,7 @@ def energy_matching(
     if prune:
         goal = jnp.full_like(goal, -1)
     if split == "all":
-        goal = jnp.where(ranks(best) < r, goal, leave)
+        goal = jnp.where(highest(best, r), goal, leave)
     return from_parents(sent(metric, leave, goal), n - r, hops=1)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Float, Int, Key
 
-from jaxmerge._plan import Plan
-from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, drawn, two_sided_matching, unchanged
+from jaxmerge._plan import Plan, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r
+from jaxmerge.tokens.matching._two_sided import drawn, two_sided_matching
 
 
 def grid_matching(
@@ -63,7 +64,7 @@ def grid_matching(
     why = f"a grid of {grid} in cells of {stride} has {count} receivers and {n - count} sources"
     r = checked_r(name, r, n - count, why)
     if r == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     if key is None:
         receivers = cells[:, 0]
         return two_sided_matching(metric, np.setdiff1d(np.arange(n), receivers), receivers, r)

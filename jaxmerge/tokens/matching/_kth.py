@@ -10,17 +10,9 @@ from jax import Array
 from jaxtyping import ArrayLike, Float, Key
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan, from_parents
-from jaxmerge.tokens.matching._two_sided import (
-    checked_metric,
-    checked_r,
-    drawn,
-    look,
-    protected_mask,
-    sent,
-    two_sided_matching,
-    unchanged,
-)
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
+from jaxmerge.tokens.matching._two_sided import drawn, look, sent, two_sided_matching
 
 
 def kth_bipartite_matching(
@@ -61,7 +53,7 @@ def kth_bipartite_matching(
     if remainder not in ("keep", "drop"):
         raise ValueError(f'{name}: remainder must be "keep" or "drop", got {remainder!r}.')
     if k == 1:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     whole = n // k * k
     groups = np.arange(whole).reshape(-1, k)
     sources, _, goal = look(metric, groups[:, :-1].reshape(-1), groups[:, -1])
@@ -106,7 +98,7 @@ def random_bipartite_matching(
     why = f"of {len(free)} tokens that are not protected, one must stay to receive"
     r = checked_r(name, r, max(len(free) - 1, 0), why)
     if r == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
 
     def split(key):
         order = jax.random.permutation(key, jnp.asarray(free, jnp.int32))

@@ -7,11 +7,12 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
-from jaxmerge._plan import Plan, from_parents
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import unit
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.matching._bipartite import bipartite_matching
-from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, per_row, protected_mask, sent, unchanged
+from jaxmerge.tokens.matching._two_sided import per_row, sent
 
 
 def local_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, window: int, protect: Sequence[int] = ()) -> Plan:
@@ -61,7 +62,7 @@ def local_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, window: in
     largest = allowed.any(axis=0).sum().item()
     r = checked_r(name, r, largest, f"of n={n} tokens, {n - free.sum()} protected, {largest} have a partner within {window}")
     if r == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     u = unit(metric)
     a, b = u[..., ::2, :], _padded(u[..., 1::2, :], w, w + left - right)
 
@@ -76,7 +77,7 @@ def local_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, window: in
     start = jnp.full_like(none, -jnp.inf), jnp.zeros_like(none, jnp.int32)
     (best, offset), _ = lax.scan(diagonal, start, (jnp.arange(2 * w + 1, dtype=jnp.int32), jnp.asarray(allowed)))
     even = per_row(np.arange(0, n, 2), metric)
-    goal = jnp.where(ranks(best) < r, even + 2 * (offset - w) + 1, even)
+    goal = jnp.where(highest(best, r), even + 2 * (offset - w) + 1, even)
     return from_parents(sent(metric, even, goal), n - r, hops=1)
 
 
@@ -154,11 +155,11 @@ def adjacent_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect
     largest = allowed.sum().item()
     r = checked_r(name, r, largest, f"{largest} pairs of neighbours among n={n} tokens are not protected")
     if r == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     u = unit(metric)
     similarity = jnp.sum(u[..., :-1, :] * u[..., 1:, :], axis=-1)
     similarity = jnp.where(jnp.broadcast_to(allowed, similarity.shape), similarity, -jnp.inf)
-    begins = jnp.concatenate([jnp.zeros_like(similarity[..., :1], bool), ranks(similarity) >= r], axis=-1)
+    begins = jnp.concatenate([jnp.zeros_like(similarity[..., :1], bool), ~highest(similarity, r)], axis=-1)
     return Plan(jnp.cumsum(begins, axis=-1, dtype=jnp.int32), n - r)
 
 

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float
 
-from jaxmerge._plan import Plan, SoftPlan, compose, merge
+from jaxmerge._plan import Plan, SoftPlan, compose, identity, merge
 from jaxmerge.tokens.matching._bipartite import schedule
-from jaxmerge.tokens.matching._two_sided import unchanged
 
 
 def in_rounds(
@@ -53,7 +52,7 @@ def in_rounds(
     AIM (arXiv:2412.03248): n / 2, then n / 4, sizes=False. B-VLLM (arXiv:2412.09919): halvings(n, m), sizes=False.
     """
     y = jnp.asarray(x)
-    whole: Plan | SoftPlan = unchanged(y)
+    whole: Plan | SoftPlan = identity(y.shape[-2], like=y)
     for r in rs:
         plan = planner(metric(y), r)
         y = merge(plan, y, weight=whole.sizes if sizes else None)

@@ -10,10 +10,11 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan, from_parents
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens._rank import ranks
-from jaxmerge.tokens.matching._two_sided import checked_metric, checked_r, look, protected_mask, sent, unchanged
+from jaxmerge.tokens.matching._two_sided import look, sent
 
 
 def threshold_matching(
@@ -183,7 +184,7 @@ def _pairs(name: str, metric: Array, protect: Sequence[int], valid: ArrayLike | 
     n = metric.shape[-2]
     fixed = protected_mask(name, protect, n)
     if n == 1:
-        alone = unchanged(metric).segment_ids
+        alone = identity(metric.shape[-2], like=metric).segment_ids
         return alone, jnp.full_like(metric[..., 0], -jnp.inf, jnp.float32), alone
     free = jnp.broadcast_to(~fixed, metric.shape[:-1])
     if valid is not None:

@@ -6,9 +6,9 @@ from jax import lax
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan, from_parents
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric
 from jaxmerge.tokens._nearest import unit
-from jaxmerge.tokens.matching._two_sided import checked_metric, unchanged
 
 
 def trajectory_matching(
@@ -72,7 +72,7 @@ def trajectory_matching(
     frames, place = n // (h * w), h * w
     m = place if capacity is None else capacity
     if frames < 2:
-        return Plan(unchanged(metric).segment_ids, m)
+        return Plan(identity(metric.shape[-2], like=metric).segment_ids, m)
     u = unit(metric).reshape(*batch, frames, h, w, d)
     now, before = u[..., 1:, :, :, :], u[..., :-1, :, :, :]
     side = np.arange(-window, window + 1)
@@ -96,7 +96,7 @@ def trajectory_matching(
     (best, shift), _ = lax.scan(offset, start, offsets)
     flat = lambda a: a.reshape(*batch, n - place)
     best, shift = flat(best), flat(shift)
-    here = segments.positions(unchanged(metric).segment_ids)
+    here = segments.positions(identity(metric.shape[-2], like=metric).segment_ids)
     back = here[..., place:] - place + shift
     if threshold is not None:
         back = jnp.where(best > threshold, back, here[..., place:])

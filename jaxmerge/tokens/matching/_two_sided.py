@@ -1,18 +1,18 @@
 """Matching in general: given who may leave and who may receive, each source joins the destination most like it."""
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
-from jaxmerge._plan import Plan, from_parents
+from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge.tokens._checks import checked_metric, checked_r
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 
 
 def two_sided_matching(
@@ -63,12 +63,12 @@ def two_sided_matching(
     a, b = np.shape(sources)[-1], np.shape(destinations)[-1]
     moving = a if r is None else checked_r(name, r, a, f"there are {a} sources")
     if moving == 0:
-        return unchanged(metric)
+        return identity(metric.shape[-2], like=metric)
     if b == 0:
         raise ValueError(f"{name}: {moving} sources should merge but there is no destination.")
     sources, best, goal = look(metric, sources, destinations, mask)
     if moving < a:
-        goal = jnp.where(ranks(best) < moving, goal, sources)
+        goal = jnp.where(highest(best, moving), goal, sources)
     if mask is not None:
         goal = jnp.where(best > -jnp.inf, goal, sources)
     return from_parents(sent(metric, sources, goal), n - moving, hops=1)
@@ -102,45 +102,6 @@ def drawn(name: str, key: Array, draw: Callable[[Array], tuple[Array, Array]]) -
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name}: key must be a typed key, as jax.random.key(0) makes it; got {key.dtype}{list(key.shape)}.")
     return segments.batched(draw, key.ndim)(key)
-
-
-def unchanged(metric: Array) -> Plan:
-    """The identity, laid out as the metric is."""
-    return Plan(segments.positions(_ids(metric)), metric.shape[-2])
-
-
-def checked_metric(name: str, metric: ArrayLike) -> Array:
-    """The metric, at least of rank 2, without a gradient."""
-    metric = jnp.asarray(metric)
-    if metric.ndim < 2:
-        raise ValueError(f"{name}: metric must have shape (*batch, n, d), got {metric.shape}.")
-    return lax.stop_gradient(metric)
-
-
-def checked_r(name: str, r: int, largest: int, why: str) -> int:
-    """r as an int between 0 and the largest; `why` says what limits it."""
-    try:
-        r = operator.index(r)
-    except TypeError:
-        raise TypeError(f"{name}: r must be a Python int, because shapes are static; got {r!r}.") from None
-    if not 0 <= r <= largest:
-        raise ValueError(f"{name}: r must be between 0 and {largest}, got r={r}: {why}.")
-    return r
-
-
-def protected_mask(name: str, protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
-    """Static positions as a mask."""
-    mask = np.zeros(n, bool)
-    for p in protect:
-        if isinstance(p, bool | np.bool_ | jax.Array):
-            raise TypeError(
-                f"{name}: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a jax array; "
-                "np.flatnonzero(mask) turns one into the other."
-            )
-        if not -n <= p < n:
-            raise ValueError(f"{name}: protected position {p} is not among n={n} tokens.")
-        mask[p] = True
-    return mask
 
 
 def _ids(metric: Array) -> Int[Array, "*batch n"]:

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -59,7 +59,7 @@ def dominant_and_contextual(
             f"got {score.shape} and {metric.shape}."
         )
     stay = _stay(score, dominant, contextual)
-    target = stay & (ranks(score) >= dominant)
+    target = stay & (~highest(score, dominant))
     return assign(metric, stay, dominant + contextual, targets=target)
 
 
@@ -90,7 +90,7 @@ def _stay(score: Float[Array, "*batch n"], dominant: int, contextual: int) -> Ar
             f"dominant_and_contextual: of n={n} tokens, dominant={dominant} and contextual={contextual} cannot stay; "
             "both must be 0 or more, and n at most together."
         )
-    leads = ranks(score) < dominant
+    leads = highest(score, dominant)
     if contextual == 0:
         return leads
     step = (n - dominant) // contextual

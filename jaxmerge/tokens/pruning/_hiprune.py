@@ -6,7 +6,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -64,10 +64,10 @@ def hiprune(
         raise ValueError(
             f"hiprune: alpha={alpha} asks for {anchors} anchors with 4 neighbours each, beyond k={k}; lower alpha."
         )
-    anchor = ranks(middle) < anchors
+    anchor = highest(middle, anchors)
     chosen = segments.batched(lambda row: _with_neighbours(row, width, wrap), anchor.ndim - 1)(anchor)
     first = jnp.where(chosen, jnp.inf, jnp.minimum(deep, jnp.finfo(deep.dtype).max))
-    return keep(ranks(first) < k, k)
+    return keep(highest(first, k), k)
 
 
 def _with_neighbours(mask: Bool[Array, "n"], width: int, wrap: bool) -> Bool[Array, "n"]:

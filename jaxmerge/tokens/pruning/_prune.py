@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import ranks
+from jaxmerge.tokens._rank import highest
 
 
 def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
@@ -57,4 +57,4 @@ def keep_top_k(score: Shaped[Array, "*batch n"], k: int) -> Plan:
     n = score.shape[-1]
     if not 0 <= k <= n:
         raise ValueError(f"keep_top_k: k must be between 0 and the number of tokens, {n}; got {k}.")
-    return keep(ranks(score) < k, k)
+    return keep(highest(score, k), k)
