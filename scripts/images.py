@@ -41,7 +41,7 @@ def digits(seed: int) -> Images:
 
 
 def photo_digits(seed: int, count: int = 16_384, held_out: int = 1024, size: int = 28) -> Images:
-    """Digits of 14 to 24 pixels, anywhere on a crop of a photograph, in a random light colour."""
+    """Digits of 18 to 26 pixels, anywhere on a darkened crop of a photograph, in a random light colour."""
     pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
     rng = np.random.default_rng((seed, 2))
     order = rng.permutation(len(pixels))
@@ -50,12 +50,12 @@ def photo_digits(seed: int, count: int = 16_384, held_out: int = 1024, size: int
 
     def compose(which: np.ndarray, photos: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
         some = rng.choice(which, count)
-        scale = rng.uniform(14, 24, count) / 8
+        scale = rng.uniform(18, 26, count) / 8
         corner = rng.uniform(0, 1, (count, 2)) * (size - 8 * scale[:, None])
         ink = np.asarray(_place(jnp.asarray(pixels[some].reshape(-1, 8, 8) / 16), scale, corner, size))[..., None]
         ground = np.stack([_crop(photos[i % len(photos)], size, rng) for i in range(count)])
         colour = rng.uniform(0.6, 1.0, (count, 1, 1, 3))
-        return (2 * (ground * 0.6 * (1 - ink) + colour * ink) - 1).astype(np.float32), labels[some]
+        return (2 * (ground * 0.4 * (1 - ink) + colour * ink) - 1).astype(np.float32), labels[some]
 
     train = compose(order[HELD_OUT:], [p[:, :width] for p in photos], count)
     test = compose(order[:HELD_OUT], [p[:, width:] for p in photos], held_out)

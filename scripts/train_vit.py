@@ -54,7 +54,8 @@ def main(
     console = Console()
     data = digits(seed)
     began = time.perf_counter(), time.process_time()
-    model = fit(CONFIG, data, steps=steps, batch=batch, learning_rate=learning_rate, r=train_r, seed=seed)
+    model = ViT(CONFIG, rngs=nnx.Rngs(seed))
+    fit(model, data, steps=steps, batch=batch, learning_rate=learning_rate, r=train_r, seed=seed)
     seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
     console.print(f"trained {steps} steps in {seconds:.0f} s ({cpu_seconds:.0f} s of processor time)")
 
@@ -75,11 +76,8 @@ def main(
     console.print(f"wrote vit.json, digits.png and photo.png to {out}")
 
 
-def fit(
-    config: ViTConfig, data: Images, *, steps: int, batch: int, learning_rate: float, r: int, seed: int, shift: int = 4
-) -> ViT:
+def fit(model: ViT, data: Images, *, steps: int, batch: int, learning_rate: float, r: int, seed: int, shift: int = 4) -> None:
     """AdamW with a cosine, on images moved by up to `shift` pixels; r tokens merge in every block."""
-    model = ViT(config, rngs=nnx.Rngs(seed))
     rate = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps)
     optimizer = nnx.Optimizer(model, optax.adamw(rate, b2=0.98, weight_decay=0.05), wrt=nnx.Param)
 
@@ -98,7 +96,6 @@ def fit(
         some = rng.choice(len(data.train), batch, replace=False)
         step(model, optimizer, data.train[some], data.train_labels[some], rng.integers(0, 2 * shift + 1, (batch, 2)))
     jax.block_until_ready(nnx.state(model))
-    return model
 
 
 def evaluate(model: ViT, data: Images, rs: tuple[int, ...]) -> list[dict]:
