@@ -55,7 +55,8 @@ def nearest(
         raise ValueError("nearest: there must be at least one key.")
     batch, n, m = queries.shape[:-2], queries.shape[-2], keys.shape[-2]
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (*batch, n, m))
+        rows = jnp.zeros_like(queries, bool).any(axis=-1, keepdims=True)  # no row is read: for the queries' layout
+        mask = jnp.broadcast_to(mask, (*batch, n, m)) | rows
     search = segments.batched(_search, len(batch))
     return Nearest(*search(unit(lax.stop_gradient(queries)), unit(lax.stop_gradient(keys)), mask))
 

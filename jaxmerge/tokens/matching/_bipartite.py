@@ -125,9 +125,10 @@ def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
 def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
     """Segment ids of one row of the batch."""
     a, b = x[::2], x[1::2]
-    open = np.flatnonzero(~protected[1::2])
-    best, to = nearest(a, b if len(open) == len(b) else b[open])
-    to = to if len(open) == len(b) else jnp.asarray(open)[to]
+    closed = np.flatnonzero(protected[1::2])
+    best, to = nearest(a, b if len(closed) == 0 else b[np.flatnonzero(~protected[1::2])])
+    before = closed - np.arange(len(closed))  # protected destinations were left out: count them in again
+    to = to + (to[:, None] >= before[None, :]).sum(axis=-1, dtype=jnp.int32)
     source = highest(jnp.where(protected[::2], -jnp.inf, best), r)
 
     # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
