@@ -10,9 +10,12 @@ linear, task_arithmetic, ties, dare_linear, dare_ties, slerp     the field's met
 """
 
 from jaxmerge.params._aliases import (
+    breadcrumbs as breadcrumbs,
     dare_linear as dare_linear,
     dare_ties as dare_ties,
+    della as della,
     linear as linear,
+    magmax as magmax,
     slerp as slerp,
     task_arithmetic as task_arithmetic,
     ties as ties,
@@ -24,13 +27,53 @@ from jaxmerge.params._consensus import (
     sum_experts as sum_experts,
 )
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
-from jaxmerge.params._random import random_mask as random_mask
+from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
+from jaxmerge.params._learned import (
+    adamerging as adamerging,
+    entropy as entropy,
+    expert_merging as expert_merging,
+    fit as fit,
+    self_positioning as self_positioning,
+)
+from jaxmerge.params._masks import (
+    Masked as Masked,
+    consensus as consensus,
+    elect_largest as elect_largest,
+    emr as emr,
+    mask as mask,
+    tall_masks as tall_masks,
+)
+from jaxmerge.params._overlap import ram as ram, ram_plus as ram_plus
+from jaxmerge.params._partition import partition as partition
+from jaxmerge.params._pcb import pcb as pcb
+from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
+from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
+from jaxmerge.params._spectral import (
+    iso_c as iso_c,
+    iso_cts as iso_cts,
+    knots as knots,
+    polar as polar,
+    truncate as truncate,
+    tsvm as tsvm,
+)
+from jaxmerge.params._sphere import karcher as karcher, multislerp as multislerp, nuslerp as nuslerp
 from jaxmerge.params._stack import (
     add as add,
     merge as merge,
     nonfinite as nonfinite,
     task_vectors as task_vectors,
 )
+from jaxmerge.params._stock import model_stock as model_stock
+from jaxmerge.params._swap import arcee_fusion as arcee_fusion, nearswap as nearswap, passthrough as passthrough
 from jaxmerge.params._transform import MergeTransform as MergeTransform, chain as chain, per_leaf as per_leaf
-from jaxmerge.params._trim import trim as trim
+from jaxmerge.params._trim import trim as trim, trim_band as trim_band
+from jaxmerge.params._twin import (
+    Factors as Factors,
+    concatenate as concatenate,
+    dense as dense,
+    twin_merging as twin_merging,
+    twin_serve as twin_serve,
+    twin_split as twin_split,
+)
+from jaxmerge.params._widen import widen as widen
