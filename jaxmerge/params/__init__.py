@@ -28,6 +28,12 @@ from jaxmerge.params._consensus import (
 )
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
+from jaxmerge.params._layers import (
+    layer_of as layer_of,
+    layer_swapping as layer_swapping,
+    update_selective as update_selective,
+    window_average as window_average,
+)
 from jaxmerge.params._learned import (
     adamerging as adamerging,
     entropy as entropy,
@@ -35,6 +41,7 @@ from jaxmerge.params._learned import (
     fit as fit,
     self_positioning as self_positioning,
 )
+from jaxmerge.params._lock import Attention as Attention, lock as lock, lock_suspicion as lock_suspicion
 from jaxmerge.params._masks import (
     Masked as Masked,
     consensus as consensus,
@@ -46,6 +53,7 @@ from jaxmerge.params._masks import (
 from jaxmerge.params._overlap import ram as ram, ram_plus as ram_plus
 from jaxmerge.params._partition import partition as partition
 from jaxmerge.params._pcb import pcb as pcb
+from jaxmerge.params._permute import match_weights as match_weights, permute as permute, pleas as pleas
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm

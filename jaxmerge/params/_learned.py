@@ -99,8 +99,8 @@ def self_positioning(position: Any, size: Hyperparameter = 1.0) -> MergeTransfor
       >>> jm.params.merge(jm.params.self_positioning(jnp.zeros(2), 0.5), base, models)["w"].item()
       1.5
 
-    Source: Self Positioning, in "Improving General Text Embedding Model: Tackling Task Conflict and Data Imbalance through Model
-    Merging" (arXiv:2410.15035): both are learned by SGD on a small probe set (`fit`).
+    Source: Self Positioning (Improving General Text Embedding Model: Tackling Task Conflict and Data Imbalance through Model
+    Merging, arXiv:2410.15035): both are learned by SGD on a small probe set (`fit`).
     """
     return task_arithmetic(_by_leaf(position, _squash("softmax", "self_positioning"), "self_positioning"), scale=size)
 

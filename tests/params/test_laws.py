@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmerge import params
-from jaxmerge.params._laws import assert_merge
+from jaxmerge.params._laws import _deltas, assert_merge
 
 K1238 = (1, 2, 3, 8)
 METHODS = {
@@ -49,6 +49,48 @@ METHODS = {
     "arcee_fusion": (params.arcee_fusion, (2,), dict(exact=False, mean=True)),
     "interpolate": (lambda: params.interpolate(0.3), (2,), dict(linear=True, mean=True)),
 }
+
+
+GRAMS = [{"b/kernel": np.cov(np.random.default_rng(k).standard_normal((16, 40))).astype(np.float32)} for k in range(3)]
+FISHERS = [{n: np.abs(v[k]) for n, v in _deltas(np.random.default_rng(7), 3).items()} for k in range(3)]
+CHUNKS = {n: np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32) for n in FISHERS[0]}
+MATRICES = {  # spectral steps and solves: small and slow to compile
+    "tsvm": (params.tsvm, (1, 3), {}),
+    "iso_c": (params.iso_c, (3,), {}),
+    "iso_c_svd": (lambda: params.iso_c(method="svd"), (1, 3), {}),
+    # the polar factors of two bases with singular values down to about 0.1
+    "iso_cts": (lambda: params.iso_cts(0.5), (3,), dict(rounding=1e-5)),
+    "knots_ties": (lambda: params.knots(params.ties(0.3, scope="tensor")), (3,), {}),
+    "knots_linear": (lambda: params.knots(params.linear()), (1, 3), dict(linear=True, mean=True)),
+    "wudi": (params.wudi, (1, 3), {}),
+    "twin_merging": (lambda: params.twin_merging([0.2, 0.5, 0.3]), (3,), {}),
+    "regmean": (lambda: params.regmean(GRAMS), (3,), dict(linear=True, mean=True)),
+    "fisher": (lambda: params.fisher(FISHERS), (3,), dict(linear=True, mean=True)),
+    "widen": (params.widen, (2, 3), dict(mean=True)),
+    "pcb": (lambda: params.pcb(0.3), (1, 3), {}),
+    "pcb_tensor": (lambda: params.pcb(0.3, tail=0.0, scope="tensor"), (3,), {}),
+    "elect_largest": (params.elect_largest, (1, 3), dict(mean=True)),
+    "consensus": (params.consensus, (1, 3), {}),
+    "adamerging": (lambda: params.adamerging([0.2, 0.5, 0.3]), (3,), dict(linear=True, mean=True)),
+    "expert_merging": (lambda: params.expert_merging(CHUNKS), (3,), dict(linear=True)),
+    "self_positioning": (lambda: params.self_positioning([0.2, 0.5, 0.3]), (3,), dict(linear=True, mean=True)),
+    "window_average": (lambda: params.window_average("cosine"), (1, 3), dict(linear=True, mean=True)),
+    "update_selective": (lambda: params.update_selective(0.3), (1,), {}),
+    "partition": (
+        lambda: params.partition(
+            {"a": params.ties(0.3, scope="tensor"), "b": params.linear(), "c": params.magmax()}, lambda name: name[0]
+        ),
+        (3,),
+        {},
+    ),
+}
+INEXACT = dict(exact=False)
+
+
+@pytest.mark.parametrize(("name", "models"), [(n, k) for n, (_, ks, _) in MATRICES.items() for k in ks])
+def test_laws_of_statistics(name, models):
+    make, _, laws = MATRICES[name]
+    assert_merge(make(), models=models, sharding=models == 3, **(INEXACT | laws))
 
 
 @pytest.mark.parametrize(("name", "models"), [(n, k) for n, (_, ks, _) in METHODS.items() for k in ks])
