@@ -1,19 +1,37 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-MergeTransform(match, merge)                     chain, per_leaf
+MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name)
 task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
-trim, random_mask, rescale, weigh, scale         atoms that keep all K models
-elect_sign                                       zeroes the models that disagree
+trim, trim_band, select_variance                 atoms that keep all K models: the largest, a band, what varies
+random_mask, rank_mask, mask, rescale            ... masks, and making up for them
+weigh, scale, truncate, elect_sign               ... coefficients, low rank, zero the models that disagree
 sum_experts, mean_agreeing, max_agreeing         K models to one
-interpolate, spherical                           two models to one
-linear, task_arithmetic, ties, dare_linear, dare_ties, slerp     the field's methods, one chain each
+elect_largest, interpolate, spherical            ... by sign and size; two models to one
+
+linear, task_arithmetic, ties, dare_linear, dare_ties                                  task vectors, one chain each
+breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ...
+sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                             ... by what changed, and where
+slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
+passthrough, nearswap, arcee_fusion                                                    one model and the base
+tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
+fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
+adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
+layer_swapping (layer_of), window_average                                              layers of two models; one run
+
+emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
+twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
+concatenate, dense                               adapters that stay Factors
+match_weights, permute, pleas                    units in another order, and layers solved for
+lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
 from jaxmerge.params._aliases import (
     breadcrumbs as breadcrumbs,
+    breadcrumbs_ties as breadcrumbs_ties,
     dare_linear as dare_linear,
     dare_ties as dare_ties,
     della as della,
+    della_linear as della_linear,
     linear as linear,
     magmax as magmax,
     slerp as slerp,
@@ -50,7 +68,7 @@ from jaxmerge.params._masks import (
     mask as mask,
     tall_masks as tall_masks,
 )
-from jaxmerge.params._overlap import ram as ram, ram_plus as ram_plus
+from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params._partition import partition as partition
 from jaxmerge.params._pcb import pcb as pcb
 from jaxmerge.params._permute import match_weights as match_weights, permute as permute, pleas as pleas

@@ -182,7 +182,6 @@ def breadcrumbs(
     rounding: Literal["floor", "ceil"] = "floor",
     extra: int = 0,
     ties: Literal["first", "all"] = "first",
-    consensus: bool = False,
 ) -> MergeTransform:
     """Drop the largest and the smallest entries of the task vectors, add up the rest.
 
@@ -192,7 +191,6 @@ def breadcrumbs(
       weight: one number, one per model, or a function of the leaf's name.
       scale: a factor for the result.
       scope, rounding, extra, ties: see `trim_band`.
-      consensus: add up only the models that agree with the sign of their weighted sum.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -200,12 +198,39 @@ def breadcrumbs(
       >>> jm.params.merge(jm.params.breadcrumbs(0.5, 0.25), base, models)["w"].tolist()
       [0.0, -4.0, 2.0, 0.0]
 
-    Source: Model Breadcrumbs (arXiv:2312.06795); mergekit's `breadcrumbs`, and with consensus=True its `breadcrumbs_ties`.
-    MergeLLM: rounding="ceil", extra=1, ties="all".
+    Source: Model Breadcrumbs (arXiv:2312.06795); mergekit's `breadcrumbs`. MergeLLM: rounding="ceil", extra=1, ties="all".
     """
     kept = trim_band(density, gamma, scope=scope, rounding=rounding, extra=extra, ties=ties)
-    elected = (elect_sign(),) if consensus else ()
-    return chain(kept, weigh(weight), *elected, sum_experts(), scaled(scale))
+    return chain(kept, weigh(weight), sum_experts(), scaled(scale))
+
+
+def breadcrumbs_ties(
+    density: Hyperparameter = 0.9,
+    gamma: float = 0.01,
+    *,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    scope: Scope = "tensor",
+    reduce: Literal["mean", "sum"] = "sum",
+) -> MergeTransform:
+    """Drop the largest and the smallest entries, as Breadcrumbs; elect signs and reduce those that agree, as TIES.
+
+    Args:
+      density, gamma, weight, scale, scope: see `breadcrumbs`.
+      reduce: the sum of those that agree (mergekit's default here), or their weighted mean.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.breadcrumbs_ties(1.0), base, models)["w"].tolist()
+      [4.0, 2.0]
+
+    Source: Model Breadcrumbs (arXiv:2312.06795) before TIES-Merging (arXiv:2306.01708); mergekit's `breadcrumbs_ties`.
+    """
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'breadcrumbs_ties: reduce must be "mean" or "sum", got {reduce!r}.')
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
+    return chain(trim_band(density, gamma, scope=scope), weigh(weight), elect_sign(), reduced, scaled(scale))
 
 
 def della(
@@ -216,7 +241,7 @@ def della(
     weight: Hyperparameter = 1.0,
     scale: Hyperparameter = 1.0,
     rescale: Literal["inv_p", "l1"] = "inv_p",
-    reduce: Literal["mean", "sum", "linear"] = "mean",
+    reduce: Literal["mean", "sum"] = "mean",
 ) -> MergeTransform:
     """Drop entries at random, small ones rather than large ones, rescale the rest; elect signs and reduce those that agree.
 
@@ -224,8 +249,8 @@ def della(
       density, epsilon, seed: see `rank_mask`.
       weight: one number, one per model, or a function of the leaf's name.
       scale: a factor for the result.
-      rescale: divide each entry by its own probability, or restore the l1 norm of each tensor.
-      reduce: the weighted mean of the models that agree, their sum, or ("linear") the sum of all, without electing.
+      rescale: divide each entry by its own probability (the paper), or restore the l1 norm of each tensor.
+      reduce: the weighted mean of the models that agree, or their sum.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -233,17 +258,47 @@ def della(
       >>> jm.params.merge(jm.params.della(1.0, seed=0), base, models)["w"].tolist()
       [2.0, 2.0]
 
-    Source: DELLA-Merging (arXiv:2406.11617); mergekit's `della`: rescale="l1", and its `della_linear`: reduce="linear" as well.
+    Source: DELLA-Merging (arXiv:2406.11617); mergekit's `della`: rescale="l1".
     """
-    if reduce not in ("mean", "sum", "linear"):
-        raise ValueError(f'della: reduce must be "mean", "sum" or "linear", got {reduce!r}.')
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'della: reduce must be "mean" or "sum", got {reduce!r}.')
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
+    return chain(_magprune(density, epsilon, seed, rescale), weigh(weight), elect_sign(), reduced, scaled(scale))
+
+
+def della_linear(
+    density: Hyperparameter = 0.5,
+    epsilon: Hyperparameter = 0.15,
+    *,
+    seed: int,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    rescale: Literal["inv_p", "l1"] = "inv_p",
+    normalize: bool = False,
+) -> MergeTransform:
+    """Drop entries at random, small ones rather than large ones, rescale the rest, add them up.
+
+    Args:
+      density, epsilon, seed, weight, scale, rescale: see `della`.
+      normalize: divide the weights by their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.della_linear(1.0, seed=0), base, models)["w"].tolist()
+      [4.0, 1.0]
+
+    Source: DELLA-Merging (arXiv:2406.11617); mergekit's `della_linear`: rescale="l1".
+    """
+    drop = _magprune(density, epsilon, seed, rescale)
+    return chain(drop, weigh(weight, normalize=normalize), sum_experts(), scaled(scale))
+
+
+def _magprune(density: Hyperparameter, epsilon: Hyperparameter, seed: int, rescale: str) -> MergeTransform:
     if rescale not in ("inv_p", "l1"):
         raise ValueError(f'della: rescale must be "inv_p" or "l1", got {rescale!r}.')
     drop = rank_mask(density, epsilon, seed=seed, divide=rescale == "inv_p")
-    drop = rescaled(drop, "l1") if rescale == "l1" else drop
-    elected = () if reduce == "linear" else (elect_sign(),)
-    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
-    return chain(drop, weigh(weight), *elected, reduced, scaled(scale))
+    return rescaled(drop, "l1") if rescale == "l1" else drop
 
 
 def magmax(*, scale: Hyperparameter = 1.0) -> MergeTransform:

@@ -139,7 +139,7 @@ def fit(
       >>> found, losses = jm.params.fit(
       ...     loss, jm.params.adamerging, 0.5 * jnp.ones(2), base=base, models=models, batches=batches, optimizer=descent
       ... )
-      >>> found.round(3).tolist()
+      >>> [round(v, 3) for v in found.tolist()]
       [0.25, 0.75]
 
     Source: AdaMerging (arXiv:2310.02575), Expert Merging (arXiv:2509.25712): learning is ordinary differentiation.

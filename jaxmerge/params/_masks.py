@@ -1,6 +1,7 @@
 """One vector for all tasks, and for each task a mask of where it applies."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
 
 
-def mask(masks: Stacked) -> MergeTransform:
+def mask(masks: Mapping[str, Any]) -> MergeTransform:
     """Apply masks that are given: zero the entries where a mask is 0.
 
     Args:

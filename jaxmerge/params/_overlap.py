@@ -27,7 +27,7 @@ def ram(*, threshold: float = 1e-5) -> MergeTransform:
     return _overlap(threshold, 0.0, 0.0)
 
 
-def ram_plus(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-5) -> MergeTransform:
+def ramplus_tl(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-5) -> MergeTransform:
     """As `ram`, and what only one expert changed is enlarged by 1 + boost * min(shared / unique, limit).
 
     Args:
@@ -39,7 +39,7 @@ def ram_plus(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-5)
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([0.0, 3.0])}]
-      >>> [round(v, 4) for v in jm.params.merge(jm.params.ram_plus(), base, models)["w"].tolist()]
+      >>> [round(v, 4) for v in jm.params.merge(jm.params.ramplus_tl(), base, models)["w"].tolist()]
       [1.02, 2.0]
 
     Source: Reinforced Agent Merging (arXiv:2601.13572); mergekit's `ramplus_tl` (r is boost, alpha is limit).

@@ -40,7 +40,7 @@ def pcb(
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> base, models = {"w": jnp.zeros(3)}, [{"w": jnp.array([3.0, 1.0, 0.0])}, {"w": jnp.array([1.0, 1.0, 4.0])}]
-      >>> jm.params.merge(jm.params.pcb(0.4), base, models)["w"].round(3).tolist()
+      >>> jm.params.merge(jm.params.pcb(0.4, tail=0.0), base, models)["w"].round().tolist()
       [3.0, 0.0, 4.0]
 
     Source: PCB-Merging (arXiv:2410.02396), the official pcb-merging.py. Its quantiles are elements of the sorted list, not

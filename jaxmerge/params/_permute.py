@@ -5,12 +5,12 @@ together: a layer's outputs and the next one's inputs.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from jaxmerge.params._assignment import assign
 from jaxmerge.params._transform import named_leaves
@@ -154,7 +154,7 @@ def pleas(
     return jax.tree.unflatten(treedef, list(merged.values()))
 
 
-def _sizes(spec: Spec, leaves: Mapping[str, Float[Array, "..."]]) -> dict[str, int]:
+def _sizes(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, int]:
     """How many units each permutation has; every contradiction in one message."""
     problems, sizes = [], {}
     for name, axes in spec.items():

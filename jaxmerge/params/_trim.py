@@ -173,7 +173,8 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         threshold = lax.bitcast_convert_type(t, jnp.float32)
         kept = q.add(above, kept)
         if cuts > 1:
-            kept = q.subtract(*(tuple(w.reshape(cuts, -1)[i] for w in kept) for i in (1, 0)))
+            (high_above, high), (low_above, low) = (w.reshape(cuts, -1) for w in kept)
+            kept = q.subtract((high, low), (high_above, low_above))
         return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density}
 
     def merge(plan, x):

@@ -124,8 +124,8 @@ def twin_serve(shared: Stacked, own: PyTree, weights: Float[Array, "K"]) -> Stac
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> shared, own = jm.params.twin_split({"w": jnp.arange(8.0).reshape(2, 2, 2)}, density=1.0)
-      >>> jm.params.twin_serve(shared, own, jnp.array([0.0, 1.0]))["w"].round(3).tolist()
-      [[[4.0, 5.0], [6.0, 7.0]]]
+      >>> jm.params.twin_serve(shared, own, jnp.array([0.0, 1.0]))["w"].round().astype(int).tolist()
+      [[[4, 5], [6, 7]]]
     """
     weigh = lambda s, x: s + total(x * over(weights, x))
     return jax.tree.map(weigh, shared, dense(own))

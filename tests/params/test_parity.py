@@ -71,12 +71,12 @@ CASES = {
     "mergekit_sce": lambda p, masks: params.sce(p["parameters"]["select_topk"], mask="delta", floor=1e-6),
     "mergekit_sce_full": lambda p, masks: params.sce(p["parameters"]["select_topk"], mask="delta", floor=1e-6),
     "mergekit_ram": lambda p, masks: params.ram(threshold=p["parameters"]["epsilon"]),
-    "mergekit_ramplus_tl": lambda p, masks: params.ram_plus(boost=p["parameters"]["r"], limit=p["parameters"]["alpha"]),
+    "mergekit_ramplus_tl": lambda p, masks: params.ramplus_tl(boost=p["parameters"]["r"], limit=p["parameters"]["alpha"]),
     "mergekit_breadcrumbs": lambda p, masks: params.breadcrumbs(
         p["parameters"]["density"], p["parameters"]["gamma"][0], weight=p["parameters"]["weight"]
     ),
-    "mergekit_breadcrumbs_ties": lambda p, masks: params.breadcrumbs(
-        p["parameters"]["density"], p["parameters"]["gamma"][0], weight=p["parameters"]["weight"], consensus=True
+    "mergekit_breadcrumbs_ties": lambda p, masks: params.breadcrumbs_ties(
+        p["parameters"]["density"], p["parameters"]["gamma"][0], weight=p["parameters"]["weight"]
     ),
     "mergekit_della": lambda p, masks: params.chain(
         dropped(masks, 0.5, "l1"),

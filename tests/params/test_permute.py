@@ -104,7 +104,7 @@ def attention(w, x, heads, kv_heads):
 
 
 def test_mergelock_equals_its_equations(golden):
-    v = golden("params/mergelock_a")
+    v = {k: jnp.asarray(x) for k, x in golden("params/mergelock_a").items()}
     weights = params.Attention(*(v[f"in/W{n}"] for n in "qkvo"))
     locked = params.lock(weights, v["aux/P"], v["aux/R"])
     for n, w in zip("qkvo", locked, strict=True):

@@ -16,24 +16,19 @@ EXACT = {
     "ties_model": lambda: params.ties(0.2, tie="majority"),
     "ties_tensor": lambda: params.ties(0.2, scope="tensor", weight=[0.5, 0.3, 0.9]),
     "dare_ties": lambda: params.dare_ties(0.5, seed=1),
-    "breadcrumbs": lambda: params.breadcrumbs(0.5, 0.1, consensus=True),
     "trim_rows": lambda: params.ties(0.3, scope="row"),
-    "ram": params.ram,
 }
 ROUNDED = {
     "dare_linear_l1": lambda: params.dare_linear(0.5, seed=1, rescale="l1"),
     "slerp": lambda: params.slerp(0.3),
-    "karcher": params.karcher,
     "model_stock": params.model_stock,
     "sce": lambda: params.sce(0.3),
     "pcb": lambda: params.pcb(0.3),
 }
-# What these move: della and widen what they rank (a row's magnitudes; one number per column), the spectral ones whole matrices.
+# What these move: della the rows that it ranks, the spectral ones whole matrices (as does least squares).
 MOVING = {
     "della": lambda: params.della(0.5, 0.2, seed=1),
-    "widen": params.widen,
     "tsvm": params.tsvm,
-    "regmean": lambda: params.regmean([{"kernel": np.eye(8, dtype=np.float32) * (k + 1)} for k in range(3)]),
 }
 SPECS = {"embed": P("model"), "kernel": P("data", "model"), "norm": P(), "stacked": P(None, "data")}
 SHAPES = {"embed": (48, 6), "kernel": (8, 16), "norm": (7,), "stacked": (3, 8, 5)}
@@ -46,7 +41,7 @@ def test_layout_stays_and_nothing_is_gathered(mesh, name):
     coarse = lambda shape: (np.round(rng.standard_normal(shape) * 8) / 8).astype(jnp.bfloat16)
     count = 2 if name == "slerp" else 3
     base, *models = ({n: coarse(s) for n, s in SHAPES.items()} for _ in range(count + 1))
-    base = None if name in ("slerp", "widen") else base
+    base = None if name == "slerp" else base
     put = lambda tree: {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in tree.items()}
     merge = jax.jit(lambda base, models: params.merge(tx, base, models))
     one = merge(base, models)
