@@ -90,8 +90,8 @@ SURFACE = {
         chain concatenate consensus dare_linear dare_ties della della_linear dense elect_largest elect_sign
         emr entropy expert_merging fisher fit gram interpolate iso_c iso_cts karcher knots layer_of
         layer_swapping linear lock lock_suspicion magmax mask match_weights max_agreeing mean_agreeing merge
-        model_stock multislerp nearswap nonfinite nuslerp partition passthrough pcb per_leaf permute pleas
-        polar ram ramplus_tl random_mask rank_mask regmean rescale scale sce select_variance
+        merge_units model_stock multislerp nearswap nonfinite nuslerp partition passthrough pcb per_leaf
+        permute pleas polar ram ramplus_tl random_mask rank_mask regmean rescale scale sce select_variance
         self_positioning slerp spherical sum_experts tall_masks task_arithmetic task_vectors ties trim
         trim_band truncate tsvm twin_merging twin_serve twin_split update_selective varm weigh widen
         window_average wudi""",

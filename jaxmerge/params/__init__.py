@@ -21,7 +21,7 @@ layer_swapping (layer_of), window_average                                       
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
 concatenate, dense                               adapters that stay Factors
-match_weights, permute, pleas                    units in another order, and layers solved for
+match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
@@ -71,7 +71,12 @@ from jaxmerge.params._masks import (
 from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params._partition import partition as partition
 from jaxmerge.params._pcb import pcb as pcb
-from jaxmerge.params._permute import match_weights as match_weights, permute as permute, pleas as pleas
+from jaxmerge.params._permute import (
+    match_weights as match_weights,
+    merge_units as merge_units,
+    permute as permute,
+    pleas as pleas,
+)
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm

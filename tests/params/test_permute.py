@@ -86,6 +86,27 @@ def test_pleas_least_squares(case):
     np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-3)
 
 
+def test_units_merged_in_part(case):
+    """None merged: an ensemble of the two; all: the mean of the weights; between: as wide as was asked for."""
+    a, b, x = case("in/A"), case("in/B"), case("aux/X")
+    found = params.match_weights(SPEC, a, b)
+    run = lambda model: [y for _, y in layers(model, x)][-1]
+    both = params.merge_units(SPEC, found, a, b, share=0.0)
+    assert both["Dense_1/kernel"].shape == (24, 24)
+    np.testing.assert_allclose(run(both), (run(a) + run(b)) / 2, rtol=1e-4, atol=1e-5)
+    one = params.merge_units(SPEC, found, a, b, share=1.0)
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-6), one, case("out/merged"))
+    part = params.merge_units(SPEC, found, a, b, share={"P_0": 0.5, "P_1": 0.75})
+    assert {n: x.shape for n, x in part.items()} == {
+        "Dense_0/kernel": (6, 18), "Dense_0/bias": (18,), "Dense_1/kernel": (18, 15), "Dense_1/bias": (15,),
+        "Dense_2/kernel": (15, 5), "Dense_2/bias": (5,),
+    }  # fmt: skip
+    same = params.merge_units(SPEC, {p: np.arange(12) for p in found}, a, a, share=0.5)
+    np.testing.assert_allclose(run(same), run(a), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="every permutation needs a share"):
+        params.merge_units(SPEC, found, a, b, share={"P_0": 0.5})
+
+
 def test_specifications_that_do_not_fit(unchecked):
     model = {"w": jnp.zeros((2, 3)), "v": jnp.zeros(3)}
     with pytest.raises(
