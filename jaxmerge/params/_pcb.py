@@ -26,7 +26,8 @@ def pcb(
     """The mean of the task vectors, weighted entry by entry by how large each is in its task and how well the tasks agree.
 
     With a = |task vector| clipped to its tails, normalised to [0, 1], the balance is b = exp(K a^2) tanh(entry * sum of the
-    entries over the tasks); the weight is b clipped to its `density` largest and normalised to [0, 1].
+    entries over the tasks); the weight is b clipped to its `density` largest and normalised to [0, 1]. A NaN in a model makes
+    everything NaN that shares its quantiles.
 
     Args:
       density: the share of entries of each task that count.

@@ -69,7 +69,7 @@ def select_variance(density: float) -> MergeTransform:
       density: in [0, 1].
 
     Law:
-      density = 1 zeroes only the entries where all models are equal if any of them is not selected: none.
+      density = 1 changes nothing.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm

@@ -1,8 +1,8 @@
 """Matrices by their singular vectors. A leaf of two axes is a matrix; leaves of other ranks are averaged.
 
 Statistics: spectral. The exact route factors each matrix whole: a leaf that is split over devices is brought together for it
-(under Explicit axes by a visible reshard) and laid out as before. The route that stays split is Newton-Schulz, matrix products
-alone, by name where a method needs nothing but a polar factor.
+(under Explicit axes by a visible reshard) and laid out as before. Newton-Schulz, where a method needs nothing but a polar
+factor, is matrix products alone: under Auto axes a matrix that is split by rows stays so, and only products (n, n) travel.
 """
 
 import functools
@@ -27,9 +27,14 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def per_matrix(
-    work: Callable[[Array], Array], select: Select = None, *, mean: Callable | None = None, models: int | None = 1
+    work: Callable[[Array], Array],
+    select: Select = None,
+    *,
+    before: Callable[[Array], Array] = lambda x: x,
+    rest: Callable[[Array], Array] = lambda x: total(x) / x.shape[0],
+    models: int | None = 1,
 ) -> MergeTransform:
-    """work: x (K, m, n) -> (models, m, n) on leaves of two axes, brought together; the mean elsewhere."""
+    """work: x (K, m, n) -> (models, m, n) on leaves of two axes, brought together after `before`; `rest` elsewhere."""
 
     def settings(name, shape):
         spectral = len(shape) == 3 and 0 not in shape and (select is None or select(name))
@@ -37,8 +42,8 @@ def per_matrix(
 
     def merge(plan, x):
         if "matrix" in plan:
-            return like(work(whole(x, (1, 2))), x)
-        return mean(x) if mean is not None else total(x) / x.shape[0]
+            return like(work(whole(before(x), (1, 2))), x)
+        return rest(x)
 
     return atom(Step(settings, lambda settings, x: settings, merge, models=models))
 
@@ -131,7 +136,7 @@ def truncate(density: float, *, select: Select = None) -> MergeTransform:
         u, s, v = truncated(x, max(1, int(density * min(x.shape[1:]))))
         return matmul(u * s[..., None, :], v)
 
-    return per_matrix(work, select, mean=lambda x: x, models=None)
+    return per_matrix(work, select, rest=lambda x: x, models=None)
 
 
 def tsvm(
@@ -196,12 +201,11 @@ def iso_c(
     """
 
     def work(x):
-        x = total(x)
         q = polar(x, method)
         mean = jnp.sum(q * x, axis=(1, 2), keepdims=True) / min(x.shape[1:])  # <U V^T, x> is the sum of singular values
         return q * mean
 
-    return chain(per_matrix(work, select), scaled(scale))
+    return chain(per_matrix(work, select, before=total), scaled(scale))
 
 
 def iso_cts(common: float = 0.8, *, scale: float = 1.0, select: Select = None) -> MergeTransform:

@@ -74,7 +74,8 @@ def trim_band(
 ) -> MergeTransform:
     """Drop the `gamma` share of largest magnitude, keep the `density` share below it, drop the rest.
 
-    Of N entries the int(gamma N) largest are dropped (fewer where gamma + density > 1), then int(density N) kept.
+    Of N entries the int(gamma N) largest are dropped (fewer where gamma + density > 1), then int(density N) kept. NaN counts as
+    the largest magnitude, and so is dropped: `nonfinite` reports it.
 
     Args:
       density: the share to keep, in [0, 1].

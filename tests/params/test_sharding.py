@@ -59,6 +59,13 @@ def test_layout_stays_and_nothing_is_gathered(mesh, name):
             np.testing.assert_allclose(a, b, rtol=2**-7)
 
 
+def test_newton_schulz_stays_split():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = params.iso_c()
+    x = {"w": jax.ShapeDtypeStruct((3, 64, 24), jnp.float32, sharding=NamedSharding(mesh, P(None, "data")))}
+    assert set(collectives(compile_for(lambda x: tx.merge(tx.match(x), x), x))) == {"all-reduce"}
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(("topology", "shape"), [("v5e:4x4", (8, 2)), ("v5p:4x4x4", (32, 2))])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
