@@ -22,6 +22,7 @@ emr, tall_masks -> Masked                        one vector for all tasks, a mas
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+cosines, sign_conflict, task_norms               what there is to merge
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
@@ -38,6 +39,7 @@ from jaxmerge.params._aliases import (
     task_arithmetic as task_arithmetic,
     ties as ties,
 )
+from jaxmerge.params._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
 from jaxmerge.params._consensus import (
     elect_sign as elect_sign,
     max_agreeing as max_agreeing,
