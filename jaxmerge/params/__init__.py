@@ -22,6 +22,7 @@ emr, tall_masks -> Masked                        one vector for all tasks, a mas
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
 cosines, sign_conflict, task_norms               what there is to merge
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
@@ -108,5 +109,11 @@ from jaxmerge.params._twin import (
     twin_merging as twin_merging,
     twin_serve as twin_serve,
     twin_split as twin_split,
+)
+from jaxmerge.params._vocabulary import (
+    combine as combine,
+    matching_pursuit as matching_pursuit,
+    nearest_points as nearest_points,
+    rotate_points as rotate_points,
 )
 from jaxmerge.params._widen import widen as widen
