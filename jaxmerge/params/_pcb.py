@@ -83,6 +83,9 @@ def pcb(
     def merge(plan, x):
         low, high, cut, top = (over(plan[k], x) for k in ("low", "high", "cut", "top"))
         b = _balance(x, plan["low"], plan["high"])
+        # Where only one task has weight, however little, its entry is taken whole. So entries as good as at the cut count as at
+        # it: two programs may round exp and tanh differently.
+        b = jnp.where(b <= cut + 32 * jnp.finfo(jnp.float32).eps * jnp.abs(cut), cut, b)
         spread = top - cut
         w = (jnp.clip(b, cut, top) - cut) / jnp.where(spread == 0, 1, spread)
         clipped = jnp.sign(x) * jnp.clip(jnp.abs(x), low, high)
