@@ -22,7 +22,6 @@ ROUNDED = {
     "dare_linear_l1": lambda: params.dare_linear(0.5, seed=1, rescale="l1"),
     "slerp": lambda: params.slerp(0.3),
     "model_stock": params.model_stock,
-    "sce": lambda: params.sce(0.3),
     "pcb": lambda: params.pcb(0.3),
 }
 # What these move: della the rows that it ranks, the spectral ones whole matrices (as does least squares).
