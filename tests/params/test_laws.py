@@ -51,6 +51,18 @@ METHODS = {
 }
 
 
+# Peers' variants of one chain, which the recorded vectors check as well.
+VARIANTS = {
+    *("ties_whole", "ties_official", "ties_mergekit", "ties_mergellm", "ties_rescale", "sce_mergekit", "trim_band_model"),
+    *("model_stock_rows", "nuslerp_columns", "iso_c_svd", "pcb_tensor", "knots_ties"),
+}
+
+
+def cases(methods):
+    marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
+    return [pytest.param(n, k, marks=marks(n), id=f"{n}-{k}") for n, (_, ks, _) in methods.items() for k in ks]
+
+
 GRAMS = [{"b/kernel": np.cov(np.random.default_rng(k).standard_normal((16, 40))).astype(np.float32)} for k in range(3)]
 FISHERS = [{n: np.abs(v[k]) for n, v in _deltas(np.random.default_rng(7), 3).items()} for k in range(3)]
 CHUNKS = {n: np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32) for n in FISHERS[0]}
@@ -87,13 +99,13 @@ MATRICES = {  # spectral steps and solves: small and slow to compile
 INEXACT = dict(exact=False)
 
 
-@pytest.mark.parametrize(("name", "models"), [(n, k) for n, (_, ks, _) in MATRICES.items() for k in ks])
+@pytest.mark.parametrize(("name", "models"), cases(MATRICES))
 def test_laws_of_statistics(name, models):
     make, _, laws = MATRICES[name]
     assert_merge(make(), models=models, sharding=models == 3, **(INEXACT | laws))
 
 
-@pytest.mark.parametrize(("name", "models"), [(n, k) for n, (_, ks, _) in METHODS.items() for k in ks])
+@pytest.mark.parametrize(("name", "models"), cases(METHODS))
 def test_laws(name, models):
     make, _, laws = METHODS[name]
     assert_merge(make(), models=models, sharding=models == 3, **laws)
