@@ -9,7 +9,7 @@ sum_experts, mean_agreeing, max_agreeing         K models to one
 elect_largest, interpolate, spherical            ... by sign and size; two models to one
 
 linear, task_arithmetic, ties, dare_linear, dare_ties                                  task vectors, one chain each
-breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ...
+breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ... bands, ranks, the largest
 sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                             ... by what changed, and where
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base

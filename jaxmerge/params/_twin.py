@@ -68,7 +68,8 @@ def concatenate(adapters: Sequence[PyTree], weight: Hyperparameter = 1.0) -> PyT
       >>> jm.params.dense(jm.params.concatenate([one, two], [1.0, 0.5]))["w"].tolist()
       [[1.0, 1.0], [1.0, 0.0]]
 
-    Source: LoRA Soups (arXiv:2410.13025); PEFT's add_weighted_adapter with combination_type="cat".
+    Source: LoRA Soups (arXiv:2410.13025); PEFT's add_weighted_adapter with combination_type="cat". Its "linear",
+    "ties" and "magnitude_prune" merge factor by factor: `merge(chain(trim(...), weigh(sqrt(w)), ...), None, adapters)`.
     """
     if not adapters:
         raise ValueError("concatenate: no adapters; pass at least one.")

@@ -142,13 +142,21 @@ def test_layer_swapping_equals_mergekit(golden, case, transition):
 
 
 def test_lora_soups_equal_the_peer(golden):
-    """PEFT's cat and svd. Its linear has cross terms and its ties acts on the factors: we do neither."""
+    """PEFT's cat and svd; and its linear (with cross terms), ties and magnitude_prune, which merge factor by factor."""
     vectors, p = golden("params/lora_combine_a"), MANIFEST["lora_combine_a"]["params"]
     factors = lambda k, n: params.Factors(
         jnp.asarray(vectors[f"in/expert_{k}/{n}.lora_B"]), jnp.asarray(vectors[f"in/expert_{k}/{n}.lora_A"])
     )
     adapters = [{n: factors(k, n) for n in ("q", "up")} for k in range(3)]
     weight = [w * alpha / rank for w, alpha, rank in zip(p["weights"], p["alphas"], p["ranks"], strict=True)]
+    root = params.weigh(np.sqrt(weight))
+    for how, tx in {
+        "linear": params.chain(root, params.sum_experts()),
+        "ties": params.chain(params.trim(0.5, scope="tensor"), params.elect_sign(), root, params.mean_agreeing()),
+        "magnitude_prune": params.chain(params.trim(0.4, scope="tensor"), root, params.sum_experts()),
+    }.items():
+        for n, update in params.dense(params.merge(tx, None, adapters)).items():
+            np.testing.assert_allclose(update, vectors[f"out/{how}/{n}.delta"], rtol=2e-5, atol=2e-6, err_msg=how)
     soup = params.concatenate(adapters, weight)
     for n, update in params.dense(soup).items():
         assert soup[n].a.shape[0] == 9  # factors are kept
