@@ -10,7 +10,7 @@ elect_largest, interpolate, spherical            ... by sign and size; two model
 
 linear, task_arithmetic, ties, dare_linear, dare_ties                                  task vectors, one chain each
 breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ... bands, ranks, the largest
-sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                             ... by what changed, and where
+sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                           ... by what changed, and where
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base
 tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool

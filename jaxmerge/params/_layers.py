@@ -104,7 +104,7 @@ def update_selective(density: float = 0.2, *, scale: Hyperparameter = 1.0, scope
 
 
 def window_average(
-    decay: Literal["linear", "cosine", "inverse_sqrt"] | Sequence[float] = "linear", *, window: int | None = None
+    decay: Literal["linear", "cosine", "minus_sqrt"] | Sequence[float] = "linear", *, window: int | None = None
 ) -> MergeTransform:
     """Average the last checkpoints of one run, as if the learning rate had decayed.
 
@@ -112,7 +112,7 @@ def window_average(
     "linear" is the plain mean of the checkpoints.
 
     Args:
-      decay: the schedule of updates ("linear" falls to 0 evenly, "cosine" as half a cosine, "inverse_sqrt" as 1 - sqrt); or the
+      decay: the schedule of updates ("linear" falls to 0 evenly, "cosine" as half a cosine, "minus_sqrt" as 1 - sqrt); or the
         multiplier of each update itself, one fewer than checkpoints in the window, none above the one before or 1.
       window: how many checkpoints, the last ones, take part; None is all. Oldest first, no base.
 
@@ -133,7 +133,7 @@ def window_average(
     shapes = {
         "linear": lambda u: 1 - u,
         "cosine": lambda u: (1 + np.cos(np.pi * u)) / 2,
-        "inverse_sqrt": lambda u: 1 - np.sqrt(u),
+        "minus_sqrt": lambda u: 1 - np.sqrt(u),
     }
     if isinstance(decay, str) and decay not in shapes:
         raise ValueError(f"window_average: decay must be one of {tuple(shapes)} or numbers, got {decay!r}.")

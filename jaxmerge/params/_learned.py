@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from jaxmerge.params._aliases import task_arithmetic
+from jaxmerge.params._stack import merge
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, total
 
 Squash = Literal["clip", "softmax", "sigmoid", "none"]
@@ -144,7 +145,6 @@ def fit(
 
     Source: AdaMerging (arXiv:2310.02575), Expert Merging (arXiv:2509.25712): learning is ordinary differentiation.
     """
-    from jaxmerge.params._stack import merge
 
     @jax.jit
     def step(coefficients, state, base, models, batch):
