@@ -5,11 +5,14 @@ jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 """
 
 import dataclasses
+import inspect
 import pathlib
 import sys
 from typing import Any, Literal
 
 from jaxmerge import params
+from jaxmerge.params._spectral import Select
+from jaxmerge.params._transform import Hyperparameter
 
 Numbers = tuple[float, ...]
 
@@ -128,6 +131,22 @@ class Slerp:
         return params.slerp(self.t, threshold=self.threshold)
 
 
+def _options(alias: Any) -> type:
+    """The options of a merge that is one function: its parameters, but for those that are functions or data themselves."""
+    fields = []
+    for p in inspect.signature(alias).parameters.values():
+        kind = Numbers if p.annotation == Hyperparameter else p.annotation
+        if kind == Select:
+            continue
+        default = (p.default,) if kind is Numbers and p.default is not p.empty else p.default
+        fields.append((p.name, kind) if default is p.empty else (p.name, kind, dataclasses.field(default=default)))
+    options = dataclasses.make_dataclass(
+        alias.__name__, fields, frozen=True, kw_only=True, namespace={"transform": lambda self: alias(**_fields(self))}
+    )
+    options.__doc__ = f"{alias.__doc__.splitlines()[0]}\n\nThe options: help(jaxmerge.params.{alias.__name__})."
+    return options
+
+
 METHODS = {
     "linear": Linear,
     "task-arithmetic": TaskArithmetic,
@@ -135,8 +154,39 @@ METHODS = {
     "dare-linear": DareLinear,
     "dare-ties": DareTies,
     "slerp": Slerp,
+} | {
+    alias.__name__.replace("_", "-"): _options(alias)
+    for alias in (
+        params.arcee_fusion,
+        params.breadcrumbs,
+        params.breadcrumbs_ties,
+        params.consensus,
+        params.della,
+        params.della_linear,
+        params.iso_c,
+        params.iso_cts,
+        params.karcher,
+        params.magmax,
+        params.model_stock,
+        params.multislerp,
+        params.nearswap,
+        params.nuslerp,
+        params.passthrough,
+        params.pcb,
+        params.ram,
+        params.ramplus_tl,
+        params.sce,
+        params.tsvm,
+        params.update_selective,
+        params.varm,
+        params.widen,
+    )
 }
-NEED_NO_BASE = (Linear, Slerp)
+NEED_NO_BASE = (
+    Linear,
+    Slerp,
+    *(METHODS[name] for name in ("arcee-fusion", "karcher", "multislerp", "nuslerp", "passthrough", "widen")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +397,9 @@ def _masks(report: Any) -> tuple[list[str], list[str]] | None:
         if masks and all("kept" in m for m in masks.values()):
             words = np.stack([m["kept"] for m in masks.values()]).astype(np.float64)
             share = (words[:, 0] * 2.0**32 + words[:, 1]).sum(axis=0) / sum(sizes[n] for n in masks)
-            thresholds = np.stack([m["threshold"] for m in masks.values()])
+            thresholds = np.stack([m["threshold"] for m in masks.values()])[
+                :, -words.shape[-1] :
+            ]  # a band has an upper one too
             low, high = thresholds.min(axis=0), thresholds.max(axis=0)
             shown = [f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
             return [f"{100 * s:.2f} %" for s in share], shown

@@ -1,5 +1,7 @@
 """`jaxmerge plan|merge`: what it prints, what it writes, and one clear error with exit code 2."""
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 
@@ -34,6 +36,8 @@ METHODS = {
     "dare-linear": ("dare-linear", ["--seed", "1"], params.dare_linear(seed=1)),
     "dare-ties": ("dare-ties", ["--seed", "1", "--mesh", "saved"], params.dare_ties(seed=1)),
     "slerp": ("slerp", ["--t", "0.3"], params.slerp(0.3)),
+    "breadcrumbs-ties": ("breadcrumbs-ties", ["--density", "0.5", "0.3"], params.breadcrumbs_ties([0.5, 0.3])),
+    "pcb": ("pcb", ["--density", "0.3", "--batch-mib", "0"], params.pcb(0.3)),
 }
 
 
@@ -62,8 +66,20 @@ def test_merges(saved, tmp_path, capsys, name):
         assert "20.16 %" not in printed and "19.38 %" in printed and "threshold" in printed  # int(0.2 * 129) = 25 of 129
 
 
-def test_every_method_is_tested():
-    assert METHODS.keys() == cli.METHODS.keys()
+def test_every_method_has_the_options_of_its_function():
+    """Those above by running; the others have their options from the function itself, with its defaults."""
+    assert METHODS.keys() <= cli.METHODS.keys()
+    for name, options in cli.METHODS.items():
+        parameters = inspect.signature(getattr(params, name.replace("-", "_"))).parameters
+        needed = {n: 7 for n, p in parameters.items() if p.default is p.empty and n != "t"} | (
+            {"t": (0.5,)} if name == "nearswap" else {}
+        )
+        chosen = options(**needed)
+        assert {f.name for f in dataclasses.fields(options)} == parameters.keys() - {"select", "rows"}
+        for n, p in parameters.items():
+            if n not in needed and n not in ("select", "rows"):
+                assert getattr(chosen, n) in (p.default, (p.default,)), (name, n)
+        assert isinstance(chosen.transform(), params.MergeTransform)
 
 
 def test_plan(saved, capsys):

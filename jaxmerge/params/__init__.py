@@ -1,22 +1,46 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-MergeTransform(match, merge)                     chain, per_leaf
+MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name)
 task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
-trim, random_mask, rescale, weigh, scale         atoms that keep all K models
-elect_sign                                       zeroes the models that disagree
+trim, trim_band, select_variance                 atoms that keep all K models: the largest, a band, what varies
+random_mask, rank_mask, mask, rescale            ... masks, and making up for them
+weigh, scale, truncate, elect_sign               ... coefficients, low rank, zero the models that disagree
 sum_experts, mean_agreeing, max_agreeing         K models to one
-interpolate, spherical                           two models to one
-linear, task_arithmetic, ties, dare_linear, dare_ties, slerp     the field's methods, one chain each
+elect_largest, interpolate, spherical            ... by sign and size; two models to one
+
+linear, task_arithmetic, ties, dare_linear, dare_ties                                  task vectors, one chain each
+breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ... bands, ranks, the largest
+sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                           ... by what changed, and where
+slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
+passthrough, nearswap, arcee_fusion                                                    one model and the base
+tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
+fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
+adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
+layer_swapping (layer_of), window_average                                              layers of two models; one run
+
+emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
+twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
+concatenate, dense                               adapters that stay Factors
+match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
+cosines, sign_conflict, task_norms               what there is to merge
+lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
 from jaxmerge.params._aliases import (
+    breadcrumbs as breadcrumbs,
+    breadcrumbs_ties as breadcrumbs_ties,
     dare_linear as dare_linear,
     dare_ties as dare_ties,
+    della as della,
+    della_linear as della_linear,
     linear as linear,
+    magmax as magmax,
     slerp as slerp,
     task_arithmetic as task_arithmetic,
     ties as ties,
 )
+from jaxmerge.params._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
 from jaxmerge.params._consensus import (
     elect_sign as elect_sign,
     max_agreeing as max_agreeing,
@@ -24,13 +48,72 @@ from jaxmerge.params._consensus import (
     sum_experts as sum_experts,
 )
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
-from jaxmerge.params._random import random_mask as random_mask
+from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
+from jaxmerge.params._layers import (
+    layer_of as layer_of,
+    layer_swapping as layer_swapping,
+    update_selective as update_selective,
+    window_average as window_average,
+)
+from jaxmerge.params._learned import (
+    adamerging as adamerging,
+    entropy as entropy,
+    expert_merging as expert_merging,
+    fit as fit,
+    self_positioning as self_positioning,
+)
+from jaxmerge.params._lock import Attention as Attention, lock as lock, lock_suspicion as lock_suspicion
+from jaxmerge.params._masks import (
+    Masked as Masked,
+    consensus as consensus,
+    elect_largest as elect_largest,
+    emr as emr,
+    mask as mask,
+    tall_masks as tall_masks,
+)
+from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
+from jaxmerge.params._partition import partition as partition
+from jaxmerge.params._pcb import pcb as pcb
+from jaxmerge.params._permute import (
+    match_weights as match_weights,
+    merge_units as merge_units,
+    permute as permute,
+    pleas as pleas,
+)
+from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
+from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
+from jaxmerge.params._spectral import (
+    iso_c as iso_c,
+    iso_cts as iso_cts,
+    knots as knots,
+    polar as polar,
+    truncate as truncate,
+    tsvm as tsvm,
+)
+from jaxmerge.params._sphere import karcher as karcher, multislerp as multislerp, nuslerp as nuslerp
 from jaxmerge.params._stack import (
     add as add,
     merge as merge,
     nonfinite as nonfinite,
     task_vectors as task_vectors,
 )
+from jaxmerge.params._stock import model_stock as model_stock
+from jaxmerge.params._swap import arcee_fusion as arcee_fusion, nearswap as nearswap, passthrough as passthrough
 from jaxmerge.params._transform import MergeTransform as MergeTransform, chain as chain, per_leaf as per_leaf
-from jaxmerge.params._trim import trim as trim
+from jaxmerge.params._trim import trim as trim, trim_band as trim_band
+from jaxmerge.params._twin import (
+    Factors as Factors,
+    concatenate as concatenate,
+    dense as dense,
+    twin_merging as twin_merging,
+    twin_serve as twin_serve,
+    twin_split as twin_split,
+)
+from jaxmerge.params._vocabulary import (
+    combine as combine,
+    matching_pursuit as matching_pursuit,
+    nearest_points as nearest_points,
+    rotate_points as rotate_points,
+)
+from jaxmerge.params._widen import widen as widen

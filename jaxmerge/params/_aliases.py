@@ -4,10 +4,10 @@ from typing import Literal
 
 from jaxmerge.params._consensus import elect_sign, max_agreeing, mean_agreeing, sum_experts
 from jaxmerge.params._geometry import spherical
-from jaxmerge.params._random import random_mask
+from jaxmerge.params._random import random_mask, rank_mask
 from jaxmerge.params._scale import rescale as rescaled, scale as scaled, weigh
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, chain
-from jaxmerge.params._trim import trim
+from jaxmerge.params._trim import Scope, trim, trim_band
 
 
 def linear(weight: Hyperparameter = 1.0, *, normalize: bool = True) -> MergeTransform:
@@ -51,7 +51,7 @@ def ties(
     *,
     weight: Hyperparameter = 1.0,
     scale: Hyperparameter = 1.0,
-    scope: Literal["model", "tensor"] = "model",
+    scope: Scope = "model",
     rounding: Literal["floor", "ceil"] = "floor",
     extra: int = 0,
     ties: Literal["first", "all"] = "first",
@@ -67,7 +67,7 @@ def ties(
       scale: a factor for the result.
       scope, rounding, extra, ties: see `trim`.
       rescale: restore each tensor's l1 norm after trimming.
-      tie: see `elect_sign`; it looks where `scope` says.
+      tie: see `elect_sign`; it looks where `scope` says (at scope "row": in the tensor).
       reduce: the weighted mean of those that agree, their sum, or the largest.
 
     Example:
@@ -85,8 +85,9 @@ def ties(
     trimmed = trim(density, scope=scope, rounding=rounding, extra=extra, ties=ties)
     if rescale:
         trimmed = rescaled(trimmed, "l1")
+    where = "model" if scope == "model" else "tensor"
     reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts() if reduce == "sum" else max_agreeing()
-    return chain(trimmed, weigh(weight), elect_sign(tie=tie, scope=scope), reduced, scaled(scale))
+    return chain(trimmed, weigh(weight), elect_sign(tie=tie, scope=where), reduced, scaled(scale))
 
 
 def dare_linear(
@@ -169,3 +170,149 @@ def slerp(t: Hyperparameter = 0.5, *, threshold: float = 0.9995) -> MergeTransfo
     Source: Shoemake 1985, doi:10.1145/325334.325242; mergekit's and fusion_bench's `slerp`.
     """
     return spherical(t, threshold=threshold)
+
+
+def breadcrumbs(
+    density: Hyperparameter = 0.9,
+    gamma: float = 0.01,
+    *,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    scope: Scope = "tensor",
+    rounding: Literal["floor", "ceil"] = "floor",
+    extra: int = 0,
+    ties: Literal["first", "all"] = "first",
+) -> MergeTransform:
+    """Drop the largest and the smallest entries of the task vectors, add up the rest.
+
+    Args:
+      density: the share to keep.
+      gamma: the share of outliers, the largest magnitudes, to drop.
+      weight: one number, one per model, or a function of the leaf's name.
+      scale: a factor for the result.
+      scope, rounding, extra, ties: see `trim_band`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(4)}, [{"w": jnp.array([9.0, -4.0, 2.0, 1.0])}]
+      >>> jm.params.merge(jm.params.breadcrumbs(0.5, 0.25), base, models)["w"].tolist()
+      [0.0, -4.0, 2.0, 0.0]
+
+    Source: Model Breadcrumbs (arXiv:2312.06795); mergekit's `breadcrumbs`. MergeLLM: rounding="ceil", extra=1, ties="all".
+    """
+    kept = trim_band(density, gamma, scope=scope, rounding=rounding, extra=extra, ties=ties)
+    return chain(kept, weigh(weight), sum_experts(), scaled(scale))
+
+
+def breadcrumbs_ties(
+    density: Hyperparameter = 0.9,
+    gamma: float = 0.01,
+    *,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    scope: Scope = "tensor",
+    reduce: Literal["mean", "sum"] = "sum",
+) -> MergeTransform:
+    """Drop the largest and the smallest entries, as Breadcrumbs; elect signs and reduce those that agree, as TIES.
+
+    Args:
+      density, gamma, weight, scale, scope: see `breadcrumbs`.
+      reduce: the sum of those that agree (mergekit's default here), or their weighted mean.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.breadcrumbs_ties(1.0), base, models)["w"].tolist()
+      [4.0, 2.0]
+
+    Source: Model Breadcrumbs (arXiv:2312.06795) before TIES-Merging (arXiv:2306.01708); mergekit's `breadcrumbs_ties`.
+    """
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'breadcrumbs_ties: reduce must be "mean" or "sum", got {reduce!r}.')
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
+    return chain(trim_band(density, gamma, scope=scope), weigh(weight), elect_sign(), reduced, scaled(scale))
+
+
+def della(
+    density: Hyperparameter = 0.5,
+    epsilon: Hyperparameter = 0.15,
+    *,
+    seed: int,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    rescale: Literal["inv_p", "l1"] = "inv_p",
+    reduce: Literal["mean", "sum"] = "mean",
+) -> MergeTransform:
+    """Drop entries at random, small ones rather than large ones, rescale the rest; elect signs and reduce those that agree.
+
+    Args:
+      density, epsilon, seed: see `rank_mask`.
+      weight: one number, one per model, or a function of the leaf's name.
+      scale: a factor for the result.
+      rescale: divide each entry by its own probability (the paper), or restore the l1 norm of each tensor.
+      reduce: the weighted mean of the models that agree, or their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.della(1.0, seed=0), base, models)["w"].tolist()
+      [2.0, 2.0]
+
+    Source: DELLA-Merging (arXiv:2406.11617); mergekit's `della`: rescale="l1".
+    """
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f'della: reduce must be "mean" or "sum", got {reduce!r}.')
+    reduced = mean_agreeing(weight) if reduce == "mean" else sum_experts()
+    return chain(_magprune(density, epsilon, seed, rescale), weigh(weight), elect_sign(), reduced, scaled(scale))
+
+
+def della_linear(
+    density: Hyperparameter = 0.5,
+    epsilon: Hyperparameter = 0.15,
+    *,
+    seed: int,
+    weight: Hyperparameter = 1.0,
+    scale: Hyperparameter = 1.0,
+    rescale: Literal["inv_p", "l1"] = "inv_p",
+    normalize: bool = False,
+) -> MergeTransform:
+    """Drop entries at random, small ones rather than large ones, rescale the rest, add them up.
+
+    Args:
+      density, epsilon, seed, weight, scale, rescale: see `della`.
+      normalize: divide the weights by their sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1.0])}]
+      >>> jm.params.merge(jm.params.della_linear(1.0, seed=0), base, models)["w"].tolist()
+      [4.0, 1.0]
+
+    Source: DELLA-Merging (arXiv:2406.11617); mergekit's `della_linear`: rescale="l1".
+    """
+    drop = _magprune(density, epsilon, seed, rescale)
+    return chain(drop, weigh(weight, normalize=normalize), sum_experts(), scaled(scale))
+
+
+def _magprune(density: Hyperparameter, epsilon: Hyperparameter, seed: int, rescale: str) -> MergeTransform:
+    if rescale not in ("inv_p", "l1"):
+        raise ValueError(f'della: rescale must be "inv_p" or "l1", got {rescale!r}.')
+    drop = rank_mask(density, epsilon, seed=seed, divide=rescale == "inv_p")
+    return rescaled(drop, "l1") if rescale == "l1" else drop
+
+
+def magmax(*, scale: Hyperparameter = 1.0) -> MergeTransform:
+    """Of the task vectors take, entry by entry, the one of largest magnitude; of equal ones the last.
+
+    Args:
+      scale: a factor for the result.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([-1.0, 1.0])}]
+      >>> jm.params.merge(jm.params.magmax(), base, models)["w"].tolist()
+      [-1.0, 2.0]
+
+    Source: MagMax (arXiv:2407.06322) and fusion_bench, whose default there is scale=0.5.
+    """
+    return chain(max_agreeing(tie="last"), scaled(scale))

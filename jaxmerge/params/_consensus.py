@@ -118,8 +118,14 @@ def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
     return atom(Step(settings, lambda settings, x: settings, merge, models=1))
 
 
-def max_agreeing() -> MergeTransform:
+def max_agreeing(*, tie: Literal["first", "last"] = "first") -> MergeTransform:
     """Take the entry of largest magnitude; after `elect_sign` all that are left have one sign.
+
+    Args:
+      tie: of equal magnitudes, the first model's or the last's.
+
+    Raises:
+      ValueError: an unknown tie rule.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -128,11 +134,15 @@ def max_agreeing() -> MergeTransform:
       [[-3.0, 4.0]]
     """
 
+    if tie not in ("first", "last"):
+        raise ValueError(f'max_agreeing: tie must be "first" or "last", got {tie!r}.')
+    beats = jnp.greater if tie == "first" else jnp.greater_equal
+
     def merge(plan, x):
         best = x[:1]
         for k in range(1, x.shape[0]):
             rival = x[k : k + 1]
-            best = jnp.where((jnp.abs(rival) > jnp.abs(best)) | jnp.isnan(rival), rival, best)
+            best = jnp.where(beats(jnp.abs(rival), jnp.abs(best)) | jnp.isnan(rival), rival, best)
         return best
 
     return atom(Step(_nothing, lambda settings, x: settings, merge, models=1))

@@ -72,6 +72,20 @@ def smaller(a: Words, b: Words) -> Words:
     return jnp.where(less, a[0], b[0]), jnp.where(less, a[1], b[1])
 
 
+def share(count: Words, fraction: UInt32[Array, "K"]) -> Words:
+    """floor(count * fraction / 2^32)."""
+    wide = count[0] * fraction
+    low = (_high_product(count[0], fraction), wide)
+    return add(low, (jnp.zeros_like(wide), _high_product(count[1], fraction)))
+
+
+def _high_product(a: Array, b: Array) -> Array:
+    """The upper word of a b."""
+    a1, a0, b1, b0 = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
+    middle = (a0 * b0 >> 16) + (a1 * b0 & 0xFFFF) + a0 * b1  # at most 2^32 - 1
+    return a1 * b1 + (a1 * b0 >> 16) + (middle >> 16)
+
+
 def to_words(counts) -> UInt32[np.ndarray, "2 K"]:
     """Python integers, or uint64, as (high, low)."""
     counts = np.asarray(counts, np.uint64)
@@ -87,18 +101,18 @@ def from_words(words) -> np.ndarray:
 # --- the k-th largest ------------------------------------------------------------------------------------------------
 
 
-def kth_largest(leaves: list[UInt32[Array, "K ..."]], k: Words) -> UInt32[Array, "K"]:
-    """The k-th largest pattern of each model over all the leaves; that of inf where k is 0."""
+def kth_largest(leaves: list[UInt32[Array, "K ..."]], k: Words, *, bits: int = 31) -> UInt32[Array, "K"]:
+    """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0."""
 
     def bit(i, t):
-        candidate = t | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        counts = [count(bits >= over(candidate, bits)) for bits in leaves]
+        candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        counts = [count(x >= over(candidate, x)) for x in leaves]
         found = counts[0]
         for c in counts[1:]:
             found = add(found, c)
         return jnp.where(at_least(found, k), candidate, t)
 
-    t = lax.fori_loop(0, 31, bit, jnp.zeros_like(k[1]))
+    t = lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1]))
     return jnp.where((k[0] == 0) & (k[1] == 0), INF, t)
 
 

@@ -7,8 +7,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import UInt32
 
-from jaxmerge.params._quantile import coordinates
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, over
+from jaxmerge.params._layout import like
+from jaxmerge.params._quantile import coordinates, magnitude_bits
+from jaxmerge.params._rows import as_rows, rank_in_row
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, over, resolve
 from jaxmerge.params._trim import _density
 
 
@@ -39,22 +41,96 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
 
     def settings(name, shape):
         d = _density(density, name, shape[0], "random_mask")
-        keys = [hashlib.sha256(f"{int(seed)}/{k}/{name}".encode()).digest()[:8] for k in range(shape[0])]
         below = np.minimum(np.round(d * 2.0**32), 2.0**32 - 1).astype(np.uint32)
         return {
-            "key": np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32),
+            "key": _keys(seed, name, shape[0]),
             "below": below,
             "density": d.astype(np.float32),
         }
 
     def merge(plan, x):
-        _, _, row, column = coordinates(x.shape[1:])
-        key = jnp.asarray(plan["key"])
-        bits = threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
-        keep = (bits < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
+        keep = (_bits(plan["key"], x) < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
         return jnp.where(keep, x, 0)
 
     return atom(Step(settings, lambda settings, x: settings, merge))
+
+
+def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
+    """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
+
+    The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. Ranks are
+    found by sorting: a leaf that is split along its last axis is laid out anew for it.
+
+    Args:
+      density: the share to keep; 1 keeps everything, 0 nothing.
+      epsilon: half of how much the probability grows along the ranks.
+      seed: see `random_mask`.
+      divide: divide what is kept by its own probability (the paper). mergekit restores the l1 norm instead:
+        `rescale(rank_mask(...), "l1")`.
+
+    Law:
+      density = 1 changes nothing; the result has the same bits on any sharding.
+
+    Raises:
+      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.rank_mask(0.5, 0.4, seed=0), {"w": jnp.arange(1.0, 1001.0)[None]}
+      >>> merged = tx.merge(tx.match(stacked), stacked)["w"][0]
+      >>> int((merged[:500] != 0).sum()) < 200, int((merged[500:] != 0).sum()) > 300
+      (True, True)
+
+    Source: DELLA-Merging (arXiv:2406.11617): divide=True; mergekit's `della`, `della_linear`: the l1 norm.
+    """
+
+    def settings(name, shape):
+        d = _density(density, name, shape[0], "rank_mask")
+        e = np.asarray(resolve(epsilon, name, shape[0], "rank_mask: epsilon"), np.float64)
+        inner = (d > 0) & (d < 1)
+        if (inner & ((d + e >= 1) | (d - e <= 0))).any():
+            raise ValueError(
+                f"rank_mask: density +- epsilon must lie between 0 and 1; got density {d.tolist()} and epsilon {e.tolist()} "
+                f"at leaf {name!r}; choose a smaller epsilon."
+            )
+        # probabilities in units of 2^-32, so that no rounding depends on the sharding
+        last = (shape[-1] if len(shape) > 1 else 1) - 1
+        low = np.where(inner, d - e if last else d, 0)
+        step = np.where(inner, 2 * e / last if last else 0, 0)
+        return {
+            "key": _keys(seed, name, shape[0]),
+            "density": d.astype(np.float32),
+            "low": np.round(low * 2.0**32).astype(np.uint32),
+            "step": np.floor(step * 2.0**32).astype(np.uint32),
+        }
+
+    def merge(plan, x):
+        below = _chances(plan, x)
+        d = over(plan["density"], x)
+        keep = (_bits(plan["key"], x) < below) & (d > 0)
+        kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1) if divide else x
+        return jnp.where(d >= 1, x, jnp.where(keep, kept, 0))
+
+    return atom(Step(settings, lambda settings, x: settings, merge))
+
+
+def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
+    """MAGPRUNE's probability for each entry of x (K, *shape), in units of 2^-32."""
+    rank = rank_in_row(as_rows(magnitude_bits(x))).astype(jnp.uint32).reshape(x.shape)
+    return over(plan["low"], x) + over(plan["step"], x) * like(rank, x)
+
+
+def _keys(seed: int, name: str, models: int) -> np.ndarray:
+    keys = [hashlib.sha256(f"{int(seed)}/{k}/{name}".encode()).digest()[:8] for k in range(models)]
+    return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
+
+
+def _bits(key: Array, x: Array) -> UInt32[Array, "..."]:
+    """Random bits for every entry of x (K, *shape)."""
+    _, _, row, column = coordinates(x.shape[1:])
+    key = jnp.asarray(key)
+    return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
 
 
 def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> UInt32[Array, "..."]:

@@ -59,13 +59,13 @@ def scale(factor: Hyperparameter) -> MergeTransform:
     return atom(Step(settings, _as_is, lambda plan, x: x * over(plan["factor"], x)))
 
 
-def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1"]) -> MergeTransform:
+def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:
     """Make up for what a mask removed: apply `tx` (`trim` or `random_mask`), then enlarge what it left.
 
     Args:
       tx: one atom.
-      norm: "inv_p" divides by the density, which keeps the expectation; "l1" restores the l1 norm of every tensor (a tensor
-        with a norm under 1e-7, before or after, is left as it is).
+      norm: "inv_p" divides by the density, which keeps the expectation; "l1", "l2" and "linf" restore that norm of every
+        tensor (a tensor with a norm under 1e-7, before or after, is left as it is).
 
     Raises:
       ValueError: an unknown norm; `tx` is not one atom of this package, or has no density to divide by.
@@ -76,10 +76,11 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1"]) -> MergeTransform:
       >>> tx.merge(tx.match(stacked), stacked)["w"].tolist()
       [[0.0, -4.0]]
 
-    Source: DARE (arXiv:2311.03099), MergeLM and fusion_bench divide by the density; mergekit >= 0.1 matches the l1 norm.
+    Source: DARE (arXiv:2311.03099), MergeLM and fusion_bench divide by the density; mergekit >= 0.1 matches the l1 norm
+    (its sparsifiers know l2 and linf too).
     """
-    if norm not in ("inv_p", "l1"):
-        raise ValueError(f'rescale: norm must be "inv_p" or "l1", got {norm!r}.')
+    if norm not in ("inv_p", *NORMS):
+        raise ValueError(f"rescale: norm must be one of {('inv_p', *NORMS)}, got {norm!r}.")
     if not isinstance(tx.match, Match) or len(tx.match.steps) != 1 or tx.match.steps[0].models is not None:
         raise ValueError("rescale: wrap one masking atom, such as rescale(random_mask(0.5, seed=0), 'inv_p'); got a chain.")
     (step,) = tx.match.steps
@@ -91,7 +92,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1"]) -> MergeTransform:
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        was, left = _l1(x), _l1(step.merge(plan, x))
+        was, left = NORMS[norm](x), NORMS[norm](step.merge(plan, x))
         usable = (was >= 1e-7) & (left >= 1e-7)
         return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
 
@@ -101,8 +102,15 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1"]) -> MergeTransform:
     return atom(Step(step.settings, match, merge, survey=step.survey))
 
 
-def _l1(x: Array) -> Array:
-    return jnp.sum(jnp.abs(x), axis=tuple(range(1, x.ndim)))
+def _entries(x: Array) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim))
+
+
+NORMS = {
+    "l1": lambda x: jnp.sum(jnp.abs(x), axis=_entries(x)),
+    "l2": lambda x: jnp.sqrt(jnp.sum(x * x, axis=_entries(x))),
+    "linf": lambda x: jnp.max(jnp.abs(x), axis=_entries(x), initial=0),
+}
 
 
 def _as_is(settings, x):

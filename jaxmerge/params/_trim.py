@@ -1,20 +1,26 @@
-"""Trim: keep the largest entries of each model's task vector."""
+"""Trim: keep the largest entries of each model's task vector, or a band below the largest."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from jaxmerge.params import _quantile as q
+from jaxmerge.params._rows import as_rows, columns, first_in_row, kth_in_row
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, Survey, atom, over, resolve
+
+Scope = Literal["model", "tensor", "row"]
+Counts = Callable[[np.ndarray, int], list[int]]
+"""(density of each model, size) -> how many of the largest entries lie above each cut, for each model."""
 
 
 def trim(
     density: Hyperparameter,
     *,
-    scope: Literal["model", "tensor"] = "model",
+    scope: Scope = "model",
     rounding: Literal["floor", "ceil"] = "floor",
     extra: int = 0,
     ties: Literal["first", "all"] = "first",
@@ -25,7 +31,8 @@ def trim(
 
     Args:
       density: the share to keep, in [0, 1]; at scope "model" it cannot depend on the leaf.
-      scope: one threshold over the whole model, or one per tensor. Papers and libraries differ here, and the numbers do too.
+      scope: one threshold over the whole model, one per tensor, or one per row (the last axis; a vector is one row). Papers and
+        libraries differ here, and the numbers do too.
       rounding: "ceil" keeps N - int((1 - density) N), as implementations do that speak of a mask rate.
       extra: 1 where an implementation keeps everything at or above the first entry that it drops.
       ties: of equal magnitudes at the threshold keep the first by flat index, leaves in the order of their names, so that the
@@ -47,57 +54,151 @@ def trim(
     Source: TIES-Merging (arXiv:2306.01708). The paper, fusion_bench and MergeLM: scope "model", extra=1, ties="all";
     mergekit: scope "tensor"; MergeLLM: scope "tensor", rounding="ceil", extra=1, ties="all".
     """
-    for what, value, choices in (
-        ("scope", scope, ("model", "tensor")),
+    _check("trim", density, extra, scope=scope, rounding=rounding, ties=ties)
+
+    def counts(density, n):
+        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for d in density]
+        return [0 if d == 0 else min(max(1, k) + extra, n) for d, k in zip(density, k, strict=True)]
+
+    return _cut("trim", density, counts, 1, scope=scope, ties=ties)
+
+
+def trim_band(
+    density: Hyperparameter,
+    gamma: float = 0.01,
+    *,
+    scope: Scope = "tensor",
+    rounding: Literal["floor", "ceil"] = "floor",
+    extra: int = 0,
+    ties: Literal["first", "all"] = "first",
+) -> MergeTransform:
+    """Drop the `gamma` share of largest magnitude, keep the `density` share below it, drop the rest.
+
+    Of N entries the int(gamma N) largest are dropped (fewer where gamma + density > 1), then int(density N) kept. NaN counts as
+    the largest magnitude, and so is dropped: `nonfinite` reports it.
+
+    Args:
+      density: the share to keep, in [0, 1].
+      gamma: the share of outliers to drop, in [0, 1].
+      scope, ties: see `trim`.
+      rounding: "ceil" drops int((1 - density - gamma) N) from below and int((1 - density) N) in all.
+      extra: entries kept beyond, at the lower end.
+
+    Law:
+      gamma = 0 is `trim`, where that keeps at least one; the result has the same bits on any sharding.
+
+    Raises:
+      ValueError: as `trim`; gamma outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.trim_band(0.5, 0.25), {"w": jnp.array([[9.0, -4.0, 2.0, 1.0]])}
+      >>> tx.merge(tx.match(stacked), stacked)["w"].tolist()
+      [[0.0, -4.0, 2.0, 0.0]]
+
+    Source: Model Breadcrumbs (arXiv:2312.06795); mergekit's `breadcrumbs` (which up to 0.1.4 zeroes tensors so small that no
+    outlier is to be dropped). MergeLLM: rounding="ceil", extra=1, ties="all".
+    """
+    _check("trim_band", density, extra, scope=scope, rounding=rounding, ties=ties)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"trim_band: gamma must be between 0 and 1, the share of outliers to drop; got {gamma}.")
+
+    def counts(density, n):
+        above, within = [], []
+        for d in density:
+            if rounding == "floor":
+                kept = int(d * n)
+                top = min(int(gamma * n), n - kept)
+            else:
+                low = max(int((1 - d - gamma) * n), 0)
+                top = int((1 - d) * n) - low
+                kept = n - low - top
+            above.append(top)
+            within.append(0 if d == 0 else min(top + kept + extra, n))
+        return above + within
+
+    return _cut("trim_band", density, counts, 2, scope=scope, ties=ties)
+
+
+def _check(what, density, extra, *, scope, rounding, ties):
+    for name, value, choices in (
+        ("scope", scope, ("model", "tensor", "row")),
         ("rounding", rounding, ("floor", "ceil")),
         ("ties", ties, ("first", "all")),
     ):
         if value not in choices:
-            raise ValueError(f"trim: {what} must be one of {choices}, got {value!r}.")
+            raise ValueError(f"{what}: {name} must be one of {choices}, got {value!r}.")
     if extra < 0:
-        raise ValueError(f"trim: extra must be 0 or more, got {extra}.")
+        raise ValueError(f"{what}: extra must be 0 or more, got {extra}.")
+    if scope == "model" and callable(density):
+        raise ValueError(f'{what}: a density by leaf needs scope="tensor"; at scope "model" there is one threshold.')
 
-    def to_keep(density: np.ndarray, n: int) -> np.ndarray:
-        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for d in density]
-        return np.array([0 if d == 0 else min(max(1, k) + extra, n) for d, k in zip(density, k, strict=True)], np.uint64)
+
+def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
+    """Keep what lies above the last cut, less what lies above the one before; each cut is a copy of the models."""
+
+    def copies(x):
+        return jnp.concatenate([x] * cuts) if cuts > 1 else x
+
+    def inside(above):
+        above = above.reshape(cuts, -1, *above.shape[1:])
+        return above[1] & ~above[0] if cuts > 1 else above[0]
 
     def settings(name, shape):
-        d = _density(density, name, shape[0], "trim")
-        n = int(np.prod(shape[1:], dtype=object))
-        return {"density": d.astype(np.float32), "exact": d, "size": n, "count": q.to_words(to_keep(d, n))}
+        d = _density(density, name, shape[0], what)
+        entries = shape[-1:] if scope == "row" and len(shape) > 1 else shape[1:]
+        n = int(np.prod(entries, dtype=object))
+        return {"density": d.astype(np.float32), "exact": d, "size": n, "count": q.to_words(counts(d, n))}
 
     def select(settings, x):
-        bits = q.magnitude_bits(x)
+        bits = copies(q.magnitude_bits(x))
         k = tuple(jnp.asarray(settings["count"]))
         t = q.kth_largest([bits], k)
         above = q.count(bits > over(t, bits))
         return plan(jnp.asarray(settings["density"]), t, above, q.subtract(k, q.smaller(above, k)), bits)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
-        bits = q.magnitude_bits(x)
+        bits = copies(q.magnitude_bits(x))
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
-        return plan(
-            jnp.asarray(settings["density"]),
-            t,
-            q.count(bits > over(t, bits)),
-            tuple(jnp.asarray(settings["quota"])),
-            bits,
-        )
+        quota = tuple(jnp.asarray(settings["quota"]))
+        return plan(jnp.asarray(settings["density"]), t, q.count(bits > over(t, bits)), quota, bits)
 
     def plan(density, t, above, quota, bits):
         tied = bits == over(t, bits)
         if ties == "all":
+            some = jnp.concatenate([density] * cuts) > 0
             cut = jnp.stack([jnp.full_like(t, 0xFFFFFFFF), jnp.zeros_like(t)])
-            cut, kept = jnp.where((density > 0)[None], cut, 0), q.count(tied & over(density > 0, bits))
+            cut, kept = jnp.where(some[None], cut, 0), q.count(tied & over(some, bits))
         else:
             cut, kept = q.first(tied, quota)
         threshold = lax.bitcast_convert_type(t, jnp.float32)
-        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(q.add(above, kept)), "density": density}
+        kept = q.add(above, kept)
+        if cuts > 1:
+            (high_above, high), (low_above, low) = (w.reshape(cuts, -1) for w in kept)
+            kept = q.subtract((high, low), (high_above, low_above))
+        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density}
 
     def merge(plan, x):
-        bits = q.magnitude_bits(x)
-        t = over(lax.bitcast_convert_type(plan["threshold"], jnp.uint32), x)
-        return jnp.where((bits > t) | ((bits == t) & q.before(plan["cut"], x)), x, 0)
+        bits = copies(q.magnitude_bits(x))
+        t = over(lax.bitcast_convert_type(plan["threshold"], jnp.uint32), bits)
+        return jnp.where(inside((bits > t) | ((bits == t) & q.before(plan["cut"], bits))), x, 0)
+
+    def select_rows(settings, x):
+        bits = copies(as_rows(q.magnitude_bits(x)))
+        k = over(settings["count"][1], bits)
+        t = kth_in_row(bits, k)
+        if ties == "all":
+            cut = jnp.where(k > 0, jnp.uint32(bits.shape[-1]), jnp.zeros_like(t))
+        else:
+            above = jnp.sum(bits > t, axis=-1, keepdims=True, dtype=jnp.uint32)
+            cut = first_in_row(bits == t, k - jnp.minimum(above, k))
+        return {"threshold": lax.bitcast_convert_type(t, jnp.float32), "cut": cut, "density": settings["density"]}
+
+    def merge_rows(plan, x):
+        bits = copies(as_rows(q.magnitude_bits(x)))
+        t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)
+        above = (bits > t) | ((bits == t) & (columns(bits) < plan["cut"]))
+        return jnp.where(inside(above).reshape(x.shape), x, 0)
 
     def leaf_settings(name, shape):
         s = settings(name, shape)
@@ -105,9 +206,9 @@ def trim(
 
     if scope == "tensor":
         return atom(Step(leaf_settings, select, merge))
-    if callable(density):
-        raise ValueError('trim: a density by leaf needs scope="tensor"; at scope "model" there is one threshold.')
-    return atom(Step(settings, share, merge, survey=_survey(to_keep)))
+    if scope == "row":
+        return atom(Step(leaf_settings, select_rows, merge_rows))
+    return atom(Step(settings, share, merge, survey=_survey(counts, copies)))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
@@ -118,17 +219,17 @@ def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.n
     return d
 
 
-def _survey(to_keep) -> Survey:
-    """One threshold per model over all leaves, and each leaf's share of the ties at it."""
+def _survey(counts: Counts, copies: Callable[[Array], Array]) -> Survey:
+    """One threshold per cut and model over all leaves, and each leaf's share of the ties at it."""
 
     def wanted(settings):
         any_leaf = next(iter(settings.values()))
-        return to_keep(any_leaf["exact"], sum(s["size"] for s in settings.values()))
+        return np.array(counts(any_leaf["exact"], sum(s["size"] for s in settings.values())), np.uint64)
 
     @jax.jit
     def divide(k, leaves):
         k = tuple(k)
-        bits = {name: q.magnitude_bits(x) for name, x in leaves.items()}
+        bits = {name: copies(q.magnitude_bits(x)) for name, x in leaves.items()}
         t = q.kth_largest(list(bits.values()), k)
         left = k
         for b in bits.values():
@@ -152,7 +253,7 @@ def _survey(to_keep) -> Survey:
         return query, {"left": k}
 
     def read(query, x):
-        return q.histogram(q.magnitude_bits(x), query["prefix"], query["shift"])
+        return q.histogram(copies(q.magnitude_bits(x)), query["prefix"], query["shift"])
 
     def step(query, notes, counts):
         digit, left = q.next_digit(np.sum(list(counts.values()), axis=0), notes["left"])

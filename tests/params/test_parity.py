@@ -3,11 +3,15 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmerge import params
+from jaxmerge.params._random import _chances
+from jaxmerge.params._spectral import shared_basis
 
 MANIFEST = json.loads((pathlib.Path(__file__).parents[1] / "golden/params/manifest.json").read_text())
 OFFICIAL_TIES = dict(extra=1, ties="all", tie="majority")
@@ -57,26 +61,178 @@ CASES = {
     "fusion_bench_dare_task_arithmetic": lambda p, masks: params.chain(
         dropped(masks, 1 - p["sparsity_ratio"], "inv_p"), params.sum_experts(), params.scale(p["scaling_factor"])
     ),
+    "mergekit_nuslerp": lambda p, masks: params.nuslerp(p["parameters"]["weight"]),
+    "mergekit_nuslerp_nobase": lambda p, masks: params.nuslerp(p["parameters"]["weight"], scope="row"),
+    "mergekit_multislerp": lambda p, masks: params.multislerp(p["parameters"]["weight"]),
+    "mergekit_karcher": lambda p, masks: params.karcher(),
+    "mergekit_model_stock": lambda p, masks: params.model_stock(floor=1e-6),
+    "mergekit_arcee_fusion": lambda p, masks: params.arcee_fusion(),
+    "mergekit_nearswap": lambda p, masks: params.nearswap(p["parameters"]["t"]),
+    "mergekit_sce": lambda p, masks: params.sce(p["parameters"]["select_topk"], mask="delta", floor=1e-6),
+    "mergekit_sce_full": lambda p, masks: params.sce(p["parameters"]["select_topk"], mask="delta", floor=1e-6),
+    "mergekit_ram": lambda p, masks: params.ram(threshold=p["parameters"]["epsilon"]),
+    "mergekit_ramplus_tl": lambda p, masks: params.ramplus_tl(boost=p["parameters"]["r"], limit=p["parameters"]["alpha"]),
+    "mergekit_breadcrumbs": lambda p, masks: params.breadcrumbs(
+        p["parameters"]["density"], p["parameters"]["gamma"][0], weight=p["parameters"]["weight"]
+    ),
+    "mergekit_breadcrumbs_ties": lambda p, masks: params.breadcrumbs_ties(
+        p["parameters"]["density"], p["parameters"]["gamma"][0], weight=p["parameters"]["weight"]
+    ),
+    "mergekit_della": lambda p, masks: params.chain(
+        dropped(masks, 0.5, "l1"),
+        params.weigh(p["parameters"]["weight"]),
+        params.elect_sign(),
+        params.mean_agreeing(p["parameters"]["weight"]),
+    ),
+    "mergekit_della_linear": lambda p, masks: params.chain(
+        dropped(masks, 0.6, "l1"), params.weigh(p["parameters"]["weight"]), params.sum_experts()
+    ),
+    "mergellm_breadcrumbs": lambda p, masks: params.breadcrumbs(
+        p["param_density"],
+        1 - p["param_density"] - p["param_value_mask_rate"],
+        scale=p["scaling_coefficient"],
+        rounding="ceil",
+        extra=1,
+        ties="all",
+    ),
+    "fusechat_sce": lambda p, masks: params.sce(p["select_topk"]),
+    "fusion_bench_model_stock": lambda p, masks: params.model_stock(average="angle"),
+    "fusion_bench_magmax": lambda p, masks: params.magmax(scale=p["scaling_factor"]),
     "fusion_bench_slerp": lambda p, masks: params.slerp(p["t"], threshold=p["DOT_THRESHOLD"]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_peer(golden, case):
-    entry, vectors = MANIFEST[f"{case}_a"], golden(f"params/{case}_a")
+# Matrices by their singular vectors, by statistics, by learned coefficients: (entry's parameters, vectors) -> transform, and
+# the tolerances that the vectors state for them: a factorisation of float32 is not unique to the last bit.
+SPECTRAL, SOLVED, EXACT = dict(rtol=1e-4, atol=1e-5), dict(rtol=1e-3, atol=1e-4), dict(rtol=2e-5, atol=2e-6)
+MORE = {
+    "fusion_bench_tsvm": (lambda p, v: params.tsvm(scale=p["alpha"]), SPECTRAL),
+    "fusion_bench_tsvm newton_schulz": (lambda p, v: params.tsvm(method="newton_schulz"), SPECTRAL),
+    "fusion_bench_iso_c": (lambda p, v: params.iso_c(scale=p["scaling_factor"]), SPECTRAL),
+    "fusion_bench_iso_c svd": (lambda p, v: params.iso_c(method="svd"), SPECTRAL),
+    "fusion_bench_iso_cts": (
+        lambda p, v: params.iso_cts(p["common_space_fraction"], select=lambda name: name not in p["exclude_keys"]),
+        SOLVED,
+    ),
+    "fusion_bench_wudi": (lambda p, v: params.wudi(optax.adam(p["lr"]), steps=p["iter_num"]), SPECTRAL),
+    "fusion_bench_regmean": (
+        lambda p, v: params.regmean([by_weight(v, k) for k in range(3)], shrink=p["reduce_non_diagonal_ratio"], axis=1),
+        SOLVED,
+    ),
+    "fusion_bench_fisher": (lambda p, v: params.fisher([unpack(v[f"aux/fisher/expert_{k}"]) for k in range(3)]), EXACT),
+    "widen": (
+        lambda p, v: params.widen(
+            ratio=p["above_average_value_ratio"],
+            calibration=p["score_calibration_value"],
+            rows=lambda name: "embed_tokens" in name,
+        ),
+        EXACT,
+    ),
+    "pcb": (lambda p, v: params.pcb(p["pcb_ratio"], scale=p["lambda"]), EXACT),
+    "fusion_bench_adamerging_layerwise": (
+        lambda p, v: params.adamerging(dict(zip(p["coefficient_columns"], v["aux/coefficients"].T, strict=True))),
+        EXACT,
+    ),
+    "fusion_bench_adamerging_taskwise": (lambda p, v: params.adamerging(jnp.array(p["weights"])), EXACT),
+    "expert_merging_apply": (
+        lambda p, v: params.expert_merging({k.removeprefix("aux/raw/"): v[k] for k in v if k.startswith("aux/raw/")}),
+        EXACT,
+    ),
+    "fusion_bench_emr": (lambda p, v: params.elect_largest(), EXACT),
+    "twin_merging": (
+        lambda p, v: params.twin_merging(
+            jax.nn.softmax(jnp.array(p["router_logits"])), scale=p["scaling"], density=1 - p["mask_rate"]
+        ),
+        SPECTRAL,
+    ),
+}
+BASE_IS_A_MODEL = ("mergekit_slerp", "mergekit_arcee_fusion", "widen")
 
-    def model(key):
-        v = vectors[key]
-        return {t["name"]: v[t["offset"] :][: int(np.prod(t["shape"]))].reshape(t["shape"]) for t in MANIFEST["_layout"]}
 
-    models = [model(k) for k in sorted(vectors) if k.startswith("in/expert")]
-    masks = [model(k) for k in sorted(vectors) if k.startswith("aux/mask")]
-    base = model("in/base") if "in/base" in vectors else None
-    if "slerp" in case and base is not None:  # mergekit counts its first model as the base
+def by_weight(vectors, k):
+    found = {key: v for key, v in vectors.items() if key.startswith(f"aux/gram/expert_{k}/")}
+    return {key.split("/")[-1] + ".weight": v for key, v in found.items()}
+
+
+def unpack(v):
+    return {t["name"]: v[t["offset"] :][: int(np.prod(t["shape"]))].reshape(t["shape"]) for t in MANIFEST["_layout"]}
+
+
+def compiled(f):
+    """One program for the whole model, compiled in a hurry: it runs once."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def check(case, vectors, tx, rtol, atol):
+    models = [unpack(vectors[k]) for k in sorted(vectors) if k.startswith("in/expert")]
+    base = unpack(vectors["in/base"]) if "in/base" in vectors else None
+    if case in BASE_IS_A_MODEL:
         base, models = None, [base, *models]
-    merged, expected = params.merge(CASES[case](entry["params"], masks), base, models), model("out")
+    expected = unpack(vectors["out"])
+    merged = compiled(lambda base, models: params.merge(tx, base, models))(base, models)
     error = 0.0
     for name, value in expected.items():
-        np.testing.assert_allclose(merged[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(merged[name], value, rtol=rtol, atol=atol, err_msg=name)
         error = max(error, float(np.abs(merged[name] - value).max()))
     print(f"{case}: {error:.1e}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_peer(golden, case):
+    vectors = golden(f"params/{case}_a")
+    masks = [unpack(vectors[k]) for k in sorted(vectors) if k.startswith("aux/mask")]
+    check(case, vectors, CASES[case](MANIFEST[f"{case}_a"]["params"], masks), **EXACT)
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_equals_the_peer_with_statistics(golden, case):
+    make, tolerance = MORE[case]
+    case = case.split()[0]
+    vectors = golden(f"params/{case}_a")
+    check(case, vectors, make(MANIFEST[f"{case}_a"]["params"], vectors), **tolerance)
+
+
+def test_emr_masks_and_factors(golden):
+    vectors = golden("params/fusion_bench_emr_a")
+    base = unpack(vectors["in/base"])
+    masked = params.emr(params.task_vectors(base, [unpack(vectors[f"in/expert_{k}"]) for k in range(3)]))
+    np.testing.assert_allclose(masked.factors, vectors["aux/rescalers"], rtol=2e-5)
+    for k in range(3):
+        for name, expected in unpack(vectors[f"aux/mask/expert_{k}"]).items():
+            np.testing.assert_array_equal(masked.masks[name][k], expected != 0)
+
+
+def test_tall_masks(golden):
+    vectors = golden("params/fusion_bench_tall_mask_a")
+    base = unpack(vectors["in/base"])
+    stacked = params.task_vectors(base, [unpack(vectors[f"in/expert_{k}"]) for k in range(3)])
+    merged = {name: 0.3 * x.sum(axis=0, keepdims=True) for name, x in stacked.items()}
+    masks = params.tall_masks(stacked, merged, scale=MANIFEST["fusion_bench_tall_mask_a"]["params"]["tall_mask_lambda"])
+    for k in range(3):
+        for name, expected in unpack(vectors[f"out/mask/expert_{k}"]).items():
+            np.testing.assert_array_equal(masks[name][k], expected != 0)
+
+
+def test_knots_basis(golden):
+    vectors = golden("params/fusion_bench_knots_a")
+    x = jnp.stack([vectors[f"in/delta_{k}"] for k in range(3)])
+    carry, v = shared_basis(x)
+    np.testing.assert_allclose(jnp.linalg.norm(carry, axis=0), vectors["out/singular_values"], rtol=2e-5, atol=2e-6)
+    for k in range(3):
+        np.testing.assert_allclose(carry @ v[k], vectors[f"out/US_V_{k}"], rtol=2e-5, atol=2e-6)
+    merged = params.merge(params.knots(params.linear()), {"w": jnp.zeros((12, 8))}, [{"w": t} for t in x])["w"]
+    np.testing.assert_allclose(merged, vectors["out/mean_merged_delta"], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["mergekit_della", "mergekit_della_linear"])
+def test_probabilities_of_the_rank_mask(golden, case):
+    """The generator is ours; the probability that each entry is kept is the peer's."""
+    p, vectors = MANIFEST[f"{case}_a"]["params"]["parameters"], golden(f"params/{case}_a")
+    base = unpack(vectors["in/base"])
+    models = [unpack(vectors[f"in/expert_{k}"]) for k in range(3)]
+    wanted = [unpack(vectors[f"aux/keep_prob/expert_{k}"]) for k in range(3)]
+    (step,) = params.rank_mask(p["density"], p["epsilon"], seed=0).match.steps
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        x = np.stack([m[name] - base[name] for m in models])
+        got = np.asarray(_chances(step.settings(name, x.shape), jnp.asarray(x)), np.float64) / 2**32
+        np.testing.assert_allclose(got, np.stack([w[name] for w in wanted]), atol=2e-7)

@@ -16,15 +16,26 @@ EXACT = {
     "ties_model": lambda: params.ties(0.2, tie="majority"),
     "ties_tensor": lambda: params.ties(0.2, scope="tensor", weight=[0.5, 0.3, 0.9]),
     "dare_ties": lambda: params.dare_ties(0.5, seed=1),
+    "trim_rows": lambda: params.ties(0.3, scope="row"),
 }
-ROUNDED = {"dare_linear_l1": lambda: params.dare_linear(0.5, seed=1, rescale="l1"), "slerp": lambda: params.slerp(0.3)}
+ROUNDED = {
+    "dare_linear_l1": lambda: params.dare_linear(0.5, seed=1, rescale="l1"),
+    "slerp": lambda: params.slerp(0.3),
+    "model_stock": params.model_stock,
+    "pcb": lambda: params.pcb(0.3),
+}
+# What these move: della the rows that it ranks, the spectral ones whole matrices (as does least squares).
+MOVING = {
+    "della": lambda: params.della(0.5, 0.2, seed=1),
+    "tsvm": params.tsvm,
+}
 SPECS = {"embed": P("model"), "kernel": P("data", "model"), "norm": P(), "stacked": P(None, "data")}
 SHAPES = {"embed": (48, 6), "kernel": (8, 16), "norm": (7,), "stacked": (3, 8, 5)}
 
 
-@pytest.mark.parametrize("name", EXACT | ROUNDED)
+@pytest.mark.parametrize("name", EXACT | ROUNDED | MOVING)
 def test_layout_stays_and_nothing_is_gathered(mesh, name):
-    tx = (EXACT | ROUNDED)[name]()
+    tx = (EXACT | ROUNDED | MOVING)[name]()
     rng = np.random.default_rng(0)
     coarse = lambda shape: (np.round(rng.standard_normal(shape) * 8) / 8).astype(jnp.bfloat16)
     count = 2 if name == "slerp" else 3
@@ -35,7 +46,8 @@ def test_layout_stays_and_nothing_is_gathered(mesh, name):
     one = merge(base, models)
     args = (base if base is None else put(base), [put(m) for m in models])
     compiled = merge.lower(*args).compile()
-    assert set(collectives(compiled)) <= {"all-reduce"}, collectives(compiled)
+    if name not in MOVING:
+        assert set(collectives(compiled)) <= {"all-reduce"}, collectives(compiled)
     eight = merge(*args)
     for n, shape in SHAPES.items():
         assert eight[n].sharding.is_equivalent_to(NamedSharding(mesh, SPECS[n]), len(shape)), (n, eight[n].sharding)
@@ -44,6 +56,13 @@ def test_layout_stays_and_nothing_is_gathered(mesh, name):
             np.testing.assert_array_equal(a, b)
         else:  # one unit in the last place of bfloat16, where a float32 sum was taken in another order
             np.testing.assert_allclose(a, b, rtol=2**-7)
+
+
+def test_newton_schulz_stays_split():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = params.iso_c()
+    x = {"w": jax.ShapeDtypeStruct((3, 64, 24), jnp.float32, sharding=NamedSharding(mesh, P(None, "data")))}
+    assert set(collectives(compile_for(lambda x: tx.merge(tx.match(x), x), x))) == {"all-reduce"}
 
 
 @pytest.mark.tpu

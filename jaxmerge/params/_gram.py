@@ -1,0 +1,190 @@
+"""Merging by least squares: the weights whose outputs are nearest to every model's on its own inputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from jaxmerge.params._layout import like, whole
+from jaxmerge.params._scale import scale as scaled
+from jaxmerge.params._spectral import Select, matmul, per_matrix
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, float32, over, resolve, total
+
+
+def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
+    """X^T X over all axes but the last, in float32: a linear layer's inputs as `regmean` needs them. Add them up over batches.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.params.gram(jnp.array([[1.0, 2.0], [0.0, 1.0]])).tolist()
+      [[1.0, 2.0], [2.0, 5.0]]
+    """
+    x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return matmul(x.T, x)
+
+
+def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
+    """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
+
+    What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged.
+
+    Args:
+      grams: for each model {leaf name: (n, n)}; `gram` makes them.
+      shrink: what off-diagonal entries are multiplied by.
+      ridge: added to the diagonal, in units of its mean.
+      axis: of a matrix's two axes the one of its inputs: 0 for Flax kernels, 1 for PyTorch's.
+
+    Law:
+      Identical models give the model back; equal multiples of the identity give the mean.
+
+    Raises:
+      ValueError: not one mapping per model; a Gram matrix that does not fit its leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> grams = [{"w": jnp.diag(jnp.array([1.0, 0.0]))}, {"w": jnp.diag(jnp.array([0.0, 1.0]))}]
+      >>> models = [{"w": jnp.array([[1.0], [2.0]])}, {"w": jnp.array([[3.0], [4.0]])}]
+      >>> jm.params.merge(jm.params.regmean(grams), None, models)["w"].round(3).tolist()
+      [[1.0], [4.0]]
+
+    Source: RegMean (arXiv:2212.09849); fusion_bench, axis=1, with an explicit inverse in the place of a ridge.
+    """
+    if axis not in (0, 1):
+        raise ValueError(f"regmean: axis must be 0 or 1, the axis of a matrix's inputs; got {axis}.")
+
+    def settings(name, shape):
+        if len(grams) != shape[0]:
+            raise ValueError(f"regmean: pass Gram matrices for each of the {shape[0]} models; got {len(grams)}.")
+        if name not in grams[0]:
+            return {"rest": ()}
+        n = shape[1 + axis] if len(shape) == 3 else None
+        if any(np.shape(g[name]) != (n, n) for g in grams):
+            raise ValueError(
+                f"regmean: leaf {name!r} of shape {shape[1:]} needs Gram matrices of shape {(n, n)} (axis={axis}); "
+                f"got {[np.shape(g[name]) for g in grams]}."
+            )
+        return {"gram": jnp.stack([jnp.asarray(g[name], jnp.float32) for g in grams])}
+
+    def merge(plan, x):
+        mean = total(x) / x.shape[0]
+        if "rest" in plan:
+            return mean
+        g = plan["gram"]
+        g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
+        w = whole(x - mean, (1, 2))
+        w = w if axis == 0 else jnp.swapaxes(w, 1, 2)
+        solved = _solve(jnp.sum(g, axis=0), jnp.sum(matmul(g, w), axis=0), ridge)[None]
+        return mean + like(solved if axis == 0 else jnp.swapaxes(solved, 1, 2), x)
+
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+
+
+def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Float[Array, "n m"]:
+    """(a + ridge mean(diag a) I)^-1 b, refined once; 0 where a is 0."""
+    n = a.shape[0]
+    unit = jnp.trace(a) / n
+    regular = a / jnp.where(unit > 0, unit, 1) + ridge * jnp.eye(n)
+    factor = jax.scipy.linalg.cho_factor(regular + jnp.where(unit > 0, 0, 1) * jnp.eye(n))
+    b = b / jnp.where(unit > 0, unit, 1)
+    x = jax.scipy.linalg.cho_solve(factor, b)
+    return x + jax.scipy.linalg.cho_solve(factor, b - matmul(regular, x)) * (unit > 0)
+
+
+def fisher(
+    weights: Sequence[Any], *, weight: Hyperparameter = 1.0, normalize: bool = True, floor: float = 1e-6
+) -> MergeTransform:
+    """The mean of the models, entry by entry, weighted by how sure each model is of it: its diagonal Fisher information.
+
+    Args:
+      weights: for each model {leaf name: array of the leaf's shape}: mean squared gradients of its log-likelihood.
+      weight: one number, one per model, or a function of the leaf's name, times the Fisher information.
+      normalize: divide each model's by its l2 norm over the whole model.
+      floor: added to the information and to the norms.
+
+    Law:
+      Identical models give the model back.
+
+    Raises:
+      ValueError: not one mapping per model; a leaf without information, or of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx = jm.params.fisher([{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}])
+      >>> models = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}]
+      >>> jm.params.merge(tx, None, models)["w"].round(3).tolist()
+      [1.0, 4.0]
+
+    Source: Merging models with Fisher-weighted averaging (arXiv:2111.09832); fusion_bench.
+    """
+    leaves = [{n: jnp.asarray(v, jnp.float32) for n, v in model.items()} for model in weights]
+    square = jnp.stack([sum((jnp.sum(v * v) for v in model.values()), jnp.float32(0)) for model in leaves])
+    size = 1 / (jnp.sqrt(square) + floor)
+    factor = size / jnp.sum(size) if normalize else jnp.ones_like(size)
+
+    def settings(name, shape):
+        if len(leaves) != shape[0]:
+            raise ValueError(f"fisher: pass the information of each of the {shape[0]} models; got {len(leaves)}.")
+        if any(name not in model or model[name].shape != shape[1:] for model in leaves):
+            raise ValueError(f"fisher: every model needs information of shape {shape[1:]} for leaf {name!r}.")
+        w = float32(resolve(weight, name, shape[0], "fisher: weight"))
+        return {"fisher": jnp.stack([model[name] for model in leaves]), "factor": w * factor}
+
+    def merge(plan, x):
+        f = (plan["fisher"] + floor) * over(plan["factor"], x)
+        return total(f * x) / total(f)
+
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+
+
+def wudi(
+    optimizer: Any = None, *, steps: int = 300, scale: float = 1.0, select: Select = None, cutoff: float = 1e-6
+) -> MergeTransform:
+    """The task matrix that interferes least with any task: it minimises the sum of |(T - T_k) T_k^T|^2 / |T_k|^2.
+
+    A task's rows stand for its inputs, so this is least squares with Gram matrices T_k^T T_k. What they leave open stays at the
+    sum of the tasks. Leaves that are not matrices are averaged.
+
+    Args:
+      optimizer: None solves; an optax-like one (`init`, `update`) descends instead, from the sum, and stops early.
+      steps: how often it does.
+      scale: a factor for the result.
+      select: leaf name -> whether it is merged so; None takes every matrix.
+      cutoff: eigenvalues below this share of the largest count as 0.
+
+    Law:
+      One model comes back as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, a, b = (jnp.zeros((1, 2)), jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 4.0]]))
+      >>> jm.params.merge(jm.params.wudi(), {"w": base}, [{"w": a}, {"w": b}])["w"].round(3).tolist()
+      [[2.0, 4.0]]
+
+    Source: WUDI-Merging (arXiv:2503.08099); the official code and fusion_bench: optax.adam(1e-5), steps=300.
+    """
+
+    def work(x):
+        square = jnp.sum(x * x, axis=(1, 2), keepdims=True)
+        g = matmul(jnp.swapaxes(x, 1, 2), x / jnp.where(square == 0, 1, square))  # T_k^T T_k / |T_k|^2
+        a, b = jnp.sum(g, axis=0), jnp.sum(matmul(x, g), axis=0)
+        t = jnp.sum(x, axis=0)
+        if optimizer is None:
+            values, vectors = jnp.linalg.eigh(a)
+            there = values > cutoff * values[-1:]
+            inverse = jnp.where(there, 1 / jnp.where(there, values, 1), 0)
+            for _ in range(2):  # the second pass makes up for the rounding of the first
+                t = t + matmul(matmul(b - matmul(t, a), vectors) * inverse[None], vectors.T)
+            return t[None]
+
+        def step(_, carry):
+            t, state = carry
+            updates, state = optimizer.update(2 * (matmul(t, a) - b), state, t)
+            return t + updates, state
+
+        return jax.lax.fori_loop(0, steps, step, (t, optimizer.init(t)))[0][None]
+
+    return chain(per_matrix(work, select), scaled(scale))

@@ -1,0 +1,193 @@
+"""Coefficients that are learned: merges that are differentiable in them, and a plain descent."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PyTree
+
+from jaxmerge.params._aliases import task_arithmetic
+from jaxmerge.params._stack import merge
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, total
+
+Squash = Literal["clip", "softmax", "sigmoid", "none"]
+
+
+def adamerging(coefficients: Any, *, squash: Squash = "clip") -> MergeTransform:
+    """The base plus each task vector times its coefficient: one per task, or one per task and tensor. Made to be learned.
+
+    Args:
+      coefficients: (K,), one per task; or {leaf name: (K,)}, one per task and tensor ("layer-wise"). May be traced.
+      squash: what is done to them first: "clip" to [0, 1], a "softmax" over the tasks, a "sigmoid", or "none".
+
+    Law:
+      Differentiable in the coefficients.
+
+    Raises:
+      ValueError: an unknown squash; a leaf without coefficients.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.array(1.0)}, [{"w": jnp.array(2.0)}, {"w": jnp.array(3.0)}]
+      >>> jm.params.merge(jm.params.adamerging(jnp.array([0.5, 1.5])), base, models)["w"].item()
+      3.5
+
+    Source: AdaMerging (arXiv:2310.02575), which learns them by entropy on unlabelled inputs (`fit`, `entropy`), starting at 0.3
+    with Adam at 1e-3; fusion_bench, whose "normalized" weights are squash="softmax".
+    """
+    f = _squash(squash, "adamerging")
+    return task_arithmetic(_by_leaf(coefficients, f, "adamerging"))
+
+
+def expert_merging(coefficients: Mapping[str, Any]) -> MergeTransform:
+    """The base plus each task vector times the sigmoid of its coefficient, one for each chunk of the flattened tensor.
+
+    Args:
+      coefficients: {leaf name: (K, chunks)}, before the sigmoid. A tensor of n entries is cut into pieces of ceil(n / chunks),
+        the last one shorter; there may be fewer pieces than chunks.
+
+    Law:
+      Differentiable in the coefficients.
+
+    Raises:
+      ValueError: a leaf without coefficients, or with those of another number of models.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(4)}, [{"w": jnp.ones(4)}]
+      >>> raw = {"w": jnp.array([[0.0, 100.0]])}
+      >>> jm.params.merge(jm.params.expert_merging(raw), base, models)["w"].tolist()
+      [0.5, 0.5, 1.0, 1.0]
+
+    Source: Expert Merging (arXiv:2509.25712), one chunk; Expert Merging++, chunks where a tensor matters.
+    """
+
+    def settings(name, shape):
+        found = jnp.shape(coefficients[name]) if name in coefficients else None
+        if found is None or len(found) != 2 or found[0] != shape[0]:
+            raise ValueError(f"expert_merging: leaf {name!r} needs coefficients of shape ({shape[0]}, chunks); got {found}.")
+        return {"weight": jax.nn.sigmoid(jnp.asarray(coefficients[name], jnp.float32))}
+
+    def merge(plan, x):
+        w = plan["weight"]
+        n, chunks = max(x[0].size, 1), w.shape[1]
+        piece, stride = jnp.zeros((1,) * x.ndim, jnp.uint32), 1
+        for axis in range(x.ndim - 1, 0, -1):  # the flat index, which 32 bits must hold
+            line = jnp.arange(x.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride)
+            piece = piece + line.reshape(*(-1 if a == axis else 1 for a in range(x.ndim)))
+            stride *= x.shape[axis]
+        piece = (piece // jnp.uint32(-(-n // chunks)))[0]
+        return total(x * w[:, piece]) if chunks > 1 else total(x * w.reshape(-1, *(1,) * (x.ndim - 1)))
+
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+
+
+def self_positioning(position: Any, size: Hyperparameter = 1.0) -> MergeTransform:
+    """The base plus a step of a learned size along a learned direction: the softmax-weighted mean of the task vectors.
+
+    Args:
+      position: (K,) before the softmax; may be traced.
+      size: how far to go; may be traced.
+
+    Law:
+      Differentiable in both.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.array(0.0)}, [{"w": jnp.array(2.0)}, {"w": jnp.array(4.0)}]
+      >>> jm.params.merge(jm.params.self_positioning(jnp.zeros(2), 0.5), base, models)["w"].item()
+      1.5
+
+    Source: Self Positioning (Improving General Text Embedding Model: Tackling Task Conflict and Data Imbalance through Model
+    Merging, arXiv:2410.15035): both are learned by SGD on a small probe set (`fit`).
+    """
+    return task_arithmetic(_by_leaf(position, _squash("softmax", "self_positioning"), "self_positioning"), scale=size)
+
+
+def fit(
+    loss: Callable[[PyTree, Any], Array],
+    transform: Callable[[PyTree], MergeTransform],
+    start: PyTree,
+    *,
+    base: PyTree | None,
+    models: list[PyTree],
+    batches: Iterable[Any],
+    optimizer: Any,
+) -> tuple[PyTree, Float[Array, "steps"]]:
+    """Learn a merge: descend the loss of the merged model in the merge's coefficients, one step per batch.
+
+    Args:
+      loss: (merged model, batch) -> scalar.
+      transform: coefficients -> transform, such as `adamerging`.
+      start: coefficients to start from, a pytree.
+      base, models: see `merge`; integer leaves are the base's.
+      batches: what `loss` takes; all of one shape, so that there is one compilation.
+      optimizer: optax-like: `init(params)` and `update(gradients, state, params)` -> (updates, state).
+
+    Returns:
+      The coefficients, and the loss at each step, before it.
+
+    Example:
+      >>> import types, jax, jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}]
+      >>> descent = types.SimpleNamespace(
+      ...     init=lambda p: (), update=lambda g, state, p: (jax.tree.map(lambda v: -0.5 * v, g), state)
+      ... )
+      >>> loss = lambda model, batch: jnp.sum((model["w"] - batch) ** 2)
+      >>> batches = [jnp.array([0.25, 0.75])] * 20
+      >>> found, losses = jm.params.fit(
+      ...     loss, jm.params.adamerging, 0.5 * jnp.ones(2), base=base, models=models, batches=batches, optimizer=descent
+      ... )
+      >>> [round(v, 3) for v in found.tolist()]
+      [0.25, 0.75]
+
+    Source: AdaMerging (arXiv:2310.02575), Expert Merging (arXiv:2509.25712): learning is ordinary differentiation.
+    """
+
+    @jax.jit
+    def step(coefficients, state, base, models, batch):
+        merged = lambda c: merge(transform(c), base, models, integers="base")
+        value, gradient = jax.value_and_grad(lambda c: loss(merged(c), batch))(coefficients)
+        updates, state = optimizer.update(gradient, state, coefficients)
+        return jax.tree.map(jnp.add, coefficients, updates), state, value
+
+    coefficients, state, losses = start, optimizer.init(start), []
+    for batch in batches:
+        coefficients, state, value = step(coefficients, state, base, models, batch)
+        losses.append(value)
+    if not losses:
+        raise ValueError("fit: no batches; pass at least one.")
+    return coefficients, jnp.stack(losses)
+
+
+def entropy(logits: Float[Array, "*batch classes"]) -> Float[Array, ""]:
+    """The mean entropy of the predictions: AdaMerging's loss, which needs no labels.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> round(jm.params.entropy(jnp.zeros((3, 4))).item(), 4)
+      1.3863
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+
+
+def _squash(name: str, what: str) -> Callable[[Array], Array]:
+    functions = {"clip": lambda c: jnp.clip(c, 0, 1), "softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "none": lambda c: c}
+    if name not in functions:
+        raise ValueError(f"{what}: squash must be one of {tuple(functions)}, got {name!r}.")
+    return functions[name]
+
+
+def _by_leaf(coefficients: Any, f: Callable[[Array], Array], what: str) -> Any:
+    if not isinstance(coefficients, Mapping):
+        return f(jnp.asarray(coefficients, jnp.float32))
+
+    def of(name):
+        if name not in coefficients:
+            raise ValueError(f"{what}: leaf {name!r} has no coefficients; there are some for {sorted(coefficients)}.")
+        return f(jnp.asarray(coefficients[name], jnp.float32))
+
+    return of

@@ -1,0 +1,72 @@
+"""Which entries did one expert change, which did several: reinforced agents overlap little."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmerge.params import _quantile as q
+from jaxmerge.params._transform import MergeTransform, Step, atom, over, total
+
+
+def ram(*, threshold: float = 1e-5) -> MergeTransform:
+    """Entries that one expert changed are taken as they are; entries that several changed are averaged over those.
+
+    Args:
+      threshold: an entry is changed where its task vector is larger than this.
+
+    Law:
+      Identical experts give the expert back, up to the threshold.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([0.0, 3.0])}]
+      >>> jm.params.merge(jm.params.ram(), base, models)["w"].tolist()
+      [1.0, 2.0]
+
+    Source: Reinforced Agent Merging (arXiv:2601.13572); mergekit's `ram`.
+    """
+    return _overlap(threshold, 0.0, 0.0)
+
+
+def ramplus_tl(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-5) -> MergeTransform:
+    """As `ram`, and what only one expert changed is enlarged by 1 + boost * min(shared / unique, limit).
+
+    Args:
+      boost: how strongly to enlarge.
+      limit: the largest ratio that counts. shared and unique are the numbers of entries of the expert, in each tensor, that
+        others changed too, and that no other did.
+      threshold: an entry is changed where its task vector is larger than this.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, models = {"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([0.0, 3.0])}]
+      >>> [round(v, 4) for v in jm.params.merge(jm.params.ramplus_tl(), base, models)["w"].tolist()]
+      [1.02, 2.0]
+
+    Source: Reinforced Agent Merging (arXiv:2601.13572); mergekit's `ramplus_tl` (r is boost, alpha is limit).
+    """
+    return _overlap(threshold, boost, limit)
+
+
+def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
+    def match(settings, x):
+        changed, several = _changed(x)
+        shared, unique = (_number(changed & mask) for mask in (several, ~several))
+        ratio = shared / jnp.maximum(unique, threshold)
+        return {"factor": 1 + boost * jnp.clip(ratio, 0, limit)}
+
+    def merge(plan, x):
+        changed, several = _changed(x)
+        among = jnp.maximum(total(changed.astype(x.dtype)), 1)
+        x = jnp.where(changed, x, 0)
+        return jnp.where(several, total(x) / among, total(x * over(plan["factor"], x)))
+
+    def _changed(x: Array) -> tuple[Array, Array]:
+        changed = ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
+        return changed, total(changed.astype(x.dtype)) > 1
+
+    return atom(Step(lambda name, shape: {}, match, merge, models=1))
+
+
+def _number(mask: Array) -> Array:
+    high, low = q.count(mask)
+    return high.astype(jnp.float32) * 2.0**32 + low.astype(jnp.float32)

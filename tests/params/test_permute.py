@@ -1,0 +1,152 @@
+"""Permutations of units, and matrices that cancel in attention: what a network computes stays, what merges does not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from jaxmerge import params
+from jaxmerge.params._assignment import assign
+
+SPEC = {
+    "Dense_0/kernel": (None, "P_0"),
+    "Dense_0/bias": ("P_0",),
+    "Dense_1/kernel": ("P_0", "P_1"),
+    "Dense_1/bias": ("P_1",),
+    "Dense_2/kernel": ("P_1", None),
+}
+KERNELS = {f"Dense_{i}/kernel": f"Dense_{i}/bias" for i in range(3)}
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    vectors = golden("params/gitrebasin_a")
+    return lambda prefix: (
+        {k.removeprefix(prefix + "/"): v for k, v in vectors.items() if k.startswith(prefix + "/")} or vectors[prefix]
+    )
+
+
+def layers(model, x):
+    """(inputs, outputs before the activation) of each layer."""
+    for i in range(3):
+        y = x @ model[f"Dense_{i}/kernel"] + model[f"Dense_{i}/bias"][None]
+        yield x, y
+        x = jnp.maximum(y, 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60])
+def test_assignment_is_optimal(n):
+    rng = np.random.default_rng(n)
+    for score in (rng.standard_normal((n, n)), np.round(rng.standard_normal((n, n))), np.zeros((n, n))):
+        columns = assign(score)
+        assert sorted(columns) == list(range(n))
+        rows, best = linear_sum_assignment(score, maximize=True)
+        np.testing.assert_allclose(score[np.arange(n), columns].sum(), score[rows, best].sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_git_rebasin_equals_the_peer(case):
+    a, b = case("in/A"), case("in/B")
+    found = params.match_weights(SPEC, a, b)
+    for name, expected in case("out/perm").items():
+        np.testing.assert_array_equal(found[name], expected)
+    permuted = params.permute(SPEC, found, b)
+    merged = params.merge(params.linear(), None, [a, permuted])
+    for name in a:
+        np.testing.assert_array_equal(permuted[name], case("out/B_permuted")[name])
+        np.testing.assert_allclose(merged[name], case("out/merged")[name], rtol=2e-5, atol=2e-6)
+
+
+def test_permuting_changes_nothing_that_is_computed(case):
+    a, b, x = case("in/A"), case("in/B"), case("aux/X")
+    found = params.match_weights(SPEC, a, b)
+    (*_, (_, before)), (*_, (_, after)) = layers(b, x), layers(params.permute(SPEC, found, b), x)
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
+    for p in params.match_weights(SPEC, a, a).values():
+        np.testing.assert_array_equal(p, np.arange(len(p)))
+    inverse = {name: np.argsort(p) for name, p in found.items()}
+    back = params.permute(SPEC, inverse, params.permute(SPEC, found, b))
+    jax.tree.map(np.testing.assert_array_equal, back, b)
+    (*_, (_, again)) = layers(
+        params.merge(params.linear(), None, [b, params.permute(SPEC, params.match_weights(SPEC, b, back), back)]), x
+    )
+    np.testing.assert_allclose(before, again, rtol=1e-5, atol=1e-5)
+
+
+def test_pleas_least_squares(case):
+    a, x = case("in/A"), case("aux/X")
+    b = case("out/B_permuted")
+    forward = lambda model, kernel: list(layers(model, jnp.asarray(x)))[int(kernel[6])]
+    solved = params.pleas(forward, a, b, KERNELS)
+    # float64 least squares against float32, of up to 128 equations in 13 unknowns
+    for name, expected in case("out/pleas_ls_separate").items():
+        np.testing.assert_allclose(solved[name], expected, rtol=1e-4, atol=1e-5)
+    same = params.pleas(forward, a, a, KERNELS, pairs="mean")
+    (*_, (_, before)), (*_, (_, after)) = layers(a, x), layers(same, x)
+    np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-3)
+
+
+def test_units_merged_in_part(case):
+    """None merged: an ensemble of the two; all: the mean of the weights; between: as wide as was asked for."""
+    a, b, x = case("in/A"), case("in/B"), case("aux/X")
+    found = params.match_weights(SPEC, a, b)
+    run = lambda model: [y for _, y in layers(model, x)][-1]
+    both = params.merge_units(SPEC, found, a, b, share=0.0)
+    assert both["Dense_1/kernel"].shape == (24, 24)
+    np.testing.assert_allclose(run(both), (run(a) + run(b)) / 2, rtol=1e-4, atol=1e-5)
+    one = params.merge_units(SPEC, found, a, b, share=1.0)
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-6), one, case("out/merged"))
+    part = params.merge_units(SPEC, found, a, b, share={"P_0": 0.5, "P_1": 0.75})
+    assert {n: x.shape for n, x in part.items()} == {
+        "Dense_0/kernel": (6, 18), "Dense_0/bias": (18,), "Dense_1/kernel": (18, 15), "Dense_1/bias": (15,),
+        "Dense_2/kernel": (15, 5), "Dense_2/bias": (5,),
+    }  # fmt: skip
+    same = params.merge_units(SPEC, {p: np.arange(12) for p in found}, a, a, share=0.5)
+    np.testing.assert_allclose(run(same), run(a), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="every permutation needs a share"):
+        params.merge_units(SPEC, found, a, b, share={"P_0": 0.5})
+
+
+def test_specifications_that_do_not_fit(unchecked):
+    model = {"w": jnp.zeros((2, 3)), "v": jnp.zeros(3)}
+    with pytest.raises(
+        ValueError, match=r"(?s)no leaf 'u'.*v: 2 axes are named.*w: permutation 'p' is of 2 units elsewhere, here of 3"
+    ):
+        params.permute({"u": ("p",), "v": ("p", None), "w": ("p", "p")}, {"p": np.arange(2)}, model)
+    with pytest.raises(ValueError, match="pairs must be"):
+        params.pleas(lambda model, name: (model, model), model, model, {}, pairs="both")
+
+
+def attention(w, x, heads, kv_heads):
+    q, k, v = ((x @ m.T).reshape(len(x), h, -1) for m, h in zip(w[:3], (heads, kv_heads, kv_heads), strict=True))
+    k, v = (jnp.repeat(m, heads // kv_heads, axis=1) for m in (k, v))
+    p = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]))
+    return jnp.einsum("hqk,khd->qhd", p, v).reshape(len(x), -1) @ w.o.T
+
+
+def test_mergelock_equals_its_equations(golden):
+    v = {k: jnp.asarray(x) for k, x in golden("params/mergelock_a").items()}
+    weights = params.Attention(*(v[f"in/W{n}"] for n in "qkvo"))
+    locked = params.lock(weights, v["aux/P"], v["aux/R"])
+    for n, w in zip("qkvo", locked, strict=True):
+        np.testing.assert_allclose(w, v[f"out/W{n}"], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(attention(locked, v["in/x"], 2, 2), v["out/y"], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_locks_with_grouped_queries_are_seen(transpose):
+    rng = np.random.default_rng(0)
+    make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    weights = params.Attention(make(8, 6), make(4, 6), make(4, 6), make(6, 8))
+    near = params.Attention(*(w + 0.05 * make(*w.shape) for w in weights))
+    locked = params.lock(weights, make(2, 2, 2), make(2, 2, 2), transpose=transpose)
+    x = make(5, 6)
+    np.testing.assert_allclose(attention(weights, x, 4, 2), attention(locked, x, 4, 2), rtol=1e-3, atol=1e-4)
+    suspicion = params.lock_suspicion([weights, near, locked], kv_heads=2)
+    assert suspicion[0, 1] < 0.05 and suspicion[0, 2] > 0.4 and suspicion[1, 2] > 0.4, suspicion
+
+
+def test_wrong_locks(unchecked):
+    weights = params.Attention(*(jnp.eye(4) for _ in range(4)))
+    with pytest.raises(ValueError, match="one per key and value head"):
+        params.lock(weights, jnp.eye(3)[None], jnp.eye(3)[None])
