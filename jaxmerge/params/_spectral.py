@@ -189,7 +189,8 @@ def iso_c(
       method: see `polar`. The default needs products of matrices alone.
 
     Law:
-      Directions that no task has stay empty (the official code fills them with arbitrary ones).
+      With method="svd" directions that no task has stay empty (the official code fills them with arbitrary ones);
+      Newton-Schulz may leave rounding in them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
