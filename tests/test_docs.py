@@ -35,6 +35,18 @@ def test_public_functions_have_examples():
     assert not bare, f"no example in the docstring of {bare}"
 
 
+def test_the_table_of_tokens_names_every_planner():
+    """`help(jm.tokens)` lists whatever returns a plan, and the vectors that it names are there."""
+    table, tools = jaxmerge.tokens.__doc__ or "", {"in_order", "keep_apart", "nearest_center", "representatives"}
+    planners = {
+        n for n, f in vars(jaxmerge.tokens).items() if inspect.isfunction(f) and "Plan" in str(f.__annotations__.get("return"))
+    }
+    missing = {name for name in planners - tools if not re.search(rf"\b{name}\b", table)}
+    assert not missing, f"no row for {missing}"
+    for golden in (ROOT / "tests/golden/tokens").glob("*_a.npz"):
+        assert re.search(rf"\b{golden.stem.removesuffix('_a')}\b", table), f"{golden.name} is not named"
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
