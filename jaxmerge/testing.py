@@ -182,8 +182,8 @@ def assert_planner(
         "vmap": jax.vmap(planner),
         "scan": lambda x: jax.lax.scan(lambda c, row: (c, planner(row)), 0, x)[1],
     }
-    everyway = jax.jit(lambda x: {name: f(x) for name, f in ways.items()})  # compiled together, once
-    for how, other in everyway(x).items():
+    others = jax.jit(lambda x: [f(x) for f in ways.values()])(x)  # compiled together, once
+    for how, other in zip(ways, others, strict=True):
         assert other.num_segments == plan.num_segments, f"{how}: num_segments {other.num_segments}, eager {plan.num_segments}"
         message = f"{how} disagrees with the eager call"
         np.testing.assert_allclose(leaf(other), leaf(plan), rtol=tolerance, atol=tolerance, err_msg=message)
