@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from jaxmerge import testing
@@ -97,6 +97,7 @@ def test_values_that_could_break_a_plan(case: Case, x):
 
 
 @every_planner
+@pytest.mark.parametrize("mesh", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit], indirect=True)
 def test_every_device_plans_its_own(case: Case, x, mesh):
     def step(metric, x):
         plan = case.plan(metric)
