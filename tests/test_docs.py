@@ -18,7 +18,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = [m.name for package in (jaxmerge, models) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+slowly = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("models.reducers.") else n for n in PUBLIC]
+
+
+@pytest.mark.parametrize("name", slowly)
 def test_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
