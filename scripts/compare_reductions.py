@@ -175,7 +175,7 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     whole, families = rows[0], sorted({row["family"] for row in rows[1:]})
-    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(families), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
     for axis, family in zip(axes, families, strict=True):
@@ -189,7 +189,7 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         axis.legend(fontsize=6)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def pictures(images: np.ndarray, plans: dict[str, jm.Plan | jm.SoftPlan], grid: int, path: pathlib.Path) -> None:

@@ -96,5 +96,5 @@ def gallery(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str | pathli
             axis.imshow(picture, interpolation="antialiased")
             axis.set_title(caption, fontsize=8, loc="left", pad=3)
             axis.axis("off")
-    figure.subplots_adjust(0.005, 0.005, 0.995, 0.95, wspace=0.03, hspace=0.15)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 24 / dpi / figure.get_figheight(), wspace=0.03, hspace=0.15)
     figure.savefig(path)
