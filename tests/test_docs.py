@@ -76,13 +76,8 @@ def test_readme_commands_exist():
 def test_readme_tree_is_the_tree():
     """Each file that the README's tree names exists."""
     [tree] = [b for b in blocks("text") if "pyproject.toml" in b]
-    folder = ""
-    for line in tree.splitlines():
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            assert (ROOT / name).exists(), name
-        else:
-            assert (ROOT / folder / name).exists(), folder + name
+    folders: list[str] = []  # above this line, one per level of indentation
+    for line in filter(str.strip, tree.splitlines()):
+        name, level = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:level], name]
+        assert ROOT.joinpath(*folders).exists(), "".join(folders)

@@ -44,7 +44,7 @@ from scripts.bench import meter
 from scripts.bench.tome import Case, firsts
 
 CASES: tuple[Case, ...] = ((8, 197, 768, 64, 16), (8, 577, 1024, 64, 40))
-METHODS = ("ToMe", "DiffRate's merge")
+METHODS = ("ToMe", "PiToMe", "DiffRate's merge")
 
 
 def main(
@@ -100,6 +100,9 @@ def ours(metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[]
     def tome(metric: jax.Array) -> jm.Plan:
         return jm.tokens.bipartite_matching(metric, r)
 
+    def pitome(metric: jax.Array) -> jm.Plan:
+        return jm.tokens.energy_matching(metric, r, margin=0.5)
+
     def diffrate(metric: jax.Array) -> jm.Plan:
         """Tokens come sorted by importance: the last r each join the one before them that they are most like."""
         kept = metric.shape[1] - r
@@ -117,7 +120,7 @@ def ours(metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[]
 
         return lambda: jax.block_until_ready(step(*arrays)), np.asarray(step(*arrays)[0].segment_ids)
 
-    return dict(zip(METHODS, map(timed, (tome, diffrate)), strict=True))
+    return dict(zip(METHODS, map(timed, (tome, pitome, diffrate)), strict=True))
 
 
 def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[], object], np.ndarray]]:
@@ -125,7 +128,7 @@ def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[
     if not (path / "opentome").is_dir():
         raise SystemExit(f"{path} is not there; --opentome wants a checkout of https://github.com/Westlake-AI/OpenToMe.")
     sys.path.insert(0, str(path))
-    code, diffrate = (importlib.import_module(f"opentome.tome.{name}") for name in ("tome", "diffrate"))
+    code, pitome, diffrate = (importlib.import_module(f"opentome.tome.{name}") for name in ("tome", "pitome", "diffrate"))
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
@@ -133,6 +136,7 @@ def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[
     kept = x.shape[1] - r
     matchings = (
         lambda: code.bipartite_soft_matching(metric, r)[0],
+        lambda: pitome.pitome_vision(metric, r, margin=0.5)[0],
         lambda: diffrate.get_merge_func(metric, kept, class_token=False)[0],
     )
 

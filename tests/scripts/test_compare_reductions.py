@@ -32,11 +32,11 @@ def own(tmp_path):
 def test_the_whole_comparison(own, tmp_path):
     compare_reductions.main(
         out=tmp_path, data=own, patch=4, width=16, depth=2, heads=2, steps=2, batch=8, rs=(2, 4), rounds=1, held_out=16,
-        only=("ToMe", "class attention"),
+        only=("ToMe", "class attention (EViT)"),
     )  # fmt: skip
     rows = json.loads((tmp_path / "reductions.json").read_text())["rows"]
     assert [(row["name"], row["tokens"]) for row in rows] == [
-        ("all tokens", 17), ("ToMe", 15), ("ToMe", 13), ("class attention", 15), ("class attention", 13),
+        ("all tokens", 17), ("ToMe", 15), ("ToMe", 13), ("class attention (EViT)", 15), ("class attention (EViT)", 13),
     ]  # fmt: skip
     assert all(0 <= row["accuracy"] <= 1 and row["images_per_second"] > 0 for row in rows)
     assert rows[0]["mflops"] > rows[1]["mflops"] > rows[2]["mflops"]
