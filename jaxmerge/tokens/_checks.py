@@ -18,12 +18,17 @@ def checked_metric(name: str, metric: ArrayLike) -> Array:
     return lax.stop_gradient(metric)
 
 
+def python_int(name: str, what: str, value: int) -> int:
+    """A number that decides a shape."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {what} must be a Python int, because shapes are static; got {value!r}.") from None
+
+
 def checked_r(name: str, r: int, largest: int, why: str) -> int:
     """r as an int between 0 and the largest; `why` says what limits it."""
-    try:
-        r = operator.index(r)
-    except TypeError:
-        raise TypeError(f"{name}: r must be a Python int, because shapes are static; got {r!r}.") from None
+    r = python_int(name, "r", r)
     if not 0 <= r <= largest:
         raise ValueError(f"{name}: r must be between 0 and {largest}, got r={r}: {why}.")
     return r

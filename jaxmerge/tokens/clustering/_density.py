@@ -1,6 +1,5 @@
 """Density-peak clustering with k nearest neighbours (DPC-KNN): centres are dense and far from anything denser."""
 
-import operator
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.clustering._distance import distances, smallest
 
@@ -99,10 +99,7 @@ def density_centers(
     x = jnp.asarray(x)
     _check(x, "density_centers")
     *batch, n, d = x.shape
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"density_centers: k must be a Python int, because shapes are static; got {k!r}.") from None
+    k = python_int("density_centers", "k", k)
     if not 0 <= k <= n:
         raise ValueError(f"density_centers: k must be between 0 and the number of tokens, {n}; got {k}.")
     if not 1 <= neighbors <= max(n, 1):

@@ -11,6 +11,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens._nearest import unit
 from jaxmerge.tokens.clustering._density import in_order
 from jaxmerge.tokens.clustering._distance import distances
@@ -70,10 +71,7 @@ def k_means(
     if x.ndim < 2:
         raise ValueError(f"k_means: x must have shape (*batch, n, d), got {x.shape}.")
     n = x.shape[-2]
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k_means: k must be a Python int, because shapes are static; got {k!r}.") from None
+    k = python_int("k_means", "k", k)
     if not 1 <= k <= n:
         raise ValueError(f"k_means: k must be between 1 and the number of tokens, {n}; got {k}.")
     if iterations < 0:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jaxtyping import ArrayLike, Bool, Float, Int
+from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._checks import protected_mask
 from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.pruning._assign import assign_by_similarity
 
@@ -105,7 +105,7 @@ def _prune_and_merge(
 ) -> tuple[Plan, Float[Array, "*batch n"]]:
     importance = lax.stop_gradient(jnp.asarray(importance))
     n = importance.shape[-1]
-    static = _positions(protect, n)
+    static = protected_mask("prune_and_merge", protect, n)
     for name, count in dict(kept=kept, merged=merged).items():
         if isinstance(count, int) and not static.sum() <= count <= n:
             raise ValueError(
@@ -119,13 +119,3 @@ def _prune_and_merge(
     rank = ranks(jnp.where(fixed, jnp.inf, jnp.minimum(importance, jnp.finfo(importance.dtype).max)))
     stay = rank < jnp.minimum(kept, merged)
     return assign_by_similarity(metric, stay, capacity, targets=stay & ~fixed, rest=rank < kept)
-
-
-def _positions(protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
-    """Static positions as a mask."""
-    mask = np.zeros(n, bool)
-    for p in protect:
-        if not -n <= p < n:
-            raise ValueError(f"prune_and_merge: protected position {p} is not among n={n} tokens.")
-        mask[p] = True
-    return mask
