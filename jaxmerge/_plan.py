@@ -214,7 +214,7 @@ def merge(
         if (reduce == "mean" or isinstance(plan, SoftPlan)) and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
         if plan.num_positions == 0 or plan.num_segments == 0:
-            return jnp.zeros((*_batch(plan), plan.num_segments, *x.shape[len(batch_n) :]), x.dtype)
+            return segments.nothing(x, len(batch_n) - 1, plan.num_segments)
         return rows(x).astype(x.dtype)
 
     return jax.tree.map(one, x)
@@ -255,7 +255,7 @@ def unmerge(
         if isinstance(plan, SoftPlan):
             x = segments.matmul(jnp.swapaxes(plan.weights, -1, -2), y)
         elif plan.num_segments == 0:
-            x = jnp.zeros((*kept.shape, *y.shape[kept.ndim :]), y.dtype)
+            x = segments.nothing(y, kept.ndim - 1, plan.num_positions)
         else:
             x = segments.take(jnp.where(kept, plan.segment_ids, 0), y)
         return segments.fill(~kept, x.astype(y.dtype), fill)

@@ -144,6 +144,12 @@ def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
 
 
+def nothing(x: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "..."]:
+    """Zeros of x's shape but for `size` along one axis, laid out as x is: what no position gives, or none receives."""
+    row = jnp.zeros_like(x, jnp.int32).sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(x.dtype)
+    return jnp.broadcast_to(row, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+
+
 def rows_like(constant: Shaped[ArrayLike, "..."], x: Shaped[Array, "*batch n d"]) -> Shaped[Array, "..."]:
     """A constant (..., n) for every row of x (*batch, n, d), laid out as x's batch is."""
     # The compiler knows this sum of zeros: nothing of x is read, and its features may be sharded.

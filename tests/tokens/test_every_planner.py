@@ -43,10 +43,10 @@ def together(plan: jm.Plan | jm.SoftPlan) -> np.ndarray:
 
 def padded(plan: jm.Plan | jm.SoftPlan) -> jm.Plan | jm.SoftPlan:
     """The same plan with empty slots up to n, so that all planners share one compilation of the algebra."""
-    m = plan.num_segments
+    m, size = plan.num_segments, max(plan.num_segments, N)
     if isinstance(plan, jm.Plan):
         ids = np.asarray(plan.segment_ids)
-        return jm.Plan(jnp.asarray(np.where(ids >= m, N, ids)), N)
+        return jm.Plan(jnp.asarray(np.where(ids >= m, size, ids)), size)
     return jm.SoftPlan(jnp.asarray(np.pad(np.asarray(plan.weights), ((0, 0), (0, N - m), (0, 0)))))
 
 
@@ -115,7 +115,7 @@ def test_every_device_plans_its_own(case: Case, x, mesh):
         program = jax.jit(step).lower(*args).compile()
         plan, y, back = jax.block_until_ready(program(*args))
     assert collectives(program) == []
-    for out in (y, back):
+    for out in (y, back) if y.size else ():  # where nothing is kept the compiler may put it anywhere
         assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 3)
     np.testing.assert_allclose(plan, matrix(compiled(case)(x)), rtol=0, atol=0 if plan.dtype == bool else 1e-5)
 
