@@ -102,7 +102,7 @@ SURFACE = {
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
     "jaxmerge.params": """Attention Factors Masked MergeTransform adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
-        chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense
+        chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense draw_tasks
         elect_largest elect_sign emr entropy expert_merging fisher fit gram interpolate iso_c iso_cts
         karcher knots layer_of layer_swapping linear lock lock_suspicion magmax mask match_weights
         matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock multislerp nearest_points

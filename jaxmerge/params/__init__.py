@@ -23,7 +23,7 @@ twin_split, twin_serve, twin_merging             what is shared, and each task's
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
-cosines, sign_conflict, task_norms               what there is to merge
+cosines, sign_conflict, task_norms               what there is to merge; draw_tasks draws it
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
@@ -80,6 +80,7 @@ from jaxmerge.params._permute import (
     permute as permute,
     pleas as pleas,
 )
+from jaxmerge.params._pictures import draw_tasks as draw_tasks
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
