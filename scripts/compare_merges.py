@@ -35,7 +35,7 @@ from scripts.merges import MERGES, Given, Merge, Merged
 
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """What a merged task vector is multiplied by, to see which is best on validation data."""
-BY_NUMBER = ("linear", "task_arithmetic", "ties", "dare_ties", "tsvm", "iso_c", "emr")
+BY_NUMBER = ("linear", "task_arithmetic", "ties", "tsvm", "iso_c", "emr")
 """The best-known merges, which are also tried with fewer experts."""
 
 
@@ -86,7 +86,7 @@ def main(
             network, chosen, progress, steps=steps, expert_steps=expert_steps, batch=batch, rate=rate,
             expert_rate=expert_rate, seed=seed,
         )  # fmt: skip
-    statistics = [t.train.some(min(256, len(t.train.x)), rng) for t in chosen.tasks]
+    statistics = [t.train.some(min(128, len(t.train.x)), rng) for t in chosen.tasks]
     seen = list(zip(experts, head, statistics, strict=True))
     given = Given(
         network, base, experts, head, [t.train.x for t in chosen.tasks], validation,

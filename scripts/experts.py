@@ -132,19 +132,17 @@ class Trainer:
 
 
 def probe(network: Network, params: Params, task: Task, count: int = 2000) -> Head:
-    """The task's head: logistic regression on the features of a fixed encoder."""
-    from sklearn.linear_model import LogisticRegression
+    """The task's head: a linear discriminant of the features of a fixed encoder."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     some = Split(task.train.x[:count], task.train.y[:count])
     features = np.asarray(jax.jit(network.features)(params, some.x))
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    found = LogisticRegression(max_iter=300).fit((features - mean) / spread, some.y)
+    found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.01).fit(features, some.y)
     kernel, bias = found.coef_.T, found.intercept_
     if kernel.shape[1] == 1:  # two classes: one logit against 0
         kernel, bias = np.concatenate([0 * kernel, kernel], axis=1), np.array([0.0, bias[0]])
     full, all_bias = np.zeros((network.width, network.classes)), np.full(network.classes, ABSENT)
-    full[:, found.classes_] = kernel / spread[:, None]
-    all_bias[found.classes_] = bias - (mean / spread) @ kernel
+    full[:, found.classes_], all_bias[found.classes_] = kernel, bias
     return {"head": {"kernel": jnp.asarray(full, jnp.float32), "bias": jnp.asarray(all_bias, jnp.float32)}}
 
 

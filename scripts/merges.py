@@ -1,10 +1,9 @@
 """Every merge of K experts into one model, or into one per task, at its defaults: what `scripts.compare_merges` compares.
 
 `MERGES` maps what there is, a `Given`, to parameters, or to a list of them, one per task, where the merge keeps something of
-each. Kernels are Flax's, (inputs, outputs): what reads a matrix as PyTorch has it is told so, or gets it transposed. slerp and
-nuslerp take two models and are folded: the k-th joins at 1 / k. Left out are merges of exactly two models with different parts
-to play (arcee_fusion, nearswap, layer_swapping, pleas), of one (passthrough, update_selective, window_average), of adapters
-(concatenate), and embeddings of other vocabularies.
+each. Kernels are Flax's, (inputs, outputs): what reads a matrix as PyTorch has it is told so, or gets it transposed. Left out
+are merges of two models (slerp and nuslerp, whose kin for more are multislerp and karcher; arcee_fusion, nearswap,
+layer_swapping, pleas), of one or of one run (passthrough, update_selective, window_average), and of adapters (concatenate).
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import jaxmerge as jm
 from scripts.experts import Head, Network, Params, cross_entropy, named, stacked
@@ -75,21 +75,19 @@ def chain_of(make: Callable[[Given], p.MergeTransform]) -> Callable[[Given], Mer
     return lambda given: p.merge(make(given), given.base, given.experts)
 
 
+def flat(make: Callable[[Given], p.MergeTransform]) -> Callable[[Given], Merged]:
+    """A transform that looks at entries alone or at the whole model: on one vector of all leaves, which is a small program."""
+
+    def work(given):
+        base, back = ravel_pytree(given.base)
+        return back(p.merge(make(given), base, [ravel_pytree(e)[0] for e in given.experts]))
+
+    return work
+
+
 def baseless(tx: p.MergeTransform) -> Callable[[Given], Merged]:
     """A transform of the models themselves."""
     return lambda given: p.merge(tx, None, given.experts)
-
-
-def folded(join: Callable[[float], p.MergeTransform]) -> Callable[[Given], Merged]:
-    """A merge of two models, one after the other: the k-th joins what there is at t = 1 / k."""
-
-    def work(given):
-        out = given.experts[0]
-        for k, expert in enumerate(given.experts[1:], start=2):
-            out = p.merge(join(1 / k), None, [out, expert])
-        return out
-
-    return work
 
 
 def transposed(tx: p.MergeTransform) -> Callable[[Given], Merged]:
@@ -102,7 +100,7 @@ def transposed(tx: p.MergeTransform) -> Callable[[Given], Merged]:
 
 
 def emr(given: Given) -> Merged:
-    masked = p.emr(given.vectors)
+    masked = jax.jit(p.emr)(given.vectors)
     return [p.add(given.base, masked.task(k)) for k in range(len(given.experts))]
 
 
@@ -111,7 +109,7 @@ def tall_masks(given: Given) -> Merged:
     vectors = given.vectors
     tx = p.sum_experts()
     merged = tx.merge(tx.match(vectors), vectors)
-    masks = p.tall_masks(vectors, merged)
+    masks = jax.jit(p.tall_masks)(vectors, merged)
     own = lambda k: jax.tree.map(lambda m, t: jnp.where(m[k : k + 1], t, 0), masks, merged)
     return [p.add(given.base, own(k)) for k in range(len(given.experts))]
 
@@ -173,23 +171,21 @@ def self_positioning(given: Given) -> Merged:
 
 
 MERGES = [
-    Merge("linear", "average", baseless(p.linear())),
-    Merge("slerp", "average", folded(p.slerp)),
-    Merge("nuslerp", "average", folded(lambda t: p.nuslerp([1 - t, t]))),
+    Merge("linear", "average", flat(lambda g: p.linear())),
     Merge("multislerp", "average", baseless(p.multislerp())),
     Merge("karcher", "average", baseless(p.karcher())),
     Merge("model_stock", "average", chain_of(lambda g: p.model_stock())),
-    Merge("task_arithmetic", "task vectors", chain_of(lambda g: p.task_arithmetic())),
-    Merge("ties", "task vectors", chain_of(lambda g: p.ties())),
-    Merge("dare_linear", "task vectors", chain_of(lambda g: p.dare_linear(seed=g.seed))),
-    Merge("dare_ties", "task vectors", chain_of(lambda g: p.dare_ties(seed=g.seed))),
+    Merge("task_arithmetic", "task vectors", flat(lambda g: p.task_arithmetic())),
+    Merge("ties", "task vectors", flat(lambda g: p.ties())),
+    Merge("dare_linear", "task vectors", flat(lambda g: p.dare_linear(seed=g.seed))),
+    Merge("dare_ties", "task vectors", flat(lambda g: p.dare_ties(seed=g.seed))),
     Merge("breadcrumbs", "task vectors", chain_of(lambda g: p.breadcrumbs())),
     Merge("breadcrumbs_ties", "task vectors", chain_of(lambda g: p.breadcrumbs_ties())),
     Merge("della", "task vectors", chain_of(lambda g: p.della(seed=g.seed))),
     Merge("della_linear", "task vectors", chain_of(lambda g: p.della_linear(seed=g.seed))),
-    Merge("magmax", "task vectors", chain_of(lambda g: p.magmax())),
-    Merge("pcb", "task vectors", chain_of(lambda g: p.pcb())),
-    Merge("consensus", "task vectors", chain_of(lambda g: p.consensus())),
+    Merge("magmax", "task vectors", flat(lambda g: p.magmax())),
+    Merge("pcb", "task vectors", flat(lambda g: p.pcb())),
+    Merge("consensus", "task vectors", flat(lambda g: p.consensus())),
     Merge("sce", "task vectors", chain_of(lambda g: p.sce())),
     Merge("varm", "task vectors", chain_of(lambda g: p.varm())),
     Merge("ram", "task vectors", chain_of(lambda g: p.ram())),
