@@ -101,9 +101,9 @@ SURFACE = {
     "jaxmerge.virtual": "merged_positions rotary virtual_attention",
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
-    "jaxmerge.params": """Attention Factors Masked MergeTransform adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
+    "jaxmerge.params": """Attention Evolution Factors Masked MergeTransform adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
         chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense
-        elect_largest elect_sign emr entropy expert_merging fisher fit gram interpolate iso_c iso_cts
+        elect_largest elect_sign emr entropy evo_merging evolve expert_merging fisher fit gram interpolate iso_c iso_cts
         karcher knots layer_of layer_swapping linear lock lock_suspicion magmax mask match_weights
         matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock multislerp nearest_points
         nearswap nonfinite nuslerp partition passthrough pcb per_leaf permute pleas polar ram ramplus_tl

@@ -16,6 +16,7 @@ passthrough, nearswap, arcee_fusion                                             
 tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
 fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
+evo_merging                                                                            ... evolve searches for them -> Evolution
 layer_swapping (layer_of), window_average                                              layers of two models; one run
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
@@ -47,6 +48,7 @@ from jaxmerge.params._consensus import (
     mean_agreeing as mean_agreeing,
     sum_experts as sum_experts,
 )
+from jaxmerge.params._evolve import Evolution as Evolution, evo_merging as evo_merging, evolve as evolve
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
 from jaxmerge.params._layers import (
