@@ -76,8 +76,9 @@ def evolve(
       k generations, and then m more (`resume`), are k + m generations.
 
     Raises:
-      ValueError: no coefficients or generations; fewer than 4 candidates; a score that is NaN; bounds that leave `start` outside;
-        with `jit`, a transform that needs concrete coefficients. ModuleNotFoundError: the package cmaes is missing (`pip install "jaxmerge[evolve]"`).
+      ValueError: no coefficients or generations; fewer than 4 candidates; a score that is NaN; bounds that leave `start`
+        outside; with `jit`, a transform that needs concrete coefficients.
+      ModuleNotFoundError: the package cmaes is missing: `pip install "jaxmerge[evolve]"`.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm

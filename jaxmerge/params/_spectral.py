@@ -18,7 +18,7 @@ from jaxtyping import Float
 from jaxmerge.params._layout import like, whole
 from jaxmerge.params._partition import inner_steps, models_left, run, settings_of
 from jaxmerge.params._scale import scale as scaled, weigh
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, total
 
 EPS = float(np.finfo(np.float32).eps)
 Select = Callable[[str], bool] | None
@@ -45,7 +45,7 @@ def per_matrix(
             return like(work(whole(before(x), (1, 2))), x)
         return rest(x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models, needs=(Need("spectral", "tensor"),)))
 
 
 # --- factors ---------------------------------------------------------------------------------------------------------
@@ -281,7 +281,8 @@ def knots(tx: MergeTransform, *, floor: float = 1e-4) -> MergeTransform:
         carry, v = shared_basis(w, floor)
         return like(matmul(carry, run(steps, plan["matrix"], v)), x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps)))
+    needs = (Need("spectral", "tensor"), *(need for step in steps for need in step.needs))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps), needs=needs))
 
 
 def shared_basis(x: Float[Array, "K m n"], floor: float = 1e-4) -> tuple[Float[Array, "m r"], Float[Array, "K r n"]]:
