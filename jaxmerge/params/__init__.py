@@ -17,12 +17,14 @@ tsvm, iso_c, iso_cts, knots                                                     
 fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
 evo_merging                                                                            ... evolve searches for them -> Evolution
-layer_swapping (layer_of), window_average                                              layers of two models; one run
+select_layers, layer_swapping, window_average                                          layers of several models; one run
+gradient (layer_of), by_name, by_model                                                 hyperparameters by the leaf's name
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
 cosines, sign_conflict, task_norms               what there is to merge
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
@@ -41,6 +43,11 @@ from jaxmerge.params._aliases import (
     task_arithmetic as task_arithmetic,
     ties as ties,
 )
+from jaxmerge.params._align import (
+    Alignment as Alignment,
+    align_embeddings as align_embeddings,
+    align_vocabularies as align_vocabularies,
+)
 from jaxmerge.params._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
 from jaxmerge.params._consensus import (
     elect_sign as elect_sign,
@@ -52,8 +59,8 @@ from jaxmerge.params._evolve import Evolution as Evolution, evo_merging as evo_m
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
 from jaxmerge.params._layers import (
-    layer_of as layer_of,
     layer_swapping as layer_swapping,
+    select_layers as select_layers,
     update_selective as update_selective,
     window_average as window_average,
 )
@@ -72,6 +79,12 @@ from jaxmerge.params._masks import (
     emr as emr,
     mask as mask,
     tall_masks as tall_masks,
+)
+from jaxmerge.params._names import (
+    by_model as by_model,
+    by_name as by_name,
+    gradient as gradient,
+    layer_of as layer_of,
 )
 from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params._partition import partition as partition
