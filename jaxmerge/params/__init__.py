@@ -14,7 +14,7 @@ sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                    
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base
 tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
-fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
+fisher (fisher_information), regmean (gram), wudi, widen                               statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
 evo_merging                                                                            ... evolve searches for them -> Evolution
 select_layers, layer_swapping, window_average                                          layers of several models; one run
@@ -56,6 +56,7 @@ from jaxmerge.params._consensus import (
     sum_experts as sum_experts,
 )
 from jaxmerge.params._evolve import Evolution as Evolution, evo_merging as evo_merging, evolve as evolve
+from jaxmerge.params._fisher import Information as Information, fisher_information as fisher_information
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
 from jaxmerge.params._layers import (
