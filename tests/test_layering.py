@@ -102,10 +102,11 @@ SURFACE = {
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
     "jaxmerge.params": """Alignment Attention Evolution Factors Information Masked MergeTransform Need adamerging add
-        align_embeddings align_vocabularies arcee_fusion breadcrumbs breadcrumbs_ties by_model by_name
-        chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense
-        elect_largest elect_sign emr entropy evo_merging evolve expert_merging fisher fisher_information
-        fit gradient gram interpolate iso_c iso_cts karcher knots layer_of layer_swapping linear lock
+        align_embeddings align_vocabularies allocate_chunks arcee_fusion breadcrumbs breadcrumbs_ties
+        by_model by_name chain chunk_importance combine concatenate consensus cosines dare_linear
+        dare_ties della della_linear dense distillation drift elect_largest elect_sign emr entropy
+        evo_merging evolve expert_coefficients expert_merging fisher fisher_information fit gradient
+        gram hidden_mse interpolate iso_c iso_cts karcher knots layer_of layer_swapping linear lock
         lock_suspicion magmax mask match_weights matching_pursuit max_agreeing mean_agreeing merge
         merge_units model_stock multislerp nearest_points nearswap needs nonfinite nuslerp partition
         passthrough pcb per_leaf permute pleas polar ram ramplus_tl random_mask rank_mask regmean

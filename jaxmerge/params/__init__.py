@@ -16,6 +16,7 @@ passthrough, nearswap, arcee_fusion                                             
 tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
 fisher (fisher_information), regmean (gram), wudi, widen                               statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
+expert_coefficients, chunk_importance, allocate_chunks                                 ... by distillation, hidden_mse, drift
 evo_merging                                                                            ... evolve searches for them -> Evolution
 select_layers, layer_swapping, window_average                                          layers of several models; one run
 gradient (layer_of), by_name, by_model                                                 hyperparameters by the leaf's name
@@ -56,6 +57,15 @@ from jaxmerge.params._consensus import (
     sum_experts as sum_experts,
 )
 from jaxmerge.params._evolve import Evolution as Evolution, evo_merging as evo_merging, evolve as evolve
+from jaxmerge.params._expert import (
+    allocate_chunks as allocate_chunks,
+    chunk_importance as chunk_importance,
+    distillation as distillation,
+    drift as drift,
+    expert_coefficients as expert_coefficients,
+    expert_merging as expert_merging,
+    hidden_mse as hidden_mse,
+)
 from jaxmerge.params._fisher import Information as Information, fisher_information as fisher_information
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
@@ -68,7 +78,6 @@ from jaxmerge.params._layers import (
 from jaxmerge.params._learned import (
     adamerging as adamerging,
     entropy as entropy,
-    expert_merging as expert_merging,
     fit as fit,
     self_positioning as self_positioning,
 )
