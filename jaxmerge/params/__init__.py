@@ -23,6 +23,7 @@ gradient (layer_of), by_name, by_model                                          
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
+init_router, fit_router, route -> Router         ... which task an input is of
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
 align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
@@ -106,6 +107,7 @@ from jaxmerge.params._permute import (
     pleas as pleas,
 )
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
+from jaxmerge.params._router import Router as Router, fit_router as fit_router, init_router as init_router, route as route
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
 from jaxmerge.params._spectral import (

@@ -218,7 +218,7 @@ def hidden_mse(teacher: Sequence[Float[Array, "..."]], student: Sequence[Float[A
     if not teacher or len(teacher) != len(student):
         raise ValueError(f"hidden_mse: pass the states of as many layers of both; got {len(teacher)} and {len(student)}.")
     wide = lambda x: x.astype(jnp.float32)
-    return sum(jnp.mean((wide(a) - wide(b)) ** 2) for a, b in zip(teacher, student, strict=True)) / len(teacher)
+    return jnp.mean(jnp.stack([jnp.mean((wide(a) - wide(b)) ** 2) for a, b in zip(teacher, student, strict=True)]))
 
 
 def drift(coefficients: Mapping[str, Any], start: float = 0.1) -> Float[Array, ""]:
@@ -236,4 +236,4 @@ def drift(coefficients: Mapping[str, Any], start: float = 0.1) -> Float[Array, "
     Source: Expert Merging (arXiv:2509.25712), which adds 0.1 of it (`fit`'s `regularizer`).
     """
     moved = [jnp.abs(jax.nn.sigmoid(jnp.asarray(raw, jnp.float32)) - start) for raw in coefficients.values()]
-    return sum(jnp.sum(m) for m in moved) / sum(m.shape[1] for m in moved)
+    return jnp.sum(jnp.stack([jnp.sum(m) for m in moved])) / sum(m.shape[1] for m in moved)

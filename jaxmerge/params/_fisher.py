@@ -85,15 +85,13 @@ def fisher_information(
     given = not isinstance(labels, str)
     if not given and labels not in ("expected", "sampled", "mixed"):
         raise ValueError(f'fisher_information: labels must be "expected", "sampled", "mixed" or an array; got {labels!r}.')
-    if not given and labels == "sampled" and key is None:
-        raise ValueError('fisher_information: labels="sampled" draws them; pass key=jax.random.key(...).')
     n = jax.tree.leaves(inputs)[0].shape[0]
     if at_once is not None and (at_once < 1 or n % at_once):
         raise ValueError(f"fisher_information: at_once must divide the batch of {n} examples; got {at_once}.")
     leaves, treedef = named_leaves(model)
     weights = {name: x for name, x in leaves.items() if is_float(x)}
     run = lambda w, x: logits(jax.tree.unflatten(treedef, list((leaves | w).values())), x).astype(jnp.float32)
-    square = lambda g, scale=1.0: jax.tree.map(lambda v: scale * v.astype(jnp.float32) ** 2, g)
+    square = lambda g: jax.tree.map(lambda v: v.astype(jnp.float32) ** 2, g)
     nothing = {name: jnp.zeros_like(x, jnp.float32) for name, x in weights.items()}
 
     def of_labels(x, y):
@@ -105,7 +103,7 @@ def fisher_information(
 
         def step(total, i):
             (g,) = pull(jnp.zeros_like(log_p).at[i].set(1))
-            return jax.tree.map(jnp.add, total, square(g, jnp.exp(log_p[i]))), None
+            return jax.tree.map(lambda a, v: a + jnp.exp(log_p[i]) * v, total, square(g)), None
 
         return jax.lax.scan(step, nothing, jnp.arange(log_p.size))[0]
 
@@ -123,6 +121,8 @@ def fisher_information(
     if labels == "mixed":
         return Information(square(jax.grad(mixed)(weights)), count)
     if labels == "sampled":
+        if key is None:
+            raise ValueError('fisher_information: labels="sampled" draws them; pass key=jax.random.key(...).')
         return Information(_summed(sampled, nothing, (inputs, jax.random.split(key, n)), at_once), count)
     return Information(_summed(expected, nothing, (inputs,), at_once), count)
 
