@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((3, 6)).astype(np.float32)
 
 
-def inputs(n, noise=0.5):
+def inputs(n, noise=0.4):
     labels = RNG.integers(0, 3, n)
     return jnp.asarray(CENTRES[labels] + noise * RNG.standard_normal((n, 6)), jnp.float32), jnp.asarray(labels)
 
@@ -36,7 +36,7 @@ def test_tells_tasks_apart_and_serves_the_right_twin():
     held_out = inputs(100)
     router = params.init_router(jax.random.key(0), 6, 3, hidden=(12,))
     fit = lambda **options: params.fit_router(
-        router, x, labels, optimizer=optax.adamw(5e-3), key=jax.random.key(1), epochs=12, batch=64, **options
+        router, x, labels, optimizer=optax.adamw(5e-3), key=jax.random.key(1), epochs=20, batch=64, **options
     )
     found, losses = fit(held_out=held_out)
     assert losses.shape == (20,) and losses[-1] < losses[0] / 2
