@@ -24,7 +24,7 @@ gradient (layer_of), by_name, by_model                                          
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
 init_router, fit_router, route -> Router         ... which task an input is of
-concatenate, dense                               adapters that stay Factors
+concatenate, compress, dense                     adapters that stay Factors; adapt adds one, fit_adapters weighs them
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
 align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
@@ -32,6 +32,14 @@ cosines, sign_conflict, task_norms               what there is to merge
 lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
 """
 
+from jaxmerge.params._adapters import (
+    Factors as Factors,
+    adapt as adapt,
+    compress as compress,
+    concatenate as concatenate,
+    dense as dense,
+    fit_adapters as fit_adapters,
+)
 from jaxmerge.params._aliases import (
     breadcrumbs as breadcrumbs,
     breadcrumbs_ties as breadcrumbs_ties,
@@ -136,9 +144,6 @@ from jaxmerge.params._transform import (
 )
 from jaxmerge.params._trim import trim as trim, trim_band as trim_band
 from jaxmerge.params._twin import (
-    Factors as Factors,
-    concatenate as concatenate,
-    dense as dense,
     twin_merging as twin_merging,
     twin_serve as twin_serve,
     twin_split as twin_split,

@@ -105,20 +105,36 @@ def fit(
     Source: AdaMerging (arXiv:2310.02575), Expert Merging (arXiv:2509.25712): learning is ordinary differentiation.
     """
 
+    def objective(coefficients, given, batch):
+        value = loss(merge(transform(coefficients), *given, integers="base"), batch)
+        return value if regularizer is None else value + regularizer(coefficients)
+
+    return descend(objective, start, (base, models), batches, optimizer, what="fit")
+
+
+def descend(
+    objective: Callable[[PyTree, Any, Any], Array],
+    start: PyTree,
+    given: Any,
+    batches: Iterable[Any],
+    optimizer: Any,
+    *,
+    what: str,
+) -> tuple[PyTree, Float[Array, "steps"]]:
+    """Descend (coefficients, given, batch) -> scalar, one step per batch; what is given enters the program as an argument."""
+
     @jax.jit
-    def step(coefficients, state, base, models, batch):
-        merged = lambda c: merge(transform(c), base, models, integers="base")
-        pull = (lambda c: 0.0) if regularizer is None else regularizer
-        value, gradient = jax.value_and_grad(lambda c: loss(merged(c), batch) + pull(c))(coefficients)
+    def step(coefficients, state, given, batch):
+        value, gradient = jax.value_and_grad(objective)(coefficients, given, batch)
         updates, state = optimizer.update(gradient, state, coefficients)
         return jax.tree.map(jnp.add, coefficients, updates), state, value
 
     coefficients, state, losses = start, optimizer.init(start), []
     for batch in batches:
-        coefficients, state, value = step(coefficients, state, base, models, batch)
+        coefficients, state, value = step(coefficients, state, given, batch)
         losses.append(value)
     if not losses:
-        raise ValueError("fit: no batches; pass at least one.")
+        raise ValueError(f"{what}: no batches; pass at least one.")
     return coefficients, jnp.stack(losses)
 
 
