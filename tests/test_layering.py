@@ -113,7 +113,8 @@ SURFACE = {
         permute pleas polar ram ramplus_tl random_mask rank_mask regmean rescale rotate_points route
         scale sce select_layers select_variance self_positioning sign_conflict slerp spherical
         sum_experts tall_masks task_arithmetic task_norms task_vectors ties trim trim_band truncate tsvm
-        twin_merging twin_serve twin_split update_selective varm weigh widen window_average wudi""",
+        twin_merging twin_serve twin_split unit_budget unit_gains update_selective varm weigh widen
+        window_average wudi""",
     "jaxmerge.checkpoint": "CheckpointPlan MergeError MergeReport Progress fsdp merge plan",
 }
 

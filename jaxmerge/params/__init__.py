@@ -26,6 +26,7 @@ twin_split, twin_serve, twin_merging             what is shared, and each task's
 init_router, fit_router, route -> Router         ... which task an input is of
 concatenate, compress, dense                     adapters that stay Factors; adapt adds one, fit_adapters weighs them
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+unit_budget, unit_gains                          ... how many of each layer, if the network may cost so much
 align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
 cosines, sign_conflict, task_norms               what there is to merge
@@ -59,6 +60,7 @@ from jaxmerge.params._align import (
     align_vocabularies as align_vocabularies,
 )
 from jaxmerge.params._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
+from jaxmerge.params._budget import unit_budget as unit_budget, unit_gains as unit_gains
 from jaxmerge.params._consensus import (
     elect_sign as elect_sign,
     max_agreeing as max_agreeing,
@@ -108,12 +110,7 @@ from jaxmerge.params._names import (
 from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params._partition import partition as partition
 from jaxmerge.params._pcb import pcb as pcb
-from jaxmerge.params._permute import (
-    match_weights as match_weights,
-    merge_units as merge_units,
-    permute as permute,
-    pleas as pleas,
-)
+from jaxmerge.params._permute import match_weights as match_weights, permute as permute
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._router import Router as Router, fit_router as fit_router, init_router as init_router, route as route
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
@@ -148,6 +145,7 @@ from jaxmerge.params._twin import (
     twin_serve as twin_serve,
     twin_split as twin_split,
 )
+from jaxmerge.params._units import merge_units as merge_units, pleas as pleas
 from jaxmerge.params._vocabulary import (
     combine as combine,
     matching_pursuit as matching_pursuit,
