@@ -148,8 +148,8 @@ def _search(worth: dict, costs: list, bins: int, levels: int) -> dict[str, int]:
         for q in sorted(near[p] - {*frontier}):
             if table.size * (levels + 1) > 10**7:
                 raise ValueError(
-                    f"unit_budget: {[*frontier, q]} are coupled, too many for {levels} levels and {bins} steps of costs; use fewer "
-                    "levels, or a lower resolution."
+                    f"unit_budget: {[*frontier, q]} are coupled, too many for {levels} levels and {bins} steps of costs; "
+                    "use fewer levels, or a lower resolution."
                 )
             shape = (*table.shape[:-1], levels + 1, bins + 1)
             table = np.broadcast_to(table[..., None, :], shape) + worth[q][:, None]

@@ -41,7 +41,7 @@ def test_costs_are_those_of_the_widened_network():
     kept = {"p": 3, "q": 1, "r": 6}
     share = {p: 1 - k / SIZES[p] for p, k in kept.items()}
     identity = {p: np.arange(SIZES[p]) for p in kept}
-    wide = jax.jit(lambda: params.merge_units(CHAIN, identity, model, model, share=share))()
+    wide = params.merge_units(CHAIN, identity, model, model, share=share)
     once = dict.fromkeys(CHAIN, 1)
     assert sum(np.count_nonzero(x) for x in wide.values()) == cost(CHAIN, kept, "nonzero", once)
     assert sum(x.size for x in wide.values()) == cost(CHAIN, kept, "stored", once)
