@@ -57,7 +57,7 @@ def masks(models: int) -> dict[str, np.ndarray]:
 MEAN, SYMMETRIC, LINEAR = dict(mean=True), dict(symmetric=True), dict(linear=True)
 SUMS, DROPS = dict(exact=False), dict(visible=())  # DROPS: a NaN may be among what is zeroed
 TWO, ONE = (2,), (1,)
-WHOLE = ("all-gather",)
+WHOLE = ("all-gather", "all-to-all", "collective-permute")  # rows that are ranked, matrices that are factored
 p = params
 
 ATOMS = {  # closed by a sum where they leave all models
@@ -198,13 +198,11 @@ POD = {  # an FSDP and tensor-sharded transformer on 512 chips; layers stacked, 
 
 
 def on_a_pod(merge, models, *data):
-    """merge(stacked, *data), compiled by the real compiler; data: {leaf name: shape} sharded as the leaf, or replicated."""
+    """The collectives of merge(stacked, *data) by the real compiler; data: {leaf name: (shape, axes)}."""
     mesh = tpu_mesh("v5p:8x8x8", (64, 8), ("fsdp", "tensor"))
     array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
     stacked = {name: array((models, *shape), (None, *spec)) for name, (shape, spec) in POD.items()}
-    spec_of = lambda name, shape: (*[None] * (len(shape) - len(POD[name][1])), *POD[name][1])
-    whole = lambda name, shape: len(shape) < len(POD[name][0]) or shape[-2] == shape[-1] != POD[name][0][-2]
-    given = [{n: array(s, () if whole(n, s) else spec_of(n, s)) for n, s in tree.items()} for tree in data]
+    given = [{name: array(*where) for name, where in tree.items()} for tree in data]
     return collectives(compile_for(merge, stacked, *given))
 
 
@@ -229,16 +227,14 @@ def test_on_a_pod(row):
 @pytest.mark.parametrize("name", ["mask", "fisher", "expert_merging", "regmean"])
 def test_on_a_pod_with_data(name):
     run = lambda tx, x: tx.merge(tx.match(x), x)
-    each = {n: shape for n, (shape, _) in POD.items()}
-    both = [each] * 2
     if name == "mask":
-        moved = on_a_pod(
-            lambda x, m: run(p.chain(p.mask(m), p.sum_experts()), x), 2, {n: (2, *shape) for n, shape in each.items()}
-        )
+        masks = {n: ((2, *shape), (None, *spec)) for n, (shape, spec) in POD.items()}
+        moved = on_a_pod(lambda x, m: run(p.chain(p.mask(m), p.sum_experts()), x), 2, masks)
     elif name == "fisher":
-        moved = on_a_pod(lambda x, *f: run(p.fisher(f), x), 2, *both)
+        moved = on_a_pod(lambda x, *f: run(p.fisher(f), x), 2, POD, POD)
     elif name == "expert_merging":
-        moved = on_a_pod(lambda x, c: run(p.expert_merging(c), x), 2, {n: (2, 4) for n in each})
+        moved = on_a_pod(lambda x, c: run(p.expert_merging(c), x), 2, {n: ((2, 4), ()) for n in POD})
     else:
-        moved = on_a_pod(lambda x, *g: run(p.regmean(g), x), 2, *[{"head": (1024, 1024)}] * 2)
+        grams = {"head": ((1024, 1024), ())}
+        moved = on_a_pod(lambda x, *g: run(p.regmean(g), x), 2, grams, grams)
     assert {c.name for c in moved} <= {"all-reduce", *ROWS[name].moves}
