@@ -106,10 +106,10 @@ SURFACE = {
         adapt add align_embeddings align_vocabularies allocate_chunks arcee_fusion breadcrumbs
         breadcrumbs_ties by_model by_name chain chunk_importance combine compress concatenate consensus
         cosines dare_linear dare_ties della della_linear dense distillation drift elect_largest
-        elect_sign emr entropy evo_merging evolve expert_coefficients expert_merging fisher
+        elect_sign emr entropy evo_merging evolve exclude expert_coefficients expert_merging fisher
         fisher_information fit fit_adapters fit_router gradient gram hidden_mse init_router interpolate
-        iso_c iso_cts karcher knots layer_of layer_swapping linear lock lock_suspicion magmax mask
-        match_weights matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock
+        iso_c iso_cts karcher keep_base knots layer_of layer_swapping linear lock lock_suspicion magmax
+        mask match_weights matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock
         multislerp nearest_points nearswap needs nonfinite nuslerp partition passthrough pcb per_leaf
         permute pleas polar ram ramplus_tl random_mask rank_mask regmean rescale rotate_points route
         scale sce select_layers select_variance self_positioning sign_conflict slerp spherical

@@ -108,7 +108,7 @@ from jaxmerge.params._names import (
     layer_of as layer_of,
 )
 from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
-from jaxmerge.params._partition import partition as partition
+from jaxmerge.params._partition import exclude as exclude, keep_base as keep_base, partition as partition
 from jaxmerge.params._pcb import pcb as pcb
 from jaxmerge.params._permute import match_weights as match_weights, permute as permute
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask

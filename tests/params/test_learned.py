@@ -85,7 +85,6 @@ def test_fit_without_batches(unchecked):
         (lambda: params.widen(axis=2), "axis must be 0 or 1"),
         (lambda: params.knots(params.ties(0.2)), 'use scope="tensor"'),
         (lambda: params.knots(params.MergeTransform(lambda s: s, lambda p, s: s)), "chain of this package's atoms"),
-        (lambda: params.partition({"a": params.linear(), "b": params.weigh(1.0)}, str), "must leave as many models"),
     ],
 )
 def test_wrong_arguments(unchecked, make, message):
