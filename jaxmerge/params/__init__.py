@@ -30,7 +30,7 @@ unit_budget, unit_gains                          ... how many of each layer, if 
 align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
 cosines, sign_conflict, task_norms               what there is to merge
-lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
+lock (lock_matrices), lock_suspicion: Attention  weights that compute the same and cannot be merged
 """
 
 from jaxmerge.params._adapters import (
@@ -92,7 +92,12 @@ from jaxmerge.params._learned import (
     fit as fit,
     self_positioning as self_positioning,
 )
-from jaxmerge.params._lock import Attention as Attention, lock as lock, lock_suspicion as lock_suspicion
+from jaxmerge.params._lock import (
+    Attention as Attention,
+    lock as lock,
+    lock_matrices as lock_matrices,
+    lock_suspicion as lock_suspicion,
+)
 from jaxmerge.params._masks import (
     Masked as Masked,
     consensus as consensus,
