@@ -1,6 +1,7 @@
 """Coefficients that are searched for: CMA-ES over whatever a merge takes, by whatever gives a model a score."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, PyTree
 from jaxmerge.params._consensus import sum_experts
 from jaxmerge.params._scale import weigh
 from jaxmerge.params._stack import merge
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, chain
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, chain
 from jaxmerge.params._trim import Scope, trim
 
 
@@ -65,7 +66,7 @@ def evolve(
       population: candidates in a generation; None is 4 + int(3 log n) for n coefficients.
       bounds: the lowest and the highest value, numbers or pytrees like `start`; candidates are drawn inside.
       jit: compile the merge once, with coefficients that are traced. False builds each candidate from concrete numbers, which
-        densities must be (`trim` counts entries on the host), and compiles its atoms each time.
+        densities must be (`trim` counts entries on the host), and compiles its atoms each time (those of `evo_merging` once).
       callback: called with what there is after each generation.
       resume: an earlier search to go on with; its course, not `start`, `seed`, `sigma`, `population` and `bounds`, is followed.
 
@@ -182,4 +183,16 @@ def evo_merging(density: Hyperparameter, weight: Hyperparameter, *, scope: Scope
 
     Source: Evo-Merging (arXiv:2509.12951): sparsity-based denoising and sign-aware scaling, searched for by `evolve`.
     """
+    own, shared = _evo_merging(density, weight, scope), _any_evo_merging(scope)
+    steps = zip(own.match.steps, shared.match.steps, strict=True)  # type: ignore[attr-defined]
+    return chain(own._replace(match=Match(tuple(f._replace(settings=s.settings) for s, f in steps))))
+
+
+def _evo_merging(density: Hyperparameter, weight: Hyperparameter, scope: Scope) -> MergeTransform:
     return chain(trim(density, scope=scope), weigh(weight), sum_experts())
+
+
+@functools.cache
+def _any_evo_merging(scope: Scope) -> MergeTransform:
+    """The functions of all candidates, who differ in their settings alone: they are compiled once."""
+    return _evo_merging(1.0, 1.0, scope)
