@@ -13,13 +13,14 @@ breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                      
 sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                           ... by what changed, and where
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base
-tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
+tsvm, r_tsvm, iso_c, iso_cts, knots                                                    singular vectors; polar is their tool
 fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
 layer_swapping (layer_of), window_average                                              layers of two models; one run
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
+tsv_compress                                     each task as Factors: TSV-C
 concatenate, dense                               adapters that stay Factors
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
@@ -80,6 +81,7 @@ from jaxmerge.params._permute import (
     permute as permute,
     pleas as pleas,
 )
+from jaxmerge.params._polar import polar as polar
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
@@ -87,9 +89,7 @@ from jaxmerge.params._spectral import (
     iso_c as iso_c,
     iso_cts as iso_cts,
     knots as knots,
-    polar as polar,
     truncate as truncate,
-    tsvm as tsvm,
 )
 from jaxmerge.params._sphere import karcher as karcher, multislerp as multislerp, nuslerp as nuslerp
 from jaxmerge.params._stack import (
@@ -102,6 +102,7 @@ from jaxmerge.params._stock import model_stock as model_stock
 from jaxmerge.params._swap import arcee_fusion as arcee_fusion, nearswap as nearswap, passthrough as passthrough
 from jaxmerge.params._transform import MergeTransform as MergeTransform, chain as chain, per_leaf as per_leaf
 from jaxmerge.params._trim import trim as trim, trim_band as trim_band
+from jaxmerge.params._tsv import r_tsvm as r_tsvm, tsv_compress as tsv_compress, tsvm as tsvm
 from jaxmerge.params._twin import (
     Factors as Factors,
     concatenate as concatenate,
