@@ -101,12 +101,12 @@ SURFACE = {
     "jaxmerge.virtual": "merged_positions rotary virtual_attention",
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
-    "jaxmerge.params": """Attention Factors Masked MergeTransform adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
+    "jaxmerge.params": """Attention Factors Masked MergeTransform Need adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
         chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense
         elect_largest elect_sign emr entropy expert_merging fisher fit gram interpolate iso_c iso_cts
         karcher knots layer_of layer_swapping linear lock lock_suspicion magmax mask match_weights
         matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock multislerp nearest_points
-        nearswap nonfinite nuslerp partition passthrough pcb per_leaf permute pleas polar ram ramplus_tl
+        nearswap needs nonfinite nuslerp partition passthrough pcb per_leaf permute pleas polar ram ramplus_tl
         random_mask rank_mask regmean rescale rotate_points scale sce select_variance self_positioning
         sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors ties
         trim trim_band truncate tsvm twin_merging twin_serve twin_split update_selective varm weigh widen

@@ -1,6 +1,6 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name)
+MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name); needs -> Need: what it looks at
 task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
 trim, trim_band, select_variance                 atoms that keep all K models: the largest, a band, what varies
 random_mask, rank_mask, mask, rescale            ... masks, and making up for them
@@ -100,7 +100,13 @@ from jaxmerge.params._stack import (
 )
 from jaxmerge.params._stock import model_stock as model_stock
 from jaxmerge.params._swap import arcee_fusion as arcee_fusion, nearswap as nearswap, passthrough as passthrough
-from jaxmerge.params._transform import MergeTransform as MergeTransform, chain as chain, per_leaf as per_leaf
+from jaxmerge.params._transform import (
+    MergeTransform as MergeTransform,
+    Need as Need,
+    chain as chain,
+    needs as needs,
+    per_leaf as per_leaf,
+)
 from jaxmerge.params._trim import trim as trim, trim_band as trim_band
 from jaxmerge.params._tsv import r_tsvm as r_tsvm, tsv_compress as tsv_compress, tsvm as tsvm
 from jaxmerge.params._twin import (

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, Survey, atom, float32, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, float32, over, resolve, total
 
 
 def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model", "tensor"] = "model") -> MergeTransform:
@@ -69,9 +69,9 @@ def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model",
     if tie == "+1":
         return atom(Step(settings, as_is, merge))
     if scope == "tensor":
-        return atom(Step(settings, majority, merge))
+        return atom(Step(settings, majority, merge, needs=(Need("order", "tensor"),)))
     survey = Survey(settle, 1, lambda settings: ((), None), read, lambda *state: ((), sum(state[2].values())), finish)
-    return atom(Step(settings, as_is, merge, survey=survey))
+    return atom(Step(settings, as_is, merge, survey=survey, needs=(Need("order", "model"),)))
 
 
 def _ups_and_downs(x: Array) -> tuple[q.Words, q.Words]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jaxmerge.params._layout import along, einsum, like
 from jaxmerge.params._scale import scale as scaled
 from jaxmerge.params._spectral import Select, per_matrix
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, float32, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
 
 
 def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
@@ -80,7 +80,8 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
         solved = _solve(jnp.sum(g, axis=0), einsum("kij,kjm->im", g, w), ridge)[None]
         return mean + like(solved if axis == 0 else jnp.swapaxes(solved, 1, 2), x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    needs = (Need("data", "tensor"), Need("spectral", "tensor"))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))
 
 
 def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Float[Array, "n m"]:
@@ -138,7 +139,7 @@ def fisher(
         f = (plan["fisher"] + floor) * over(plan["factor"], x)
         return total(f * x) / total(f)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=(Need("data", "entry"),)))
 
 
 def wudi(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import MergeTransform, Step, atom, over, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, over, total
 
 
 def ram(*, threshold: float = 1e-5) -> MergeTransform:
@@ -64,7 +64,8 @@ def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
         changed = ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
         return changed, total(changed.astype(x.dtype)) > 1
 
-    return atom(Step(lambda name, shape: {}, match, merge, models=1))
+    needs = (Need("sum", "tensor"),) if boost else ()
+    return atom(Step(lambda name, shape: {}, match, merge, models=1, needs=needs))
 
 
 def _number(mask: Array) -> Array:

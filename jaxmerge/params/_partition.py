@@ -49,7 +49,8 @@ def partition(transforms: Mapping[str, MergeTransform], label: Callable[[str], s
         ((key, s),) = plan.items()
         return run(chains[key], s, x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=next(iter(left.values()), None)))
+    inner = dict.fromkeys(need for steps in chains.values() for step in steps for need in step.needs)
+    return atom(Step(settings, lambda settings, x: settings, merge, models=next(iter(left.values()), None), needs=tuple(inner)))
 
 
 # --- a chain inside an atom ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from jaxtyping import UInt32
 from jaxmerge.params._layout import like
 from jaxmerge.params._quantile import coordinates, magnitude_bits
 from jaxmerge.params._rows import as_rows, rank_in_row
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, over, resolve
 from jaxmerge.params._trim import _density
 
 
@@ -52,7 +52,7 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         keep = (_bits(plan["key"], x) < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
         return jnp.where(keep, x, 0)
 
-    return atom(Step(settings, lambda settings, x: settings, merge))
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
@@ -112,7 +112,8 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
         kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1) if divide else x
         return jnp.where(d >= 1, x, jnp.where(keep, kept, 0))
 
-    return atom(Step(settings, lambda settings, x: settings, merge))
+    needs = (Need("order", "row"), Need("random", "entry"))
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs))
 
 
 def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:

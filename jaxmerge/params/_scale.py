@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Step, atom, float32, over, resolve
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, float32, over, resolve
 
 
 def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
@@ -99,7 +99,8 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     def merge(plan, x):
         return step.merge(plan["mask"], x) * over(plan["factor"], x)
 
-    return atom(Step(step.settings, match, merge, survey=step.survey))
+    needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
+    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
 
 
 def _entries(x: Array) -> tuple[int, ...]:

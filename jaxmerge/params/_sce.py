@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, over, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, over, total
 from jaxmerge.params._trim import _density
 
 
@@ -83,7 +83,7 @@ def select_variance(density: float) -> MergeTransform:
     def merge(plan, x):
         return jnp.where(_selected(plan, x), x, 0)
 
-    return atom(Step(_selection_settings(density), _select, merge))
+    return atom(Step(_selection_settings(density), _select, merge, needs=(Need("order", "tensor"),)))
 
 
 def _selection_settings(density: Hyperparameter):
@@ -136,4 +136,5 @@ def _energy(floor: float, *, erase: bool, density: float = 1.0) -> MergeTransfor
         mass = total(jnp.where(agrees, w, 0))
         return total(jnp.where(agrees | jnp.isnan(x), w * x, 0)) / jnp.where(mass == 0, 1, mass)
 
-    return atom(Step(_selection_settings(density), match, merge, models=1))
+    needs = (*((Need("order", "tensor"),) if density < 1 else ()), Need("sum", "tensor"))
+    return atom(Step(_selection_settings(density), match, merge, models=1, needs=needs))

@@ -20,7 +20,7 @@ from jaxmerge.params._partition import inner_steps, models_left, run, settings_o
 from jaxmerge.params._polar import factors, polar, svd
 from jaxmerge.params._scale import scale as scaled
 from jaxmerge.params._sketch import Method, leading
-from jaxmerge.params._transform import MergeTransform, Step, atom, chain, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, chain, total
 
 Select = Callable[[str], bool] | None
 
@@ -44,7 +44,7 @@ def per_matrix(
     def merge(plan, x):
         return like(work(before(x)), x) if "matrix" in plan else rest(x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models, needs=(Need("spectral", "tensor"),)))
 
 
 def truncate(
@@ -216,7 +216,8 @@ def knots(
         carry, v = shared_basis(x, floor, method)
         return like(einsum("mr,krn->kmn", carry, run(steps, plan["matrix"], v)), x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps)))
+    needs = (Need("spectral", "tensor"), *(need for step in steps for need in step.needs))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps), needs=needs))
 
 
 def shared_basis(

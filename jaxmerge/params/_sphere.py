@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, float32, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, float32, over, resolve, total
 
 Scope = Literal["tensor", "row", "column"]
 Coefficients = Callable[[dict, Array], Array]
@@ -42,7 +42,8 @@ def combination(
     def match(settings, x):
         return {"coefficient": coefficients(settings, products(x, scope))}
 
-    return atom(Step(settings, match, lambda plan, x: total(x * plan["coefficient"]), models=1))
+    merge = lambda plan, x: total(x * plan["coefficient"])
+    return atom(Step(settings, match, merge, models=1, needs=(Need("sum", scope),)))
 
 
 def nuslerp(weight: Hyperparameter = 1.0, *, scope: Scope = "tensor") -> MergeTransform:

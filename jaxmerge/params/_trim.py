@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from jaxmerge.params import _quantile as q
 from jaxmerge.params._rows import as_rows, columns, first_in_row, kth_in_row
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, Survey, atom, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, over, resolve
 
 Scope = Literal["model", "tensor", "row"]
 Counts = Callable[[np.ndarray, int], list[int]]
@@ -204,11 +204,12 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         s = settings(name, shape)
         return {"density": s["density"], "count": s["count"]}
 
+    needs = (Need("order", scope),)
     if scope == "tensor":
-        return atom(Step(leaf_settings, select, merge))
+        return atom(Step(leaf_settings, select, merge, needs=needs))
     if scope == "row":
-        return atom(Step(leaf_settings, select_rows, merge_rows))
-    return atom(Step(settings, share, merge, survey=_survey(counts, copies)))
+        return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
+    return atom(Step(settings, share, merge, survey=_survey(counts, copies), needs=needs))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from jaxmerge.params._spectral import Select, matmul, truncate
 from jaxmerge.params._transform import (
     Hyperparameter,
     MergeTransform,
+    Need,
     Stacked,
     Step,
     atom,
@@ -182,4 +183,5 @@ def twin_merging(
         shared = scale * total(x)
         return shared + total(compress.merge(plan["compress"], x - shared) * over(plan["weight"], x))
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    needs = (Need("spectral", "tensor"),)
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))
