@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import along, einsum, like
+from jaxmerge.params._layout import along, einsum, like, locally
 from jaxmerge.params._scale import scale as scaled
 from jaxmerge.params._spectral import Select, per_matrix
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
@@ -89,8 +89,8 @@ def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Floa
     eye = jnp.eye(a.shape[0])
     unit = jnp.trace(a) / a.shape[0]
     regular = a / jnp.where(unit > 0, unit, 1) + ridge * eye
-    factor = jax.scipy.linalg.cho_factor(regular + jnp.where(unit > 0, 0, 1) * eye)
-    inverse = jax.scipy.linalg.cho_solve(factor, eye)  # small and whole; b may be split
+    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), eye)
+    inverse = locally(invert, regular + jnp.where(unit > 0, 0, 1) * eye)  # b may be split; a is not
     b = b / jnp.where(unit > 0, unit, 1)
     x = einsum("ij,jm->im", inverse, b)
     return x + einsum("ij,jm->im", inverse, b - einsum("ij,jm->im", regular, x)) * (unit > 0)
@@ -176,7 +176,7 @@ def wudi(
         a, b = jnp.sum(g, axis=0), einsum("kmi,kij->mj", x, g)
         t = jnp.sum(x, axis=0)
         if optimizer is None:
-            values, vectors = jnp.linalg.eigh(a)
+            values, vectors = locally(jnp.linalg.eigh, a)
             there = values > cutoff * values[-1:]
             inverse = jnp.where(there, 1 / jnp.where(there, values, 1), 0)
             for _ in range(2):  # the second pass makes up for the rounding of the first

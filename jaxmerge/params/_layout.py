@@ -4,11 +4,13 @@ Under Explicit axes every move is visible here. Under Auto axes nothing is said,
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 
 def whole(x: Array, axes: tuple[int, ...]) -> Array:
@@ -61,6 +63,14 @@ def einsum(formula: str, *xs: Array) -> Array:
         taken |= set(axes)
     mesh = next(m for x in xs if not (m := jax.typeof(x).sharding.mesh).empty)
     return jnp.einsum(formula, *xs, precision=jax.lax.Precision.HIGHEST, out_sharding=NamedSharding(mesh, _spec(split)))
+
+
+def locally(f: Callable[..., Any], x: Array) -> Any:
+    """f(x) of an x that every device has, by each for itself: factorisations are not written for Explicit axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return f(x)
+    return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(x)
 
 
 def _split(x: Array) -> tuple[tuple[str, ...], ...]:

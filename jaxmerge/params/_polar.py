@@ -4,6 +4,7 @@ x = U S V has the polar factor W = U V, and x W^T = U S U^T is symmetric: its ei
 squared on the way, so that small singular values are as good as a direct factorisation leaves them.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxmerge.params._layout import along, einsum, like, whole
+from jaxmerge.params._layout import along, einsum, like, locally, whole
 
 EPS = float(np.finfo(np.float32).eps)
 Triplets = tuple[Float[Array, "K m r"], Float[Array, "K r"], Float[Array, "K r n"]]
@@ -83,14 +84,14 @@ def factors(x: Float[Array, "K m n"]) -> Triplets:
         return jnp.swapaxes(u, 1, 2), s, jnp.swapaxes(v, 1, 2)
     x = along(x, 2)
     w = jnp.swapaxes(newton_schulz(jnp.swapaxes(x, 1, 2)), 1, 2)
-    s, u = jnp.linalg.eigh(einsum("kmn,kpn->kmp", x, w))
+    s, u = locally(jnp.linalg.eigh, einsum("kmn,kpn->kmp", x, w))
     s, u = jnp.maximum(s[:, ::-1], 0), u[:, :, ::-1]
     return u, s, einsum("kmr,kmn->krn", u, w)
 
 
 def svd(x: Float[Array, "K m n"]) -> Triplets:
     """The singular value decomposition of matrices that are brought together for it."""
-    return jnp.linalg.svd(whole(x, (1, 2)), full_matrices=False)
+    return locally(functools.partial(jnp.linalg.svd, full_matrices=False), whole(x, (1, 2)))
 
 
 def present(s: Float[Array, "K r"], shape: tuple[int, ...]) -> Bool[Array, "K r"]:

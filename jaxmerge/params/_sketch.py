@@ -9,12 +9,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import einsum
+from jaxmerge.params._layout import einsum, locally
 from jaxmerge.params._polar import Triplets, factors, newton_schulz, present, svd
 from jaxmerge.params._random import threefry
 
 Method = Literal["randomized", "svd"]
-KEY = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
+KEY = (0x9E3779B9, 0x7F4A7C15)  # any
 
 
 def leading(what: str, method: Method, oversample: int, iterations: int) -> Callable[[Float[Array, "K m n"], int], Triplets]:
@@ -68,15 +68,18 @@ def independent(y: Float[Array, "K m l"]) -> Float[Array, "K m l"]:
     square = einsum("kmi,kmj->kij", y, y)
     size = jnp.trace(square, axis1=1, axis2=2)[:, None, None]
     eye = jnp.eye(y.shape[2])[None]
-    r = jnp.linalg.cholesky(square / jnp.where(size == 0, 1, size) + 1e-6 * eye)
-    inverse = jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(eye, r.shape), lower=True)
-    return einsum("kmi,kji->kmj", y, inverse)
+
+    def inverse_root(square):
+        r = jnp.linalg.cholesky(square)
+        return jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(eye, r.shape), lower=True)
+
+    return einsum("kmi,kji->kmj", y, locally(inverse_root, square / jnp.where(size == 0, 1, size) + 1e-6 * eye))
 
 
 def gaussian(rows: int, columns: int) -> Float[Array, "rows columns"]:
     """Independent normal numbers, a function of their indices alone: the same on any sharding."""
     row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
     column = jnp.arange(columns, dtype=jnp.uint32)[None]
-    bits = threefry(KEY, (row + 0 * column, column + 0 * row))
+    bits = threefry((jnp.uint32(KEY[0]), jnp.uint32(KEY[1])), (row + 0 * column, column + 0 * row))
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return np.float32(2**0.5) * jax.lax.erf_inv(2 * uniform - 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import einsum, like
+from jaxmerge.params._layout import along, einsum, like
 from jaxmerge.params._partition import inner_steps, models_left, run, settings_of
 from jaxmerge.params._polar import factors, polar, svd
 from jaxmerge.params._scale import scale as scaled
@@ -157,21 +157,16 @@ def iso_cts(
     isometry = functools.partial(polar, method="svd" if method == "svd" else "newton_schulz")
 
     def work(x):
-        models, m, n = x.shape
-        rank = min(m, n)
+        models, rank = x.shape[0], min(x.shape[1:])
         own = min(round((rank - int(rank * common)) / models), rank // models)
         u0, s0, v0 = triplets(total(x), rank - own * models)
         outside = x - einsum("mr,krn->kmn", u0[0], einsum("mr,kmn->krn", u0[0], x))
         u, s, v = triplets(outside, own)
-        u = isometry(jnp.concatenate([side_by_side(u), u0[0]], axis=1))
-        v = isometry(jnp.concatenate([v.reshape(-1, n), v0[0]]))
+        u = isometry(jnp.concatenate([*u, *u0], axis=1))
+        v = isometry(jnp.concatenate([*v, *v0]))
         return einsum("mr,rn->mn", u, v)[None] * jnp.mean(jnp.concatenate([s.reshape(-1), s0[0]]))
 
     return chain(per_matrix(work, select), scaled(scale))
-
-
-def side_by_side(u: Float[Array, "K m r"]) -> Float[Array, "m K*r"]:
-    return jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1)
 
 
 def knots(
@@ -225,7 +220,8 @@ def shared_basis(
 ) -> tuple[Float[Array, "m r"], Float[Array, "K r n"]]:
     """U S and the V_k, so that U S V_k is the k-th matrix."""
     models, m, n = x.shape
-    tall = jnp.transpose(x, (2, 0, 1)).reshape(1, n * models, m)
+    x = along(x, 2 if n * models >= m else 1)
+    tall = jnp.transpose(x, (2, 0, 1)).reshape(n * models, m)[None]
     (v,), (s,), (u,) = svd(tall) if method == "svd" else factors(tall)
     there = s > floor
     v = jnp.where(there[None], v, 0).reshape(n, models, -1)

@@ -11,7 +11,7 @@ from jaxmerge.params._layout import einsum
 from jaxmerge.params._polar import polar
 from jaxmerge.params._scale import scale as scaled, weigh
 from jaxmerge.params._sketch import Method, leading
-from jaxmerge.params._spectral import Select, per_matrix, side_by_side
+from jaxmerge.params._spectral import Select, per_matrix
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Stacked, chain
 from jaxmerge.params._twin import Factors
 
@@ -164,12 +164,12 @@ def _orthogonal_sum(what: str, density: float | None, method: Method, oversample
 
     def merged(x: Float[Array, "K m n"], share: Float[Array, "K"] | float = 1.0) -> Float[Array, "1 m n"]:
         """`share` of each task's rank is used, at least one vector."""
-        models, _, n = x.shape
+        models = x.shape[0]
         rank = _rank(density, x)
         u, s, v = triplets(x, rank)
         used = jnp.arange(rank)[None] < jnp.maximum(1, jnp.floor(rank * jnp.broadcast_to(share, (models,))))[:, None]
         u, s, v = jnp.where(used[:, None], u, 0), jnp.where(used, s, 0), jnp.where(used[:, :, None], v, 0)
-        u, v = isometry(side_by_side(u)), isometry(v.reshape(models * rank, n))
+        u, v = isometry(jnp.concatenate([*u], axis=1)), isometry(jnp.concatenate([*v]))
         return einsum("mr,rn->mn", u * s.reshape(1, -1), v)[None]
 
     return merged
