@@ -96,4 +96,4 @@ def svd(x: Float[Array, "K m n"]) -> Triplets:
 
 def present(s: Float[Array, "K r"], shape: tuple[int, ...]) -> Bool[Array, "K r"]:
     """Which singular values are more than rounding: directions without one have no sign to keep."""
-    return s > 4 * EPS * max(shape[-2:]) * s[..., :1]
+    return ~(s <= 4 * EPS * max(shape[-2:]) * s[..., :1])  # NaN is

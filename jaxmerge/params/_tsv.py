@@ -167,7 +167,8 @@ def _orthogonal_sum(what: str, density: float | None, method: Method, oversample
         models = x.shape[0]
         rank = _rank(density, x)
         u, s, v = triplets(x, rank)
-        used = jnp.arange(rank)[None] < jnp.maximum(1, jnp.floor(rank * jnp.broadcast_to(share, (models,))))[:, None]
+        most = jnp.maximum(1, jnp.floor(rank * jnp.broadcast_to(share, (models,))))[:, None]
+        used = ~(jnp.arange(rank)[None] >= most)
         u, s, v = jnp.where(used[:, None], u, 0), jnp.where(used, s, 0), jnp.where(used[:, :, None], v, 0)
         u, v = isometry(jnp.concatenate([*u], axis=1)), isometry(jnp.concatenate([*v]))
         return einsum("mr,rn->mn", u * s.reshape(1, -1), v)[None]
