@@ -32,6 +32,12 @@ def like(y: Array, x: Array) -> Array:
     return _laid(y, split if y.shape == x.shape else ((), *split[1:])) if any(split) else y
 
 
+def longer(x: Array) -> int:
+    """The longer of the last two axes of x, -2 or -1; of equal ones the one that is split, if one is."""
+    m, n = x.shape[-2:]
+    return -2 if m > n or (m == n and (_split(x)[-2] or not _split(x)[-1])) else -1
+
+
 def along(x: Array, axis: int) -> Array:
     """x (*batch, m, n), `axis` of whose last two is split over all devices that hold either, the other whole: an all-to-all.
 

@@ -5,6 +5,7 @@ squared on the way, so that small singular values are as good as a direct factor
 """
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxmerge.params._layout import along, einsum, like, locally, whole
+from jaxmerge.params._layout import along, einsum, like, locally, longer, whole
 
 EPS = float(np.finfo(np.float32).eps)
 Triplets = tuple[Float[Array, "K m r"], Float[Array, "K r"], Float[Array, "K r n"]]
@@ -26,7 +27,7 @@ def polar(
 
     Args:
       x: matrices.
-      method: "newton_schulz" iterates x (3 - x^T x) / 2, scaled, 28 times: products of matrices, which stay split. What
+      method: "newton_schulz" iterates x (3 - x^T x) / 2, scaled, some 24 times: products of matrices, which stay split. What
         travels is the sum x^T x, of the smaller side squared, once each time; a matrix that is split both ways is laid out
         along its longer side first (an all-to-all). The error is that of float32, about 1e-7 times the ratio of the largest
         singular value to the smallest, for ratios up to 1e5; values under 1e-6 of the largest come out below 1. "svd" is exact,
@@ -47,18 +48,23 @@ def polar(
     """
     if method not in ("svd", "newton_schulz"):
         raise ValueError(f'polar: method must be "newton_schulz" or "svd", got {method!r}.')
+    return isometry(x, method, 1e5)
+
+
+def isometry(x: Float[Array, "*batch m n"], method: str, reach: float) -> Float[Array, "*batch m n"]:
+    """`polar`, for ratios of singular values up to `reach`; Newton-Schulz leaves what is far beneath it small."""
     batch = x.reshape(-1, *x.shape[-2:]) if x.ndim != 3 else x
     if method == "svd":
         u, s, v = svd(batch)
         return like(einsum("kmr,krn->kmn", u * present(s, x.shape)[:, None], v).reshape(x.shape), x)
-    wide = x.shape[-2] < x.shape[-1]
+    wide = longer(x) == -1
     y = jnp.swapaxes(batch, 1, 2) if wide else batch
-    y = newton_schulz(along(y, 1))
+    y = newton_schulz(along(y, 1), reach)
     return like((jnp.swapaxes(y, 1, 2) if wide else y).reshape(x.shape), x)
 
 
-def newton_schulz(y: Float[Array, "K m n"]) -> Float[Array, "K m n"]:
-    """The polar factor of tall matrices; m may be split."""
+def newton_schulz(y: Float[Array, "K m n"], reach: float = 1e5) -> Float[Array, "K m n"]:
+    """The polar factor of tall matrices; m may be split. Values under 1 / reach of the largest may come out below 1."""
     size = jnp.sqrt(jnp.sum(y * y, axis=(1, 2), keepdims=True))
     y = y / jnp.where(size == 0, 1, size)
 
@@ -70,7 +76,8 @@ def newton_schulz(y: Float[Array, "K m n"]) -> Float[Array, "K m n"]:
         return improve
 
     # at a^2 = 2 small values more than double and large ones stay within [0.7, 1]; a^2 = 3 would be faster, but sends 1 to 0
-    y = jax.lax.fori_loop(0, 22, step(np.float32(2**0.5)), y)
+    lifts = math.ceil(math.log(reach * y.shape[2] ** 0.5) / math.log(1.5 * 2**0.5))
+    y = jax.lax.fori_loop(0, lifts, step(np.float32(2**0.5)), y)
     return jax.lax.fori_loop(0, 6, step(np.float32(1)), y)
 
 
@@ -79,14 +86,13 @@ def factors(x: Float[Array, "K m n"]) -> Triplets:
 
     A matrix that is split both ways is laid out along the larger first (an all-to-all).
     """
-    if x.shape[1] > x.shape[2]:
-        v, s, u = factors(jnp.swapaxes(x, 1, 2))
-        return jnp.swapaxes(u, 1, 2), s, jnp.swapaxes(v, 1, 2)
-    x = along(x, 2)
+    tall = longer(x) == -2
+    x = along(jnp.swapaxes(x, 1, 2) if tall else x, 2)
     w = jnp.swapaxes(newton_schulz(jnp.swapaxes(x, 1, 2)), 1, 2)
     s, u = locally(jnp.linalg.eigh, einsum("kmn,kpn->kmp", x, w))
     s, u = jnp.maximum(s[:, ::-1], 0), u[:, :, ::-1]
-    return u, s, einsum("kmr,kmn->krn", u, w)
+    v = einsum("kmr,kmn->krn", u, w)
+    return (jnp.swapaxes(v, 1, 2), s, jnp.swapaxes(u, 1, 2)) if tall else (u, s, v)
 
 
 def svd(x: Float[Array, "K m n"]) -> Triplets:
@@ -95,5 +101,5 @@ def svd(x: Float[Array, "K m n"]) -> Triplets:
 
 
 def present(s: Float[Array, "K r"], shape: tuple[int, ...]) -> Bool[Array, "K r"]:
-    """Which singular values are more than rounding: directions without one have no sign to keep."""
-    return ~(s <= 4 * EPS * max(shape[-2:]) * s[..., :1])  # NaN is
+    """Which singular values are more than rounding: directions without one have no sign to keep. NaN is."""
+    return ~(s <= 4 * EPS * max(shape[-2:]) ** 0.5 * s[..., :1])

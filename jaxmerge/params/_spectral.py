@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jaxmerge.params._layout import along, einsum, like
 from jaxmerge.params._partition import inner_steps, models_left, run, settings_of
-from jaxmerge.params._polar import factors, polar, svd
+from jaxmerge.params._polar import factors, isometry, polar, svd
 from jaxmerge.params._scale import scale as scaled
 from jaxmerge.params._sketch import Method, leading
 from jaxmerge.params._transform import MergeTransform, Need, Step, atom, chain, total
@@ -154,7 +154,7 @@ def iso_cts(
         raise ValueError(f"iso_cts: common must be between 0 and 1, a share of the rank; got {common}.")
 
     triplets = leading("iso_cts", method, oversample, iterations)
-    isometry = functools.partial(polar, method="svd" if method == "svd" else "newton_schulz")
+    orthogonal = functools.partial(isometry, method=method, reach=1e3)  # bases that agree to 1e-3 count once
 
     def work(x):
         models, rank = x.shape[0], min(x.shape[1:])
@@ -162,8 +162,8 @@ def iso_cts(
         u0, s0, v0 = triplets(total(x), rank - own * models)
         outside = x - einsum("mr,krn->kmn", u0[0], einsum("mr,kmn->krn", u0[0], x))
         u, s, v = triplets(outside, own)
-        u = isometry(jnp.concatenate([*u, *u0], axis=1))
-        v = isometry(jnp.concatenate([*v, *v0]))
+        u = orthogonal(jnp.concatenate([*u, *u0], axis=1))
+        v = orthogonal(jnp.concatenate([*v, *v0]))
         return einsum("mr,rn->mn", u, v)[None] * jnp.mean(jnp.concatenate([s.reshape(-1), s0[0]]))
 
     return chain(per_matrix(work, select), scaled(scale))

@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from jaxmerge.params._layout import einsum
-from jaxmerge.params._polar import polar
+from jaxmerge.params._polar import isometry
 from jaxmerge.params._scale import scale as scaled, weigh
 from jaxmerge.params._sketch import Method, leading
 from jaxmerge.params._spectral import Select, per_matrix
@@ -160,7 +160,7 @@ def _rank(density: float | None, x: Float[Array, "K m n"]) -> int:
 
 def _orthogonal_sum(what: str, density: float | None, method: Method, oversample: int, iterations: int):
     triplets = leading(what, method, oversample, iterations)
-    isometry = functools.partial(polar, method="svd" if method == "svd" else "newton_schulz")
+    orthogonal = functools.partial(isometry, method=method, reach=1e3)  # bases that agree to 1e-3 count once
 
     def merged(x: Float[Array, "K m n"], share: Float[Array, "K"] | float = 1.0) -> Float[Array, "1 m n"]:
         """`share` of each task's rank is used, at least one vector."""
@@ -170,7 +170,7 @@ def _orthogonal_sum(what: str, density: float | None, method: Method, oversample
         most = jnp.maximum(1, jnp.floor(rank * jnp.broadcast_to(share, (models,))))[:, None]
         used = ~(jnp.arange(rank)[None] >= most)
         u, s, v = jnp.where(used[:, None], u, 0), jnp.where(used, s, 0), jnp.where(used[:, :, None], v, 0)
-        u, v = isometry(jnp.concatenate([*u], axis=1)), isometry(jnp.concatenate([*v]))
+        u, v = orthogonal(jnp.concatenate([*u], axis=1)), orthogonal(jnp.concatenate([*v]))
         return einsum("mr,rn->mn", u * s.reshape(1, -1), v)[None]
 
     return merged
