@@ -9,9 +9,10 @@ from jaxtyping import UInt32
 
 from jaxmerge.params._layout import like
 from jaxmerge.params._quantile import coordinates, magnitude_bits
-from jaxmerge.params._rows import as_rows, rank_in_row
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, over, resolve
+from jaxmerge.params._rows import as_rows, outranks, rank_in_row
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
 from jaxmerge.params._trim import _density
+from jaxmerge.params._words import high_product
 
 
 def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
@@ -49,8 +50,11 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         }
 
     def merge(plan, x):
-        keep = (_bits(plan["key"], x) < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
-        return jnp.where(keep, x, 0)
+        def one(x, key, below, density):
+            keep = (_words(key, x)[0] < over(below, x)) | over(density >= 1, x)
+            return jnp.where(keep, x, 0)
+
+        return each(one, x, plan["key"], plan["below"], plan["density"])
 
     return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
 
@@ -59,8 +63,9 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
-    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. Ranks are
-    found by sorting: a leaf that is split along its last axis is laid out anew for it.
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. An entry that
+    the first random word leaves open is compared with another entry of its row, which the second word draws: it ranks higher
+    with just that probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
 
     Args:
       density: the share to keep; 1 keeps everything, 0 nothing.
@@ -105,12 +110,23 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             "step": np.floor(step * 2.0**32).astype(np.uint32),
         }
 
+    def drawn(x, key, density, low, step):
+        """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
+        first, second = _words(key, x)
+        low, step = over(low, x), over(step, x)
+        last = np.uint32(x.shape[-1] - 1 if x.ndim > 1 else 0)
+        lower = like(outranks(as_rows(x), as_rows(high_product(second, last))).reshape(x.shape), x) if last else False
+        keep = (first < low) | ((first - low < step * last) & lower)
+        return jnp.where(over(density >= 1, x) | (keep & over(density > 0, x)), x, 0)
+
+    def divided(x, key, density, low, step):
+        below = _chances({"low": low, "step": step}, x)
+        keep = (_words(key, x)[0] < below) & over(density > 0, x)
+        kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+        return jnp.where(over(density >= 1, x), x, jnp.where(keep, kept, 0))
+
     def merge(plan, x):
-        below = _chances(plan, x)
-        d = over(plan["density"], x)
-        keep = (_bits(plan["key"], x) < below) & (d > 0)
-        kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1) if divide else x
-        return jnp.where(d >= 1, x, jnp.where(keep, kept, 0))
+        return each(divided if divide else drawn, x, *(plan[name] for name in ("key", "density", "low", "step")))
 
     needs = (Need("order", "row"), Need("random", "entry"))
     return atom(Step(settings, lambda settings, x: settings, merge, needs=needs))
@@ -127,15 +143,14 @@ def _keys(seed: int, name: str, models: int) -> np.ndarray:
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
-def _bits(key: Array, x: Array) -> UInt32[Array, "..."]:
-    """Random bits for every entry of x (K, *shape)."""
+def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two random words for every entry of x (K, *shape)."""
     _, _, row, column = coordinates(x.shape[1:])
-    key = jnp.asarray(key)
     return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
 
 
-def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> UInt32[Array, "..."]:
-    """The first word of Threefry-2x32 with 20 rounds: random bits for a 64-bit counter under a 64-bit key."""
+def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds: two words of random bits for a 64-bit counter under a 64-bit key."""
     ks = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = counter[0] + ks[0], counter[1] + ks[1]
     for group in range(5):
@@ -144,4 +159,4 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> UInt32[A
             b = ((b << r) | (b >> (32 - r))) ^ a
         a = a + ks[(group + 1) % 3]
         b = b + ks[(group + 2) % 3] + jnp.uint32(group + 1)
-    return a
+    return a, b

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, float32, over, resolve
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, over, resolve
 
 
 def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
@@ -37,7 +37,7 @@ def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
             w = w / w.sum()
         return {"weight": float32(w)}
 
-    return atom(Step(settings, _as_is, lambda plan, x: x * over(plan["weight"], x)))
+    return atom(Step(settings, _as_is, _times("weight")))
 
 
 def scale(factor: Hyperparameter) -> MergeTransform:
@@ -56,7 +56,7 @@ def scale(factor: Hyperparameter) -> MergeTransform:
     def settings(name, shape):
         return {"factor": float32(resolve(factor, name, shape[0], "scale: factor"))}
 
-    return atom(Step(settings, _as_is, lambda plan, x: x * over(plan["factor"], x)))
+    return atom(Step(settings, _as_is, _times("factor")))
 
 
 def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:
@@ -97,7 +97,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
         return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
 
     def merge(plan, x):
-        return step.merge(plan["mask"], x) * over(plan["factor"], x)
+        return _times("factor")(plan, step.merge(plan["mask"], x))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
     return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
@@ -112,6 +112,15 @@ NORMS = {
     "l2": lambda x: jnp.sqrt(jnp.sum(x * x, axis=_entries(x))),
     "linf": lambda x: jnp.max(jnp.abs(x), axis=_entries(x), initial=0),
 }
+
+
+def _times(name: str):
+    def merge(plan, x):
+        if plan[name].shape[0] != x.shape[0]:  # one factor for all
+            return x * over(plan[name], x)
+        return each(lambda x, v: x * over(v, x), x, plan[name])
+
+    return merge
 
 
 def _as_is(settings, x):

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, float32, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
 
 Scope = Literal["tensor", "row", "column"]
 Coefficients = Callable[[dict, Array], Array]
@@ -24,7 +24,9 @@ def axes_of(x: Array, scope: Scope) -> tuple[int, ...]:
 
 def products(x: Float[Array, "K ..."], scope: Scope = "tensor") -> Float[Array, "K K ..."]:
     """The scalar products of every two models, one matrix per tensor, row or column."""
-    return jnp.sum(x[:, None] * x[None], axis=tuple(a + 1 for a in axes_of(x, scope)), keepdims=True)
+    models, axes = range(x.shape[0]), axes_of(x, scope)
+    upper = {(j, k): jnp.sum(x[j] * x[k], axis=tuple(a - 1 for a in axes), keepdims=True) for j in models for k in models if j <= k}
+    return jnp.stack([jnp.stack([upper[min(j, k), max(j, k)] for k in models]) for j in models])
 
 
 def norms(g: Array) -> Array:
@@ -42,7 +44,7 @@ def combination(
     def match(settings, x):
         return {"coefficient": coefficients(settings, products(x, scope))}
 
-    merge = lambda plan, x: total(x * plan["coefficient"])
+    merge = lambda plan, x: total(each(jnp.multiply, x, plan["coefficient"]))
     return atom(Step(settings, match, merge, models=1, needs=(Need("sum", scope),)))
 
 
