@@ -7,9 +7,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import UInt32
 
+from jaxmerge.params._devices import kept
 from jaxmerge.params._layout import like
 from jaxmerge.params._quantile import coordinates, magnitude_bits
-from jaxmerge.params._rows import as_rows, outranks, rank_in_row
+from jaxmerge.params._rows import as_rows, columns, outranks, rank_in_row
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
 from jaxmerge.params._trim import _density
 from jaxmerge.params._words import high_product
@@ -52,7 +53,7 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
     def merge(plan, x):
         def one(x, key, below, density):
             keep = (_words(key, x)[0] < over(below, x)) | over(density >= 1, x)
-            return jnp.where(keep, x, 0)
+            return jnp.where(kept(keep), x, 0)
 
         return each(one, x, plan["key"], plan["below"], plan["density"])
 
@@ -113,17 +114,22 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     def drawn(x, key, density, low, step):
         """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
         first, second = _words(key, x)
-        low, step = over(low, x), over(step, x)
-        last = np.uint32(x.shape[-1] - 1 if x.ndim > 1 else 0)
-        lower = like(outranks(as_rows(x), as_rows(high_product(second, last))).reshape(x.shape), x) if last else False
-        keep = (first < low) | ((first - low < step * last) & lower)
-        return jnp.where(over(density >= 1, x) | (keep & over(density > 0, x)), x, 0)
+        rows = as_rows(x)
+        n, low = rows.shape[-1], over(low, x)
+        if n == 1:
+            keep = first < low
+        else:
+            rival = as_rows(high_product(second, np.uint32(n - 1)))
+            rival = rival + (rival >= columns(rival))
+            open_ = as_rows((first >= low) & (first - low < over(step, x) * np.uint32(n - 1)))
+            keep = like(outranks(rows, jnp.where(open_, rival, jnp.where(as_rows(first < low), n, n + 1))).reshape(x.shape), x)
+        return jnp.where(kept(over(density >= 1, x) | (keep & over(density > 0, x))), x, 0)
 
     def divided(x, key, density, low, step):
         below = _chances({"low": low, "step": step}, x)
         keep = (_words(key, x)[0] < below) & over(density > 0, x)
-        kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
-        return jnp.where(over(density >= 1, x), x, jnp.where(keep, kept, 0))
+        rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+        return jnp.where(over(density >= 1, x), x, jnp.where(keep, rescaled, 0))
 
     def merge(plan, x):
         return each(divided if divide else drawn, x, *(plan[name] for name in ("key", "density", "low", "step")))

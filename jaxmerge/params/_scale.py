@@ -103,14 +103,15 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
 
 
-def _entries(x: Array) -> tuple[int, ...]:
-    return tuple(range(1, x.ndim))
+def _of_each(norm):
+    """The norms (K,) of the models; on their own, for they are slices of what came before."""
+    return lambda x: each(lambda x: norm(x[0])[None], x)
 
 
 NORMS = {
-    "l1": lambda x: jnp.sum(jnp.abs(x), axis=_entries(x)),
-    "l2": lambda x: jnp.sqrt(jnp.sum(x * x, axis=_entries(x))),
-    "linf": lambda x: jnp.max(jnp.abs(x), axis=_entries(x), initial=0),
+    "l1": _of_each(lambda x: jnp.sum(jnp.abs(x))),
+    "l2": _of_each(lambda x: jnp.sqrt(jnp.sum(x * x))),
+    "linf": _of_each(lambda x: jnp.max(jnp.abs(x), initial=0)),
 }
 
 
