@@ -7,7 +7,19 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, each, float32, over, resolve, total
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    MergeTransform,
+    Need,
+    Step,
+    Survey,
+    atom,
+    each,
+    float32,
+    over,
+    resolve,
+    total,
+)
 
 
 def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model", "tensor"] = "model") -> MergeTransform:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax
-from jax import Array, lax
+from jax import lax
 
 
 def alone() -> bool:
@@ -16,8 +16,3 @@ def fastest(alone_: Callable, anywhere: Callable) -> Callable:
     if not alone():
         return anywhere
     return lambda *args: lax.platform_dependent(*args, cpu=alone_, default=anywhere)
-
-
-def kept(mask: Array) -> Array:
-    """On one CPU device: a mask that is written to memory, not drawn anew for everyone who looks at it."""
-    return fastest(lax.optimization_barrier, lambda mask: mask)(mask)

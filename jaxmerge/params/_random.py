@@ -4,10 +4,9 @@ import hashlib
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import UInt32
+from jax import Array, lax
+from jaxtyping import Bool, UInt32
 
-from jaxmerge.params._devices import kept
 from jaxmerge.params._layout import like
 from jaxmerge.params._quantile import coordinates, magnitude_bits
 from jaxmerge.params._rows import as_rows, columns, outranks, rank_in_row
@@ -51,11 +50,8 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         }
 
     def merge(plan, x):
-        def one(x, key, below, density):
-            keep = (_words(key, x)[0] < over(below, x)) | over(density >= 1, x)
-            return jnp.where(kept(keep), x, 0)
-
-        return each(one, x, plan["key"], plan["below"], plan["density"])
+        keep = (_words(plan["key"], x)[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
+        return _masked(keep, x)
 
     return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
 
@@ -111,31 +107,28 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             "step": np.floor(step * 2.0**32).astype(np.uint32),
         }
 
-    def drawn(x, key, density, low, step):
+    def drawn(plan, x):
         """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
-        first, second = _words(key, x)
-        rows = as_rows(x)
-        n, low = rows.shape[-1], over(low, x)
+        first, second = _words(plan["key"], x)
+        rows, low, d = as_rows(x), over(plan["low"], x), over(plan["density"], x)
+        n = rows.shape[-1]
         if n == 1:
-            keep = first < low
-        else:
-            rival = as_rows(high_product(second, np.uint32(n - 1)))
-            rival = rival + (rival >= columns(rival))
-            open_ = as_rows((first >= low) & (first - low < over(step, x) * np.uint32(n - 1)))
-            keep = like(outranks(rows, jnp.where(open_, rival, jnp.where(as_rows(first < low), n, n + 1))).reshape(x.shape), x)
-        return jnp.where(kept(over(density >= 1, x) | (keep & over(density > 0, x))), x, 0)
+            return _masked((first < low) & (d > 0) | (d >= 1), x)
+        rival = as_rows(high_product(second, np.uint32(n - 1)))
+        rival = rival + (rival >= columns(rival))
+        sure = (first < low) & (d > 0) | (d >= 1)
+        open_ = (first - low < over(plan["step"], x) * np.uint32(n - 1)) & (first >= low) & (d > 0)
+        rival = jnp.where(as_rows(sure), np.uint32(n), jnp.where(as_rows(open_), rival, np.uint32(n + 1)))
+        return _masked(like(outranks(rows, rival).reshape(x.shape), x), x)
 
-    def divided(x, key, density, low, step):
-        below = _chances({"low": low, "step": step}, x)
-        keep = (_words(key, x)[0] < below) & over(density > 0, x)
+    def divided(plan, x):
+        below, d = _chances(plan, x), over(plan["density"], x)
+        keep = (_words(plan["key"], x)[0] < below) & (d > 0)
         rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
-        return jnp.where(over(density >= 1, x), x, jnp.where(keep, rescaled, 0))
-
-    def merge(plan, x):
-        return each(divided if divide else drawn, x, *(plan[name] for name in ("key", "density", "low", "step")))
+        return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
 
     needs = (Need("order", "row"), Need("random", "entry"))
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs))
+    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs))
 
 
 def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
@@ -149,9 +142,15 @@ def _keys(seed: int, name: str, models: int) -> np.ndarray:
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
+def _masked(keep: Bool[Array, "K ..."], x: Array) -> Array:
+    """x where it is kept, else 0. The mask is written down once, not drawn anew for all who look at what is left."""
+    return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.optimization_barrier(keep))
+
+
 def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """Two random words for every entry of x (K, *shape)."""
     _, _, row, column = coordinates(x.shape[1:])
+    key = jnp.asarray(key)
     return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
 
 

@@ -1,11 +1,13 @@
 """Weigh, scale and rescale: coefficients."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxmerge.params._sums import sums
 from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, over, resolve
 
 
@@ -92,7 +94,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        was, left = NORMS[norm](x), NORMS[norm](step.merge(plan, x))
+        was, left = NORMS[norm](jnp.concatenate([x, step.merge(plan, x)])).reshape(2, -1)
         usable = (was >= 1e-7) & (left >= 1e-7)
         return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
 
@@ -103,15 +105,18 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
 
 
-def _of_each(norm):
-    """The norms (K,) of the models; on their own, for they are slices of what came before."""
-    return lambda x: each(lambda x: norm(x[0])[None], x)
+def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    def norm(x):
+        axes = tuple(range(1, x.ndim))
+        return jnp.stack(sums([f(x[k : k + 1]) for k in range(x.shape[0])], axes)).reshape(-1)
+
+    return norm
 
 
 NORMS = {
-    "l1": _of_each(lambda x: jnp.sum(jnp.abs(x))),
-    "l2": _of_each(lambda x: jnp.sqrt(jnp.sum(x * x))),
-    "linf": _of_each(lambda x: jnp.max(jnp.abs(x), initial=0)),
+    "l1": _sums_of(jnp.abs),
+    "l2": lambda x: jnp.sqrt(_sums_of(jnp.square)(x)),
+    "linf": lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0),
 }
 
 

@@ -4,9 +4,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxmerge.params import _quantile as q
+from jaxmerge.params._sums import sums
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, total
 from jaxmerge.params._trim import _density
 
@@ -115,7 +116,8 @@ def _select(settings: dict, x: Array) -> dict:
 def _selected(plan: dict, x: Array) -> Array:
     bits = q.magnitude_bits(_variance(x))
     t = over(plan["threshold"], bits)
-    return (bits > t) | ((bits == t) & q.before(plan["cut"], bits)) | over(plan["all"], bits)
+    chosen = (bits > t) | ((bits == t) & q.before(plan["cut"], bits)) | over(plan["all"], bits)
+    return lax.optimization_barrier(chosen)  # written down once for all the models
 
 
 def _energy(floor: float, *, erase: bool, density: float = 1.0) -> MergeTransform:
@@ -124,7 +126,8 @@ def _energy(floor: float, *, erase: bool, density: float = 1.0) -> MergeTransfor
     def match(settings, x):
         selected = _selected(_select(settings, x), x) if density < 1 else True
         masked = each(lambda x: jnp.where(selected, x, 0), x)
-        square = jnp.mean(masked * masked, axis=tuple(range(1, x.ndim)))
+        squares = [jnp.square(masked[k : k + 1]) for k in range(x.shape[0])]
+        square = jnp.stack(sums(squares, tuple(range(1, x.ndim)))).reshape(-1) / x[0].size
         mass = jnp.sum(square)
         uniform = (mass < floor) | (mass == 0)
         return {"weight": jnp.where(uniform, 1 / x.shape[0], square / jnp.where(mass == 0, 1, mass))}

@@ -93,12 +93,12 @@ def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
 def _between(lo: Array, hi: Array, rank: Array, inside: Array, stalled: Array) -> UInt32[Array, "pivots K"]:
     """Pivots above lo and up to hi: about the rank; or evenly, where that did not narrow the bracket enough the last time."""
     part = rank / inside
-    scatter = (1.5 * jnp.sqrt(inside * part * (1 - part)) + 0.5) / inside
-    far = jnp.maximum(1 / 8, 4 * scatter)
+    deviation = jnp.sqrt(inside * part * (1 - part))  # of the rank at a place, were the entries a sample
+    near, far = (deviation / 2 + 0.5) / inside, jnp.maximum(1 / 8, (2.5 * deviation + 2) / inside)
     places = [
         jnp.where(part > far, part - far, part / 2),
-        jnp.where(part > scatter, part - scatter, part / 4),
-        jnp.where(part + scatter < 1, part + scatter, (1 + part) / 2),
+        jnp.where(part > near, part - near, part / 4),
+        jnp.where(part + near < 1, part + near, (1 + part) / 2),
         jnp.where(part + far < 1, part + far, (3 + part) / 4),
     ]
     wide = hi - lo

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from jaxmerge.params._sums import sums
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
 
 Scope = Literal["tensor", "row", "column"]
@@ -24,9 +25,11 @@ def axes_of(x: Array, scope: Scope) -> tuple[int, ...]:
 
 def products(x: Float[Array, "K ..."], scope: Scope = "tensor") -> Float[Array, "K K ..."]:
     """The scalar products of every two models, one matrix per tensor, row or column."""
-    models, axes = range(x.shape[0]), axes_of(x, scope)
-    upper = {(j, k): jnp.sum(x[j] * x[k], axis=tuple(a - 1 for a in axes), keepdims=True) for j in models for k in models if j <= k}
-    return jnp.stack([jnp.stack([upper[min(j, k), max(j, k)] for k in models]) for j in models])
+    models = range(x.shape[0])
+    pairs = [(j, k) for j in models for k in models if j <= k]
+    found = sums([x[j : j + 1] * x[k : k + 1] for j, k in pairs], axes_of(x, scope))
+    of_pair = dict(zip(pairs, found, strict=True))
+    return jnp.stack([jnp.concatenate([of_pair[min(j, k), max(j, k)] for k in models]) for j in models])
 
 
 def norms(g: Array) -> Array:

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 from jaxmerge.params import _quantile as q
 from jaxmerge.params._rows import as_rows, columns, first_in_row, kth_in_row

@@ -121,7 +121,17 @@ def main(
     console.print(f"one thread, on core {meter.pin()}, {dtype}")
     table = Table(title="processor time, medians")
     table.add_column("", no_wrap=True)
-    columns = ("ms", "min", "max", "M entries/s", "share of floor", "GB/s of copy", "mergekit ms", "mergekit / jaxmerge", "differ")
+    columns = (
+        "ms",
+        "min",
+        "max",
+        "M entries/s",
+        "share of floor",
+        "GB/s of copy",
+        "mergekit ms",
+        "mergekit / jaxmerge",
+        "differ",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     report, panels, floors = {}, {}, {}
@@ -213,9 +223,7 @@ def ours(
     return lambda: jax.block_until_ready(program(donated.pop("first"), rest)), before, merged
 
 
-def mergekit(
-    case: Case, base: Tensors, models: list[Tensors], dtype: str
-) -> tuple[Callable[[], object], Tensors] | None:
+def mergekit(case: Case, base: Tensors, models: list[Tensors], dtype: str) -> tuple[Callable[[], object], Tensors] | None:
     """The same of mergekit; None where it is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
