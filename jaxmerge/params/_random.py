@@ -110,16 +110,22 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     def drawn(plan, x):
         """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
         first, second = _words(plan["key"], x)
-        rows, low, d = as_rows(x), over(plan["low"], x), over(plan["density"], x)
-        n = rows.shape[-1]
-        if n == 1:
-            return _masked((first < low) & (d > 0) | (d >= 1), x)
-        rival = as_rows(high_product(second, np.uint32(n - 1)))
-        rival = rival + (rival >= columns(rival))
+        low, step, d = (over(plan[name], x) for name in ("low", "step", "density"))
         sure = (first < low) & (d > 0) | (d >= 1)
-        open_ = (first - low < over(plan["step"], x) * np.uint32(n - 1)) & (first >= low) & (d > 0)
+        n = as_rows(x).shape[-1]
+        if n == 1:
+            return jnp.where(sure, x, 0)
+        rival = as_rows(high_product(second, jnp.uint32(n - 1)))
+        rival = rival + (rival >= columns(rival))
+        open_ = (first - low < step * np.uint32(n - 1)) & (first >= low) & (d > 0)
         rival = jnp.where(as_rows(sure), np.uint32(n), jnp.where(as_rows(open_), rival, np.uint32(n + 1)))
-        return _masked(like(outranks(rows, rival).reshape(x.shape), x), x)
+        rival = rival.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
+
+        def keep(model):
+            x, rival = model[0][None], model[1][None]
+            return jnp.where(like(outranks(as_rows(x), rival).reshape(x.shape), x), x, 0)[0]
+
+        return lax.map(keep, (x, rival))  # a loop by itself, on the CPU: one that gathers does nothing else well
 
     def divided(plan, x):
         below, d = _chances(plan, x), over(plan["density"], x)

@@ -63,13 +63,8 @@ def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
 def outranks(x: Array, rival: UInt32[Array, "K *rows n"]) -> Bool[Array, "K *rows n"]:
     """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no."""
     n = x.shape[-1]
-    x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
-
-    def higher(model):
-        x, rival = model[0][None], model[1][None].astype(jnp.int32)
-        there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
-        here, there = q.magnitude_bits(x), q.magnitude_bits(there)
-        up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))
-        return jnp.where(rival < n, up, rival == n)[0]
-
-    return lax.map(higher, (x, rival))  # a loop by itself: one that gathers does nothing else well
+    x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.int32)
+    there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
+    here, there = q.magnitude_bits(x), q.magnitude_bits(there)
+    up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))
+    return jnp.where(rival < n, up, rival == n)
