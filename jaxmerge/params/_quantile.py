@@ -88,7 +88,7 @@ def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[
     def together(x, t):
         (all_of_them, above), _, _ = search.counts(x, [t, t + 1], order)
         all_of_them, above = lax.optimization_barrier((all_of_them, above))  # one loop, also where one of them is not used
-        above = tuple(jnp.where(t == search.TOP, 0, v) for v in above)
+        above = jnp.where(t == search.TOP, 0, above[0]), jnp.where(t == search.TOP, 0, above[1])
         return above, subtract(all_of_them, above)
 
     return _each(lambda t: fastest(together, reduce)(x, t), x.shape[0], t)
@@ -104,7 +104,7 @@ def typical(leaves: list[Array], k: Words) -> UInt32[Array, "4 _"] | None:
     mean = sum(jnp.mean(jnp.abs(y).reshape(models, -1), axis=1) * (x[0].size / size) for x, y in zip(leaves, some, strict=True))
     deviation = jnp.tile(mean * np.sqrt(np.pi / 2), k[0].shape[0] // models)
     place = np.sqrt(2) * lax.erf_inv(1 - jnp.clip(number(k) / size, 1e-6, 1 - 1e-6)) * deviation
-    return magnitude_bits(place * jnp.array([0.8, 0.97, 1.03, 1.25])[:, None])
+    return magnitude_bits(place[None] * jnp.array([0.8, 0.97, 1.03, 1.25])[:, None])
 
 
 def _each(f: Callable, models: int, *arrays: Array):
@@ -177,7 +177,7 @@ def first(
         """The last one kept is the `kept`-th largest of the indices, counted from the end."""
         all_of_them, column = at_least(kept, there), coordinates(x.shape[1:])[3]
         part = number(kept) / jnp.maximum(number(there), 1)
-        about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + 1 - part
+        about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
         about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
         from_end = lambda x: jnp.where(choose(x), np.uint32(columns) - column[None], 0)
         last = search.kth_largest([x], (kept[0], jnp.maximum(kept[1], 1)), from_end, bits=columns.bit_length(), start=about)
@@ -202,7 +202,7 @@ def first_tied(
     for i in range(0, t.shape[0], models):
         part = slice(i, i + models)
         of_pattern = lambda x, t=t[part]: (b := order(x)) == over(t, b)
-        found.append(first(x, tuple(w[part] for w in quota), of_pattern, tuple(w[part] for w in tied)))
+        found.append(first(x, (quota[0][part], quota[1][part]), of_pattern, (tied[0][part], tied[1][part])))
     cut = jnp.concatenate([cut for cut, _ in found], axis=1)
     high, low = (jnp.concatenate([kept[i] for _, kept in found]) for i in range(2))
     return cut, (high, low)

@@ -60,9 +60,9 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
-    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. An entry that
-    the first random word leaves open is compared with another entry of its row, which the second word draws: it ranks higher
-    with just that probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. What the
+    first random word leaves open depends on another entry of the row, which the second word draws: whether that ranks lower has
+    just this probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
 
     Args:
       density: the share to keep; 1 keeps everything, 0 nothing.
@@ -122,7 +122,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
         rival = rival.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
 
         def keep(model):
-            x, rival = model[0][None], model[1][None]
+            x, rival = model[0][None], model[1][None].astype(jnp.uint32)
             return jnp.where(like(outranks(as_rows(x), rival).reshape(x.shape), x), x, 0)[0]
 
         return lax.map(keep, (x, rival))  # a loop by itself, on the CPU: one that gathers does nothing else well

@@ -1,9 +1,9 @@
 """The k-th largest on one CPU device: a few passes that each count at several pivots, and look at what lies beside them.
 
 On many devices a pass should cost one number per model, which bisection does (`_quantile`); here it should cost one reading of
-the memory. XLA writes an array for every single reduction on the CPU, but makes several at once one loop, in which further pivots
-are nearly free. The pivots follow from the counts: the rank that is wanted, give or take what a sample would scatter, on the line
-between the ends of the bracket. The ends are patterns that occur, so that ties and coarse data end the search early.
+memory. XLA writes an array for every single reduction on the CPU, but makes several at once one loop, in which further pivots
+are nearly free. The pivots follow from the counts: the rank that is wanted, give or take what a sample would scatter, on the
+line between the ends of the bracket. The ends are patterns that occur, so that ties and coarse data end the search early.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def kth_largest(
     never = jnp.zeros(nothing.shape, bool)
     if start is None:
         start = _between(lo, hi, jnp.ones(nothing.shape), jnp.ones(nothing.shape), ~never)
-    start = jnp.clip(start, 1, hi)
+    start = jnp.clip(start, 1, hi[None])
     everything = tuple(jnp.broadcast_to(v, nothing.shape) for v in size)
     state = (lo, hi, everything, (nothing, nothing), start, jnp.bool_(True), never)
     return lax.while_loop(lambda state: state[5], narrow, state)[0]

@@ -275,7 +275,7 @@ def total(x: Array) -> Array:
 def each(f: Callable[..., Array], x: Array, *values: Any) -> Array:
     """f of every model (1, *shape) and its part of the values (K, ...), side by side again.
 
-    What follows takes the models one by one as well, so that XLA sees slices of a concatenation, and makes no array of them all.
+    What follows takes the models one by one as well, so that XLA sees slices of a concatenation and makes no array of them all.
     """
     parts = [f(x[k : k + 1], *(jnp.asarray(v)[k : k + 1] for v in values)) for k in range(x.shape[0])]
     return jnp.concatenate(parts)

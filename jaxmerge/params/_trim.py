@@ -135,7 +135,7 @@ def _check(what, density, extra, *, scope, rounding, ties):
 
 
 def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
-    """Keep what lies above the last cut, less what lies above the one before; a plan's values are those of the first cut for every
+    """Keep what lies above the last cut, less what lies above the one before. A plan has the values of the first cut for every
     model, then those of the next."""
 
     def inside(above):
@@ -154,19 +154,20 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
     def select(settings, x):
         k = tuple(jnp.asarray(settings["count"]))
         t = q.kth_largest([x], k, q.magnitude_bits, typical=q.typical([x], k))
-        above, tied = q.sides(x, t, q.magnitude_bits)
-        return plan(jnp.asarray(settings["density"]), t, above, tied, q.subtract(k, q.smaller(above, k)), x)
+        beside = q.sides(x, t, q.magnitude_bits)
+        return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
         quota = tuple(jnp.asarray(settings["quota"]))
-        return plan(jnp.asarray(settings["density"]), t, *q.sides(x, t, q.magnitude_bits), quota, x)
+        return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, q.magnitude_bits), quota, x)
 
-    def plan(density, t, above, tied, quota, x):
+    def plan(density, t, beside, quota, x):
+        above, tied = beside
         if ties == "all":
             some = jnp.tile(density, cuts) > 0
             cut = jnp.stack([jnp.where(some, np.uint32(0xFFFFFFFF), 0), jnp.zeros_like(t)])
-            kept = tuple(jnp.where(some, n, 0) for n in tied)
+            kept = jnp.where(some, tied[0], 0), jnp.where(some, tied[1], 0)
         else:
             cut, kept = q.first_tied(x, t, tied, quota, q.magnitude_bits)
         threshold = lax.bitcast_convert_type(t, jnp.float32)

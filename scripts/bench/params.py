@@ -4,9 +4,10 @@
     python -m scripts.bench.params --out runs/bench
     python -m scripts.bench.params --out runs/bench --dtype bfloat16
 
-Without mergekit ours is timed against the floor alone. Both sides get the same tensors, in memory, and compute in float32; ours
-is one jitted program, its first input donated; mergekit's method is called as its own merges call it, on a list of tensor groups.
-Before anything is timed the two results are compared, where the method is not random. mergekit keeps any of the entries that tie
+Without mergekit ours is timed against the floor alone. Both sides get the same tensors, in memory, and compute in float32;
+ours is one jitted program, its first input donated; mergekit's method is called on a list of tensor groups, as its merges do.
+Most of what is left to either side is the kernel's page faults; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 spares both many of them.
+Before anything is timed the two results are compared, where nothing is random. mergekit keeps any of the entries that tie
 at a threshold, and takes arcee_fusion's quartiles from a sample: a few entries may differ there, and the table says how many.
 
 The floor is the bytes of all inputs and of the output, in their dtype, at the speed of a copy of as many in the same rounds.
@@ -41,6 +42,7 @@ class Case(NamedTuple):
       models: how many, beside the base.
       base: task vectors against a base; the base is the first model; or there is none.
       random: the masks are drawn, and mergekit draws others.
+      rounding: relative; of multislerp's sums over millions of entries mergekit loses 2e-4, jaxmerge 4e-7 (against float64).
       spectral: factors matrices: timed on small ones.
     """
 
@@ -49,6 +51,7 @@ class Case(NamedTuple):
     models: int = 3
     base: Literal["base", "first", "none"] = "base"
     random: bool = False
+    rounding: float = 2e-5
     spectral: bool = False
 
 
@@ -71,8 +74,8 @@ CASES = {
     "model_stock": Case(lambda p, _: p.model_stock(floor=1e-6), ("model_stock", {})),
     "slerp": Case(lambda p, _: p.slerp(0.5), ("slerp", {"t": 0.5}), models=1, base="first"),
     "nuslerp": Case(lambda p, _: p.nuslerp(), ("nuslerp", EACH), models=2, base="none"),
-    "multislerp": Case(lambda p, _: p.multislerp(), ("multislerp", EACH), base="none"),
-    "karcher": Case(lambda p, _: p.karcher(), ("karcher", {}), base="none"),
+    "multislerp": Case(lambda p, _: p.multislerp(), ("multislerp", EACH), base="none", rounding=1e-3),
+    "karcher": Case(lambda p, _: p.karcher(), ("karcher", {}), base="none", rounding=1e-3),
     "arcee_fusion": Case(lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first"),
     "nearswap": Case(lambda p, _: p.nearswap(0.001), ("nearswap", {"t": 0.001}), models=1),
     "ram": Case(lambda p, _: p.ram(), ("ram", {})),
@@ -168,7 +171,7 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     differ = ""
     if case.peer is not None and (peer := mergekit(case, base, models, dtype)) is not None:
         calls[PEER], theirs = peer
-        differ = "" if case.random else compare(merged, theirs, dtype)
+        differ = "" if case.random else compare(merged, theirs, case.rounding if dtype == "float32" else 2**-7)
     times = meter.interleave(calls | {COPY: meter.copy(moved)}, rounds, warm=1, before={OURS: before})
     rows = meter.summary({name: times[name] for name in calls})
     rate = moved / float(np.median(times[COPY][:, 0]))
@@ -247,9 +250,8 @@ def mergekit(case: Case, base: Tensors, models: list[Tensors], dtype: str) -> tu
     return run, {n: x.float().numpy() for n, x in zip(base, run(), strict=True)}
 
 
-def compare(a: Tensors, b: Tensors, dtype: str) -> str:
+def compare(a: Tensors, b: Tensors, rtol: float) -> str:
     """How many entries differ by more than rounding; more than 5 in 100 is other work."""
-    rtol = 2e-5 if dtype == "float32" else 2**-7
     wrong = sum(int((~np.isclose(a[n], b[n], rtol=rtol, atol=2e-6)).sum()) for n in a)
     size = sum(x.size for x in a.values())
     if wrong > size // 20:
