@@ -23,14 +23,15 @@ ALLOWED = {
 }
 BELOW = {
     "_segments": set(),
+    "_collectives": set(),
     "_plan": {"_segments"},
     "attention": {"_plan"},
     "tokens": {"_plan", "_segments", "attention"},
     "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
-    "params": {"_plan"},
+    "params": {"_plan", "_collectives"},
     "checkpoint": {"_plan", "params"},
-    "testing": {"_plan", "params"},
+    "testing": {"_plan", "_collectives", "params"},
     "cli": {"_plan", "params", "checkpoint"},
 }
 

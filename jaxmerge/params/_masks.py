@@ -125,7 +125,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
     def merge(plan, x):
         merged = factor * total(x)
         votes = total((jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype))
-        return jnp.where((votes >= min(shared, x.shape[0])) | jnp.isnan(merged), merged, 0)
+        return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
 

@@ -27,7 +27,7 @@ def pcb(
 
     With a = |task vector| clipped to its tails, normalised to [0, 1], the balance is b = exp(K a^2) tanh(entry * sum of the
     entries over the tasks); the weight is b clipped to its `density` largest and normalised to [0, 1]. A NaN in a model makes
-    everything NaN that shares its quantiles.
+    everything NaN that shares its quantiles; an infinity is clipped like any outlier.
 
     Args:
       density: the share of entries of each task that count.
