@@ -49,7 +49,8 @@ def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
 def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
     """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
 
-    What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged.
+    What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged. A matrix that is split
+    along its inputs is laid out along its outputs first (an all-to-all under Explicit axes); then nothing moves.
 
     Args:
       grams: for each model {leaf name: (n, n)}; `gram` makes them.
@@ -167,7 +168,8 @@ def wudi(
     """The task matrix that interferes least with any task: it minimises the sum of |(T - T_k) T_k^T|^2 / |T_k|^2.
 
     A task's rows stand for its inputs, so this is least squares with Gram matrices T_k^T T_k. What they leave open stays at the
-    sum of the tasks. Leaves that are not matrices are averaged.
+    sum of the tasks. Leaves that are not matrices are averaged. A matrix is laid out along its rows (an all-to-all under
+    Explicit axes, where they divide evenly); what is added up over devices are the K Gram matrices.
 
     Args:
       optimizer: None solves; an optax-like one (`init`, `update`) descends instead, from the sum, and stops early.

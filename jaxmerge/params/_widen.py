@@ -17,7 +17,8 @@ def widen(*, ratio: float = 1.0, calibration: float = 1.0, rows: Select = None, 
 
     A column's change is that of its length and of its direction; each is ranked within the expert, softmaxed over the experts,
     and set to `calibration` where the rank is well above the middle. Vectors are weighed entry by entry, by their change.
-    Merge without a base and name it first: `merge(widen(), None, [base, *models])`.
+    Merge without a base and name it first: `merge(widen(), None, [base, *models])`. A matrix stays split; to be ranked, two
+    numbers per column and expert are brought together.
 
     Args:
       ratio: a rank above ratio times the mean rank (a change above ratio times the mean change) is calibrated; ranks are
