@@ -13,7 +13,7 @@ breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                      
 sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                           ... by what changed, and where
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base
-tsvm, iso_c, iso_cts, knots                                                            singular vectors; polar is their tool
+tsvm, r_tsvm, iso_c, iso_cts, knots                                                    singular vectors; polar is their tool
 fisher (fisher_information), regmean (gram), wudi, widen                               statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
 expert_coefficients, chunk_importance, allocate_chunks                                 ... by distillation, hidden_mse, drift
@@ -23,6 +23,7 @@ gradient (layer_of), by_name, by_model                                          
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
+tsv_compress                                     ... each task as Factors: TSV-C
 init_router, fit_router, route -> Router         ... which task an input is of
 concatenate, compress, dense                     adapters that stay Factors; adapt adds one, fit_adapters weighs them
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
@@ -116,6 +117,7 @@ from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params._partition import exclude as exclude, keep_base as keep_base, partition as partition
 from jaxmerge.params._pcb import pcb as pcb
 from jaxmerge.params._permute import match_weights as match_weights, permute as permute
+from jaxmerge.params._polar import polar as polar
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params._router import Router as Router, fit_router as fit_router, init_router as init_router, route as route
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
@@ -124,9 +126,7 @@ from jaxmerge.params._spectral import (
     iso_c as iso_c,
     iso_cts as iso_cts,
     knots as knots,
-    polar as polar,
     truncate as truncate,
-    tsvm as tsvm,
 )
 from jaxmerge.params._sphere import karcher as karcher, multislerp as multislerp, nuslerp as nuslerp
 from jaxmerge.params._stack import (
@@ -145,6 +145,7 @@ from jaxmerge.params._transform import (
     per_leaf as per_leaf,
 )
 from jaxmerge.params._trim import trim as trim, trim_band as trim_band
+from jaxmerge.params._tsv import r_tsvm as r_tsvm, tsv_compress as tsv_compress, tsvm as tsvm
 from jaxmerge.params._twin import (
     twin_merging as twin_merging,
     twin_serve as twin_serve,

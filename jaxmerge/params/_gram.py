@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import like, whole
+from jaxmerge.params._layout import along, einsum, like, locally
 from jaxmerge.params._scale import scale as scaled
-from jaxmerge.params._spectral import Select, matmul, per_matrix
+from jaxmerge.params._spectral import Select, per_matrix
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
 
 
@@ -43,7 +43,7 @@ def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
       [[1.0, 2.0], [2.0, 5.0]]
     """
     x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return matmul(x.T, x)
+    return einsum("mi,mj->ij", x, x)
 
 
 def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
@@ -94,9 +94,9 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
             return mean
         g = plan["gram"]
         g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
-        w = whole(x - mean, (1, 2))
-        w = w if axis == 0 else jnp.swapaxes(w, 1, 2)
-        solved = _solve(jnp.sum(g, axis=0), jnp.sum(matmul(g, w), axis=0), ridge)[None]
+        w = x - mean if axis == 0 else jnp.swapaxes(x - mean, 1, 2)
+        w = along(w, 2)  # outputs may be split: the system is the same for each
+        solved = _solve(jnp.sum(g, axis=0), einsum("kij,kjm->im", g, w), ridge)[None]
         return mean + like(solved if axis == 0 else jnp.swapaxes(solved, 1, 2), x)
 
     needs = (Need("data", "tensor"), Need("spectral", "tensor"))
@@ -105,13 +105,14 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
 
 def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Float[Array, "n m"]:
     """(a + ridge mean(diag a) I)^-1 b, refined once; 0 where a is 0."""
-    n = a.shape[0]
-    unit = jnp.trace(a) / n
-    regular = a / jnp.where(unit > 0, unit, 1) + ridge * jnp.eye(n)
-    factor = jax.scipy.linalg.cho_factor(regular + jnp.where(unit > 0, 0, 1) * jnp.eye(n))
+    eye = jnp.eye(a.shape[0])
+    unit = jnp.trace(a) / a.shape[0]
+    regular = a / jnp.where(unit > 0, unit, 1) + ridge * eye
+    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), eye)
+    inverse = locally(invert, regular + jnp.where(unit > 0, 0, 1) * eye)  # b may be split; a is not
     b = b / jnp.where(unit > 0, unit, 1)
-    x = jax.scipy.linalg.cho_solve(factor, b)
-    return x + jax.scipy.linalg.cho_solve(factor, b - matmul(regular, x)) * (unit > 0)
+    x = einsum("ij,jm->im", inverse, b)
+    return x + einsum("ij,jm->im", inverse, b - einsum("ij,jm->im", regular, x)) * (unit > 0)
 
 
 def fisher(
@@ -188,21 +189,23 @@ def wudi(
     """
 
     def work(x):
+        x = along(x, 1)
         square = jnp.sum(x * x, axis=(1, 2), keepdims=True)
-        g = matmul(jnp.swapaxes(x, 1, 2), x / jnp.where(square == 0, 1, square))  # T_k^T T_k / |T_k|^2
-        a, b = jnp.sum(g, axis=0), jnp.sum(matmul(x, g), axis=0)
+        g = einsum("kmi,kmj->kij", x, x / jnp.where(square == 0, 1, square))  # T_k^T T_k / |T_k|^2
+        a, b = jnp.sum(g, axis=0), einsum("kmi,kij->mj", x, g)
         t = jnp.sum(x, axis=0)
         if optimizer is None:
-            values, vectors = jnp.linalg.eigh(a)
+            values, vectors = locally(jnp.linalg.eigh, a)
             there = values > cutoff * values[-1:]
             inverse = jnp.where(there, 1 / jnp.where(there, values, 1), 0)
             for _ in range(2):  # the second pass makes up for the rounding of the first
-                t = t + matmul(matmul(b - matmul(t, a), vectors) * inverse[None], vectors.T)
+                rest = einsum("mj,ji->mi", b - einsum("mi,ij->mj", t, a), vectors)
+                t = t + einsum("mi,ji->mj", rest * inverse[None], vectors)
             return t[None]
 
         def step(_, carry):
             t, state = carry
-            updates, state = optimizer.update(2 * (matmul(t, a) - b), state, t)
+            updates, state = optimizer.update(2 * (einsum("mi,ij->mj", t, a) - b), state, t)
             return t + updates, state
 
         return jax.lax.fori_loop(0, steps, step, (t, optimizer.init(t)))[0][None]

@@ -7,8 +7,8 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from jaxmerge.params._adapters import Factors, dense
-from jaxmerge.params._layout import whole
-from jaxmerge.params._spectral import Select, truncate, truncated
+from jaxmerge.params._sketch import Method, leading
+from jaxmerge.params._spectral import Select, truncate
 from jaxmerge.params._transform import (
     MergeTransform,
     Need,
@@ -22,13 +22,22 @@ from jaxmerge.params._transform import (
 )
 
 
-def twin_split(stacked: Stacked, *, scale: float = 0.3, density: float = 0.5) -> tuple[Stacked, PyTree]:
+def twin_split(
+    stacked: Stacked,
+    *,
+    scale: float = 0.3,
+    density: float = 0.5,
+    method: Method = "randomized",
+    oversample: int = 16,
+    iterations: int = 3,
+) -> tuple[Stacked, PyTree]:
     """What the tasks share, and what is left of each, as low-rank factors: to be served with a router (`twin_serve`).
 
     Args:
       stacked: task vectors, leaves (K, *shape).
       scale: the shared part is so much of their sum.
       density: the share of a matrix's rank to keep, at least 1; leaves that are not matrices are kept whole.
+      method, oversample, iterations: see `truncate`.
 
     Returns:
       The shared task vector, leaves (1, *shape), and the exclusive ones: `Factors` of K matrices, or (K, *shape).
@@ -43,10 +52,12 @@ def twin_split(stacked: Stacked, *, scale: float = 0.3, density: float = 0.5) ->
     """
     shared = jax.tree.map(lambda x: scale * total(x), stacked)
 
+    triplets = leading("twin_split", method, oversample, iterations)
+
     def compress(x, s):
         if x.ndim != 3:
             return x - s
-        u, values, v = truncated(whole(x - s, (1, 2)), max(1, int(density * min(x.shape[1:]))))
+        u, values, v = triplets(x - s, max(1, int(density * min(x.shape[1:]))))
         return Factors(u * values[:, None, :], v)
 
     return shared, jax.tree.map(compress, stacked, shared)
@@ -72,13 +83,23 @@ def twin_serve(shared: Stacked, own: PyTree, weights: Float[Array, "K"]) -> Stac
     return jax.tree.map(weigh, shared, dense(own))
 
 
-def twin_merging(weight: Any, *, scale: float = 0.3, density: float = 0.5, select: Select = None) -> MergeTransform:
+def twin_merging(
+    weight: Any,
+    *,
+    scale: float = 0.3,
+    density: float = 0.5,
+    select: Select = None,
+    method: Method = "randomized",
+    oversample: int = 16,
+    iterations: int = 3,
+) -> MergeTransform:
     """Twin-Merging for one input: the shared part, plus the compressed rest of each task by the router's weights.
 
     Args:
       weight: (K,), one per model, such as the softmax of a router's logits.
       scale, density: see `twin_split`.
       select: leaf name -> whether a matrix is compressed; None compresses them all.
+      method, oversample, iterations: see `truncate`.
 
     Law:
       density = 1 and all weight on one model give it back, up to rounding.
@@ -91,7 +112,7 @@ def twin_merging(weight: Any, *, scale: float = 0.3, density: float = 0.5, selec
 
     Source: Twin-Merging (arXiv:2406.15479).
     """
-    (compress,) = truncate(density, select=select).match.steps
+    (compress,) = truncate(density, select=select, method=method, oversample=oversample, iterations=iterations).match.steps
 
     def settings(name, shape):
         w = float32(resolve(weight, name, shape[0], "twin_merging: weight"))
