@@ -25,7 +25,9 @@ def layer(rng, heads=4, kv_heads=2, d=4, width=6):
     return params.Attention(*(make(n, width) for n in sizes), make(width, heads * d), *(make(n) for n in sizes)), make(5, width)
 
 
-@pytest.mark.parametrize("pairs", [None, "half", "interleaved"])
+@pytest.mark.parametrize(
+    "pairs", [pytest.param(None, marks=pytest.mark.slow), "half", pytest.param("interleaved", marks=pytest.mark.slow)]
+)
 def test_biases_and_rotary_positions(pairs):
     weights, x = layer(np.random.default_rng(0))
     positions = jnp.arange(5) * 3.0
@@ -69,7 +71,7 @@ def test_mergelock_equals_its_equations(golden):
     np.testing.assert_allclose(attention(locked, v["in/x"], 2, 2), v["out/y"], rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("transpose", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_locks_with_grouped_queries_are_seen(transpose):
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
