@@ -321,6 +321,8 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
         f"batches: {len(plan.batches)}; passes over the files: {plan.passes}; reads {_size(plan.bytes_read)}, writes "
         f"{_size(plan.bytes_written)}; peak memory about {_size(plan.peak_bytes)} over all devices"
     )
+    looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
+    console.print(f"looks at: {looks or 'every entry for itself'}")
     plan.check()
     console.print("nothing speaks against this merge")
 

@@ -2,6 +2,8 @@
 
 assert_plan(plan)              every law of the algebra, on this plan
 assert_planner(planner, x)     the planner under jit, vmap, scan, eval_shape and bfloat16, then the laws
+assert_merge(tx)               every law of merging models, sharded and whole
+collectives(compiled)          what a compiled program moves between devices
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxmerge._collectives import Collective as Collective, collectives as collectives
 from jaxmerge._plan import Plan, SoftPlan, compose, from_parents, identity, merge, unmerge
 from jaxmerge.params._laws import assert_merge as assert_merge
 

@@ -91,7 +91,7 @@ def main(
     given = Given(
         network, base, experts, head, [t.train.x for t in chosen.tasks], validation,
         [grams(network, e, h, s.x) for e, h, s in seen],
-        [information(network, e, h, s) for e, h, s in seen], learned_steps, max(batch // 2, 2), seed,
+        [information(network, e, h, s.x, seed=seed) for e, h, s in seen], learned_steps, max(batch // 2, 2), seed,
     )  # fmt: skip
     trained = time.perf_counter() - began
     console.print(f"a base, eight experts and one model for all tasks, trained in {trained:.0f} s")

@@ -7,6 +7,7 @@ through its own head. A language model has one head for all, which is merged wit
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -193,16 +194,15 @@ def grams(network: Network, params: Params, head: Head, x: np.ndarray) -> dict[s
     return run(params, head, x)
 
 
-def information(network: Network, params: Params, head: Head, split: Split, *, rows: int = 16) -> dict[str, Array]:
-    """The diagonal Fisher information by leaf name: the mean square of each example's gradient, at its label."""
+def information(network: Network, params: Params, head: Head, x: np.ndarray, *, seed: int) -> dict[str, Array]:
+    """The diagonal Fisher information by leaf name, at a label drawn from the model for each example."""
+    logits = lambda params, one: network.logits(params, head, one[None])[0]
 
     @jax.jit
-    def run(params, x, y):
-        nats = lambda params, x, y: cross_entropy(network.logits(params, head, x[None]), y[None])
-        squares = lambda pair: jax.tree.map(jnp.square, jax.grad(nats)(params, *pair))
-        return jax.tree.map(lambda g: g.mean(axis=0), jax.lax.map(squares, (x, y), batch_size=rows))
+    def run(params, x, key):
+        return jm.params.fisher_information(logits, params, x, "sampled", key=key, at_once=math.gcd(len(x), 16)).mean()
 
-    return named(run(params, *split))
+    return run(params, x, jax.random.key(seed))
 
 
 def named(tree: Any) -> dict[str, Array]:

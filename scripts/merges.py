@@ -114,6 +114,12 @@ def tall_masks(given: Given) -> Merged:
     return [p.add(given.base, own(k)) for k in range(len(given.experts))]
 
 
+def tsv_compress(given: Given) -> Merged:
+    """Each task by the leading singular vectors that are its share of the rank."""
+    own = p.dense(p.tsv_compress(given.vectors))
+    return [p.add(given.base, jax.tree.map(lambda t, k=k: t[k : k + 1], own)) for k in range(len(given.experts))]
+
+
 def twin(given: Given) -> Merged:
     """A router that knows the task: all weight on its expert."""
     shared, own = p.twin_split(given.vectors)
@@ -133,13 +139,13 @@ def batches(given: Given, parts: list[tuple[np.ndarray, ...]]) -> Iterable[tuple
         yield tuple(jnp.stack([a[i] for a, i in zip(arrays, at, strict=True)]) for arrays in zip(*parts, strict=True))
 
 
-def learned(given: Given, loss: Callable, transform: Callable, start: Any, *, parts: list, optimizer: Any) -> Merged:
+def learned(given: Given, loss: Callable, transform: Callable, start: Any, *, parts: list, **how: Any) -> Merged:
     """Descend `loss(logits, *labels)` of the merged model on all tasks; coefficients start at `start`."""
     heads = stacked(given.heads)
     logits = jax.vmap(given.network.logits, (None, 0, 0))
     found, _ = p.fit(
         lambda model, batch: loss(logits(model, heads, batch[0]), *batch[1:]), transform, start,
-        base=given.base, models=given.experts, batches=batches(given, parts), optimizer=optimizer,
+        base=given.base, models=given.experts, batches=batches(given, parts), **how,
     )  # fmt: skip
     return p.merge(transform(found), given.base, given.experts)
 
@@ -151,16 +157,14 @@ def adamerging(given: Given) -> Merged:
 
 
 def expert_merging(given: Given) -> Merged:
-    """One coefficient per task and tensor, from 0.1, by the experts' soft labels at a temperature of 3."""
+    """One coefficient per task and tensor, from 0.1, by the experts' soft labels; hidden states are not compared."""
     answer = jax.jit(given.network.logits)
-    taught = [
-        (x, np.asarray(answer(e, h, x)))
-        for x, e, h in zip(given.inputs, given.experts, given.heads, strict=True)
-    ]  # fmt: skip
-    raw = float(np.log(0.1 / 0.9))
-    start = {name: jnp.full((len(given.experts), 1), raw) for name in named(given.base)}
-    loss = lambda logits, teacher: 9 * optax.softmax_cross_entropy(logits / 3, jax.nn.softmax(teacher / 3)).mean()
-    return learned(given, loss, p.expert_merging, start, parts=taught, optimizer=optax.adam(3e-2))
+    seen = zip(given.inputs, given.experts, given.heads, strict=True)
+    taught = [(x, np.asarray(answer(expert, head, x))) for x, expert, head in seen]
+    loss = lambda logits, teacher: p.distillation(teacher, logits)
+    start = p.expert_coefficients(given.vectors)
+    pull = lambda raw: 0.1 * p.drift(raw)
+    return learned(given, loss, p.expert_merging, start, parts=taught, optimizer=optax.adam(3e-2), regularizer=pull)
 
 
 def self_positioning(given: Given) -> Merged:
@@ -192,6 +196,7 @@ MERGES = [
     Merge("ramplus_tl", "task vectors", chain_of(lambda g: p.ramplus_tl())),
     Merge("widen", "task vectors", lambda g: p.merge(p.widen(axis=1), None, [g.base, *g.experts])),
     Merge("tsvm", "spectral", chain_of(lambda g: p.tsvm())),
+    Merge("r_tsvm", "spectral", chain_of(lambda g: p.r_tsvm())),
     Merge("iso_c", "spectral", chain_of(lambda g: p.iso_c())),
     Merge("iso_cts", "spectral", chain_of(lambda g: p.iso_cts())),
     Merge("knots(ties)", "spectral", transposed(p.knots(p.ties(scope="tensor")))),
@@ -203,5 +208,6 @@ MERGES = [
     Merge("self_positioning", "learned", self_positioning),
     Merge("emr", "one per task", emr, own=True),
     Merge("tall_masks", "one per task", tall_masks, own=True),
+    Merge("tsv_compress", "one per task", tsv_compress, own=True),
     Merge("twin_merging", "one per task", twin, own=True),
 ]

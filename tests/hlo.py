@@ -1,19 +1,15 @@
 """Read compiled programs: which collectives they hold, and whether the TPU compiler accepts them."""
 
-import re
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-_COLLECTIVE = re.compile(
-    r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
+import jaxmerge as jm
 
 
 def collectives(compiled) -> list[str]:
     """Names of the collectives in an optimised program (`jax.jit(f).lower(...).compile()`)."""
-    return _COLLECTIVE.findall(compiled.as_text())
+    return [found.name for found in jm.testing.collectives(compiled)]
 
 
 def tpu_mesh(topology: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:

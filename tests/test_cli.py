@@ -86,7 +86,7 @@ def test_plan(saved, capsys):
     root, _ = saved
     assert cli.main(["plan", "ties", "--base", str(root / "base"), "--models", str(root / "a"), str(root / "b")]) == 0
     printed = capsys.readouterr().out
-    for part in ("base", "129", "516 B", "float32", "peak memory", "nothing speaks against"):
+    for part in ("base", "129", "516 B", "float32", "peak memory", "looks at: order (model)", "nothing speaks against"):
         assert part in printed, part
 
 

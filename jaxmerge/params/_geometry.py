@@ -6,7 +6,7 @@ from jax import Array
 
 from jaxmerge.params._consensus import sum_experts
 from jaxmerge.params._scale import weigh
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, over, resolve, total
 
 
 def interpolate(t: Hyperparameter) -> MergeTransform:
@@ -70,4 +70,5 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
         arc = jnp.stack([jnp.sin((1 - v) * angle), jnp.sin(v * angle)]) / jnp.sin(angle)
         return {"coefficient": jnp.where(flat, jnp.stack([1 - v, v]), arc), "cosine": cos}
 
-    return atom(Step(settings, match, lambda plan, x: total(x * over(plan["coefficient"], x)), models=1))
+    needs = (Need("sum", "tensor"),)
+    return atom(Step(settings, match, lambda plan, x: total(x * over(plan["coefficient"], x)), models=1, needs=needs))

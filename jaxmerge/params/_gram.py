@@ -9,14 +9,33 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import like, whole
+from jaxmerge.params._layout import along, einsum, like, locally
 from jaxmerge.params._scale import scale as scaled
-from jaxmerge.params._spectral import Select, matmul, per_matrix
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, float32, over, resolve, total
+from jaxmerge.params._spectral import Select, per_matrix
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
 
 
 def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
     """X^T X over all axes but the last, in float32: a linear layer's inputs as `regmean` needs them. Add them up over batches.
+
+    The inputs of all linear layers of a flax.nnx model, caught on their way (the names are those of the kernels in
+    `nnx.to_pure_dict(nnx.state(model, nnx.Param))`; not for use inside jit):
+
+      >>> from unittest import mock
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+      >>> kernel = {id(m): "/".join([*map(str, path), "kernel"]) for path, m in nnx.iter_modules(model)}
+      >>> grams, linear = {}, nnx.Linear.__call__
+      >>> def caught(layer, x):
+      ...     name = kernel[id(layer)]
+      ...     grams[name] = grams.get(name, 0) + jm.params.gram(x)
+      ...     return linear(layer, x)
+      >>> with mock.patch.object(nnx.Linear, "__call__", caught):
+      ...     for batch in (jnp.ones((5, 2)), jnp.zeros((5, 2))):
+      ...         _ = model(batch)
+      >>> {name: g.shape for name, g in sorted(grams.items())}
+      {'layers/0/kernel': (2, 2), 'layers/2/kernel': (3, 3)}
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -24,13 +43,14 @@ def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
       [[1.0, 2.0], [2.0, 5.0]]
     """
     x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return matmul(x.T, x)
+    return einsum("mi,mj->ij", x, x)
 
 
 def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
     """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
 
-    What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged.
+    What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged. A matrix that is split
+    along its inputs is laid out along its outputs first (an all-to-all under Explicit axes); then nothing moves.
 
     Args:
       grams: for each model {leaf name: (n, n)}; `gram` makes them.
@@ -75,23 +95,25 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
             return mean
         g = plan["gram"]
         g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
-        w = whole(x - mean, (1, 2))
-        w = w if axis == 0 else jnp.swapaxes(w, 1, 2)
-        solved = _solve(jnp.sum(g, axis=0), jnp.sum(matmul(g, w), axis=0), ridge)[None]
+        w = x - mean if axis == 0 else jnp.swapaxes(x - mean, 1, 2)
+        w = along(w, 2)  # outputs may be split: the system is the same for each
+        solved = _solve(jnp.sum(g, axis=0), einsum("kij,kjm->im", g, w), ridge)[None]
         return mean + like(solved if axis == 0 else jnp.swapaxes(solved, 1, 2), x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    needs = (Need("data", "tensor"), Need("spectral", "tensor"))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))
 
 
 def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Float[Array, "n m"]:
     """(a + ridge mean(diag a) I)^-1 b, refined once; 0 where a is 0."""
-    n = a.shape[0]
-    unit = jnp.trace(a) / n
-    regular = a / jnp.where(unit > 0, unit, 1) + ridge * jnp.eye(n)
-    factor = jax.scipy.linalg.cho_factor(regular + jnp.where(unit > 0, 0, 1) * jnp.eye(n))
+    eye = jnp.eye(a.shape[0])
+    unit = jnp.trace(a) / a.shape[0]
+    regular = a / jnp.where(unit > 0, unit, 1) + ridge * eye
+    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), eye)
+    inverse = locally(invert, regular + jnp.where(unit > 0, 0, 1) * eye)  # b may be split; a is not
     b = b / jnp.where(unit > 0, unit, 1)
-    x = jax.scipy.linalg.cho_solve(factor, b)
-    return x + jax.scipy.linalg.cho_solve(factor, b - matmul(regular, x)) * (unit > 0)
+    x = einsum("ij,jm->im", inverse, b)
+    return x + einsum("ij,jm->im", inverse, b - einsum("ij,jm->im", regular, x)) * (unit > 0)
 
 
 def fisher(
@@ -137,7 +159,7 @@ def fisher(
         f = (plan["fisher"] + floor) * over(plan["factor"], x)
         return total(f * x) / total(f)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=(Need("data", "entry"),)))
 
 
 def wudi(
@@ -146,7 +168,8 @@ def wudi(
     """The task matrix that interferes least with any task: it minimises the sum of |(T - T_k) T_k^T|^2 / |T_k|^2.
 
     A task's rows stand for its inputs, so this is least squares with Gram matrices T_k^T T_k. What they leave open stays at the
-    sum of the tasks. Leaves that are not matrices are averaged.
+    sum of the tasks. Leaves that are not matrices are averaged. A matrix is laid out along its rows (an all-to-all under
+    Explicit axes, where they divide evenly); what is added up over devices are the K Gram matrices.
 
     Args:
       optimizer: None solves; an optax-like one (`init`, `update`) descends instead, from the sum, and stops early.
@@ -168,21 +191,23 @@ def wudi(
     """
 
     def work(x):
+        x = along(x, 1)
         square = jnp.sum(x * x, axis=(1, 2), keepdims=True)
-        g = matmul(jnp.swapaxes(x, 1, 2), x / jnp.where(square == 0, 1, square))  # T_k^T T_k / |T_k|^2
-        a, b = jnp.sum(g, axis=0), jnp.sum(matmul(x, g), axis=0)
+        g = einsum("kmi,kmj->kij", x, x / jnp.where(square == 0, 1, square))  # T_k^T T_k / |T_k|^2
+        a, b = jnp.sum(g, axis=0), einsum("kmi,kij->mj", x, g)
         t = jnp.sum(x, axis=0)
         if optimizer is None:
-            values, vectors = jnp.linalg.eigh(a)
+            values, vectors = locally(jnp.linalg.eigh, a)
             there = values > cutoff * values[-1:]
             inverse = jnp.where(there, 1 / jnp.where(there, values, 1), 0)
             for _ in range(2):  # the second pass makes up for the rounding of the first
-                t = t + matmul(matmul(b - matmul(t, a), vectors) * inverse[None], vectors.T)
+                rest = einsum("mj,ji->mi", b - einsum("mi,ij->mj", t, a), vectors)
+                t = t + einsum("mi,ji->mj", rest * inverse[None], vectors)
             return t[None]
 
         def step(_, carry):
             t, state = carry
-            updates, state = optimizer.update(2 * (matmul(t, a) - b), state, t)
+            updates, state = optimizer.update(2 * (einsum("mi,ij->mj", t, a) - b), state, t)
             return t + updates, state
 
         return jax.lax.fori_loop(0, steps, step, (t, optimizer.init(t)))[0][None]

@@ -1,27 +1,94 @@
-"""The two places where a merge must move values: along an axis that a method sorts, and where a matrix is factored whole."""
+"""Where a merge moves values: sums over a split axis, a matrix laid out anew, an axis sorted, a matrix brought together.
+
+Under Explicit axes every move is visible here. Under Auto axes nothing is said, and the compiler chooses.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 
 def whole(x: Array, axes: tuple[int, ...]) -> Array:
-    """x with these axes on every device. Under Explicit axes this is a visible reshard; Auto axes leave it to the compiler.
+    """x with these axes on every device.
 
     Law:
       like(whole(x, axes), x) is x, laid out as x.
     """
-    sharding = jax.typeof(x).sharding
-    spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+    split = _split(x)
     axes = tuple(a % x.ndim for a in axes)
-    if all(spec[a] is None for a in axes):
+    if not any(split[a] for a in axes):
         return x
-    return jax.reshard(x, NamedSharding(sharding.mesh, P(*(None if a in axes else s for a, s in enumerate(spec)))))
+    return _laid(x, tuple(() if a in axes else s for a, s in enumerate(split)))
 
 
 def like(y: Array, x: Array) -> Array:
-    """y (models, *shape) laid out as x (K, *shape)."""
-    sharding = jax.typeof(x).sharding
-    if all(s is None for s in sharding.spec):
-        return y
-    return jax.reshard(y, NamedSharding(sharding.mesh, P(None, *tuple(sharding.spec)[1:])))
+    """y (models, *shape), or of the shape of x, laid out as x (K, *shape)."""
+    split = _split(x)
+    return _laid(y, split if y.shape == x.shape else ((), *split[1:])) if any(split) else y
+
+
+def longer(x: Array) -> int:
+    """The longer of the last two axes of x, -2 or -1; of equal ones the one that is split, if one is."""
+    m, n = x.shape[-2:]
+    return -2 if m > n or (m == n and (_split(x)[-2] or not _split(x)[-1])) else -1
+
+
+def along(x: Array, axis: int) -> Array:
+    """x (*batch, m, n), `axis` of whose last two is split over all devices that hold either, the other whole: an all-to-all.
+
+    Every device keeps its share. Where the axis does not divide evenly, only the other is made whole.
+    """
+    split = _split(x)
+    axis = axis % x.ndim
+    other = 2 * x.ndim - 3 - axis
+    if not split[other]:
+        return x
+    both = split[axis] + split[other]
+    sizes = jax.typeof(x).sharding.mesh.shape
+    even = x.shape[axis] % math.prod(sizes[a] for a in both) == 0
+    return _laid(x, tuple(() if a == other else both if a == axis and even else s for a, s in enumerate(split)))
+
+
+def einsum(formula: str, *xs: Array) -> Array:
+    """jnp.einsum in float32: an axis that is summed over may be split (an all-reduce), the others stay split as they are."""
+    names, out = formula.split("->")
+    where = {}
+    for labels, x in zip(names.split(","), xs, strict=True):
+        where = {label: axes for label, axes in zip(labels, _split(x), strict=True) if axes} | where
+    if not where:
+        return jnp.einsum(formula, *xs, precision=jax.lax.Precision.HIGHEST)
+    split, taken = [], set()
+    for label in out:
+        axes = where.get(label, ())
+        split.append(() if taken & set(axes) else axes)
+        taken |= set(axes)
+    mesh = next(m for x in xs if not (m := jax.typeof(x).sharding.mesh).empty)
+    return jnp.einsum(formula, *xs, precision=jax.lax.Precision.HIGHEST, out_sharding=NamedSharding(mesh, _spec(split)))
+
+
+def locally(f: Callable[..., Any], x: Array) -> Any:
+    """f(x) of an x that every device has, by each for itself: factorisations are not written for Explicit axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return f(x)
+    return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(x)
+
+
+def _split(x: Array) -> tuple[tuple[str, ...], ...]:
+    """For each axis of x the mesh axes that it is split over, as far as its type says: none under Auto axes."""
+    spec = jax.typeof(x).sharding.spec
+    named = tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+    return named + ((),) * (x.ndim - len(named))
+
+
+def _spec(split) -> P:
+    return P(*(axes or None for axes in split))
+
+
+def _laid(x: Array, split: tuple[tuple[str, ...], ...]) -> Array:
+    return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, _spec(split)))

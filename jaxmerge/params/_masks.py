@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from jaxmerge.params._transform import MergeTransform, Stacked, Step, atom, total
+from jaxmerge.params._transform import MergeTransform, Need, Stacked, Step, atom, total
 
 
 class Masked(NamedTuple):
@@ -125,7 +125,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
     def merge(plan, x):
         merged = factor * total(x)
         votes = total((jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype))
-        return jnp.where((votes >= min(shared, x.shape[0])) | jnp.isnan(merged), merged, 0)
+        return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
 
@@ -152,4 +152,5 @@ def mask(masks: Mapping[str, Any]) -> MergeTransform:
             raise ValueError(f"mask: leaf {name!r} needs a mask of shape {shape}; got {found}.")
         return {"mask": masks[name]}
 
-    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: jnp.where(plan["mask"] != 0, x, 0)))
+    as_is = lambda settings, x: settings
+    return atom(Step(settings, as_is, lambda plan, x: jnp.where(plan["mask"] != 0, x, 0), needs=(Need("data", "entry"),)))

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt32
 
 from jaxmerge.params import _quantile as q
 from jaxmerge.params._scale import scale as scaled
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, Survey, atom, chain, over, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, chain, over, total
 
 ROUNDS = 3
 """Of histograms over all 32 bits, for each of the two pairs of order statistics."""
@@ -27,7 +27,7 @@ def pcb(
 
     With a = |task vector| clipped to its tails, normalised to [0, 1], the balance is b = exp(K a^2) tanh(entry * sum of the
     entries over the tasks); the weight is b clipped to its `density` largest and normalised to [0, 1]. A NaN in a model makes
-    everything NaN that shares its quantiles.
+    everything NaN that shares its quantiles; an infinity is clipped like any outlier.
 
     Args:
       density: the share of entries of each task that count.
@@ -91,8 +91,9 @@ def pcb(
         clipped = jnp.sign(x) * jnp.clip(jnp.abs(x), low, high)
         return total(clipped * w) / jnp.maximum(total(w), 1e-12)
 
+    needs = (Need("order", scope),)
     if scope == "tensor":
-        return chain(atom(Step(settings, match, merge, models=1)), scaled(scale))
+        return chain(atom(Step(settings, match, merge, models=1, needs=needs)), scaled(scale))
 
     settle_leaves = jax.jit(order_statistics)
 
@@ -132,7 +133,7 @@ def pcb(
         return {name: {"low": low, "high": high, "cut": cut, "top": top} for name in settings}
 
     survey = Survey(settle, 2 * ROUNDS, start, read, step, finish)
-    return chain(atom(Step(sizes, match, merge, models=1, survey=survey)), scaled(scale))
+    return chain(atom(Step(sizes, match, merge, models=1, survey=survey, needs=needs)), scaled(scale))
 
 
 _SHIFT = np.uint32(q.DIGIT * (ROUNDS - 1))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.params._analysis import Label, cosines, sign_conflict, task_norms
-from jaxmerge.params._layers import layer_of
+from jaxmerge.params._names import layer_of
 from jaxmerge.params._transform import Stacked, named_leaves
 
 LAYER = r"(?:^|/|\.)(?:layers?|blocks?|h)[/._](\d+)(?:/|\.|$)"

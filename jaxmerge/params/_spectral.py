@@ -1,8 +1,9 @@
 """Matrices by their singular vectors. A leaf of two axes is a matrix; leaves of other ranks are averaged.
 
-Statistics: spectral. The exact route factors each matrix whole: a leaf that is split over devices is brought together for it
-(under Explicit axes by a visible reshard) and laid out as before. Newton-Schulz, where a method needs nothing but a polar
-factor, is matrix products alone: under Auto axes a matrix that is split by rows stays so, and only products (n, n) travel.
+Statistics: spectral. By default a matrix stays split as it is: leading singular vectors come from a sketch (`_sketch`), polar
+factors and whole decompositions from Newton-Schulz (`_polar`), and what travels are sums of products. Methods that take all
+singular vectors lay a matrix that is split both ways out along its longer axis: an all-to-all under Explicit axes; under Auto
+axes the compiler brings the shorter axis together. The exact route, method="svd", brings whole matrices together.
 """
 
 import functools
@@ -11,16 +12,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import like, whole
+from jaxmerge.params._layout import along, einsum, like
 from jaxmerge.params._partition import inner_steps, models_left, run, settings_of
-from jaxmerge.params._scale import scale as scaled, weigh
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, total
+from jaxmerge.params._polar import factors, isometry, polar, svd
+from jaxmerge.params._scale import scale as scaled
+from jaxmerge.params._sketch import Method, leading
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, chain, total
 
-EPS = float(np.finfo(np.float32).eps)
 Select = Callable[[str], bool] | None
 
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -34,79 +35,21 @@ def per_matrix(
     rest: Callable[[Array], Array] = lambda x: total(x) / x.shape[0],
     models: int | None = 1,
 ) -> MergeTransform:
-    """work: x (K, m, n) -> (models, m, n) on leaves of two axes, brought together after `before`; `rest` elsewhere."""
+    """work: x (K, m, n) -> (models, m, n) on leaves of two axes, after `before`; `rest` elsewhere."""
 
     def settings(name, shape):
         spectral = len(shape) == 3 and 0 not in shape and (select is None or select(name))
         return {"matrix": ()} if spectral else {"rest": ()}  # a static choice: the structure is part of the compilation key
 
     def merge(plan, x):
-        if "matrix" in plan:
-            return like(work(whole(before(x), (1, 2))), x)
-        return rest(x)
+        return like(work(before(x)), x) if "matrix" in plan else rest(x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models, needs=(Need("spectral", "tensor"),)))
 
 
-# --- factors ---------------------------------------------------------------------------------------------------------
-
-
-def polar(x: Float[Array, "*batch m n"], method: Literal["svd", "newton_schulz"] = "svd") -> Float[Array, "*batch m n"]:
-    """The nearest partial isometry: U V^T of the singular value decomposition, over the directions that x has at all.
-
-    Args:
-      x: matrices.
-      method: "svd" is exact. "newton_schulz" iterates x (3 - x^T x) / 2, scaled, 28 times: matrix products alone, which
-        stay split. Its error is that of float32, about 1e-7 times the ratio of the largest singular value to the smallest, for
-        ratios up to 1e5; values under 1e-6 of the largest come out below 1.
-
-    Law:
-      polar(c x) = polar(x) for c > 0; polar(0) = 0; polar(x) x^T is symmetric.
-
-    Raises:
-      ValueError: an unknown method.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> jm.params.polar(jnp.array([[3.0, 0.0], [0.0, -2.0]])).round().astype(int).tolist()
-      [[1, 0], [0, -1]]
-
-    Source: Higham 2008, Functions of Matrices, section 8.3, doi:10.1137/1.9780898717778.
-    """
-    if method not in ("svd", "newton_schulz"):
-        raise ValueError(f'polar: method must be "svd" or "newton_schulz", got {method!r}.')
-    if method == "svd":
-        u, s, v = jnp.linalg.svd(x, full_matrices=False)
-        return matmul(u * _present(s, x.shape)[..., None, :], v)
-    wide = x.shape[-2] < x.shape[-1]
-    y = jnp.swapaxes(x, -1, -2) if wide else x
-    size = jnp.sqrt(jnp.sum(y * y, axis=(-1, -2), keepdims=True))
-    y = y / jnp.where(size == 0, 1, size)
-
-    def step(a):
-        return lambda _, y: a * (1.5 * y - 0.5 * a * a * matmul(y, matmul(jnp.swapaxes(y, -1, -2), y)))
-
-    # at a^2 = 2 small values more than double and large ones stay within [0.7, 1]; a^2 = 3 would be faster, but sends 1 to 0
-    y = jax.lax.fori_loop(0, 22, step(np.float32(2**0.5)), y)
-    y = jax.lax.fori_loop(0, 6, step(np.float32(1)), y)
-    return jnp.swapaxes(y, -1, -2) if wide else y
-
-
-def _present(s: Array, shape: tuple[int, ...]) -> Array:
-    """Which singular values are more than rounding: directions without one have no sign to keep."""
-    return s > 4 * EPS * max(shape[-2:]) * s[..., :1]
-
-
-def truncated(x: Float[Array, "*batch m n"], rank: int) -> tuple[Array, Array, Array]:
-    """The leading `rank` singular triplets: u (*batch, m, rank), s (*batch, rank), v (*batch, rank, n)."""
-    u, s, v = jnp.linalg.svd(x, full_matrices=False)
-    return u[..., :rank], s[..., :rank], v[..., :rank, :]
-
-
-# --- atoms and aliases -----------------------------------------------------------------------------------------------
-
-
-def truncate(density: float, *, select: Select = None) -> MergeTransform:
+def truncate(
+    density: float, *, select: Select = None, method: Method = "randomized", oversample: int = 16, iterations: int = 3
+) -> MergeTransform:
     """Keep the leading singular vectors of each matrix: rank int(density r), at least 1, of r = min(m, n).
 
     Leaves of other ranks stay as they are.
@@ -114,12 +57,18 @@ def truncate(density: float, *, select: Select = None) -> MergeTransform:
     Args:
       density: the share of the rank to keep.
       select: leaf name -> whether to truncate it; None takes every matrix.
+      method: "randomized" finds the leading singular vectors by subspace iteration from a random start, the same on any
+        sharding: the matrix stays split, sums of products with rank + oversample columns travel. It is within a factor
+        c^(1 / (4 iterations + 2)) of the best approximation, c of the order of the matrix's size over oversample, and exact up
+        to rounding where rank + oversample reaches min(m, n). "svd" is exact, and brings each matrix together.
+      oversample, iterations: how many columns more than the rank, and how many times over the matrix and back. Where singular
+        values decay fast fewer iterations do.
 
     Law:
       density = 1 changes nothing but rounding.
 
     Raises:
-      ValueError: density outside [0, 1].
+      ValueError: density outside [0, 1]; an unknown method; negative oversample or iterations.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -127,55 +76,19 @@ def truncate(density: float, *, select: Select = None) -> MergeTransform:
       >>> tx.merge(tx.match(stacked), stacked)["w"].round().astype(int).tolist()
       [[[3, 0], [0, 0]]]
 
-    Source: Eckart and Young 1936, doi:10.1007/BF02288367; Twin-Merging's compression (arXiv:2406.15479).
+    Source: Eckart and Young 1936, doi:10.1007/BF02288367; Twin-Merging's compression (arXiv:2406.15479); Halko,
+    Martinsson and Tropp 2011, doi:10.1137/090771806.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"truncate: density must be between 0 and 1, the share of the rank to keep; got {density}.")
 
+    triplets = leading("truncate", method, oversample, iterations)
+
     def work(x):
-        u, s, v = truncated(x, max(1, int(density * min(x.shape[1:]))))
-        return matmul(u * s[..., None, :], v)
+        u, s, v = triplets(x, max(1, int(density * min(x.shape[1:]))))
+        return einsum("kmr,krn->kmn", u * s[:, None], v)
 
     return per_matrix(work, select, rest=lambda x: x, models=None)
-
-
-def tsvm(
-    *,
-    weight: Hyperparameter = 1.0,
-    scale: float = 1.0,
-    density: float | None = None,
-    select: Select = None,
-    method: Literal["svd", "newton_schulz"] = "svd",
-) -> MergeTransform:
-    """Keep the leading singular vectors of each task matrix, make them orthogonal across tasks, put the matrices together.
-
-    Args:
-      weight: one number, one per model (R-TSVM's outlier-aware weights go here), or a function of the leaf's name.
-      scale: a factor for the result.
-      density: the share of the rank that each task keeps, at least one vector; None is 1 / K.
-      select: leaf name -> whether it is merged so; None takes every matrix. The others are averaged.
-      method: how singular vectors are made orthogonal; see `polar`.
-
-    Law:
-      One model comes back as it is (density=None).
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> base, a, b = (jnp.zeros((2, 2)), jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
-      >>> jm.params.merge(jm.params.tsvm(), {"w": base}, [{"w": a}, {"w": b}])["w"].round(3).tolist()
-      [[2.0, 0.0], [0.0, 1.0]]
-
-    Source: Task Singular Vectors (arXiv:2412.00081); fusion_bench and the official code.
-    """
-
-    def work(x):
-        models, m, n = x.shape
-        rank = max(1, int(min(m, n) * density)) if density is not None else max(1, min(m, n) // models)
-        u, s, v = truncated(x, rank)
-        u = jnp.moveaxis(u, 0, 1).reshape(m, models * rank)
-        return matmul(polar(u, method) * s.reshape(1, -1), polar(v.reshape(models * rank, n), method))[None]
-
-    return chain(weigh(weight), per_matrix(work, select), scaled(scale))
 
 
 def iso_c(
@@ -209,16 +122,25 @@ def iso_c(
     return chain(per_matrix(work, select, before=total), scaled(scale))
 
 
-def iso_cts(common: float = 0.8, *, scale: float = 1.0, select: Select = None) -> MergeTransform:
+def iso_cts(
+    common: float = 0.8,
+    *,
+    scale: float = 1.0,
+    select: Select = None,
+    method: Method = "randomized",
+    oversample: int = 16,
+    iterations: int = 3,
+) -> MergeTransform:
     """As `iso_c`, with part of the space set aside for each task: its leading directions outside the common ones.
 
     Args:
       common: the share of the rank for the leading directions of the sum; the rest is divided evenly among the tasks.
       scale: a factor for the result.
       select: leaf name -> whether it is merged so; None takes every matrix. The others are averaged.
+      method, oversample, iterations: see `truncate`.
 
     Raises:
-      ValueError: common outside [0, 1].
+      ValueError: common outside [0, 1]; as `truncate`.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -231,32 +153,39 @@ def iso_cts(common: float = 0.8, *, scale: float = 1.0, select: Select = None) -
     if not 0 <= common <= 1:
         raise ValueError(f"iso_cts: common must be between 0 and 1, a share of the rank; got {common}.")
 
+    triplets = leading("iso_cts", method, oversample, iterations)
+    orthogonal = functools.partial(isometry, method=method, reach=1e3)  # bases that agree to 1e-3 count once
+
     def work(x):
-        models, m, n = x.shape
-        rank = min(m, n)
+        models, rank = x.shape[0], min(x.shape[1:])
         own = min(round((rank - int(rank * common)) / models), rank // models)
-        u0, s0, v0 = truncated(total(x)[0], rank - own * models)
-        u, s, v = truncated(x - matmul(u0, matmul(u0.T, x)), own)
-        u = jnp.concatenate([jnp.moveaxis(u, 0, 1).reshape(m, -1), u0], axis=1)
-        v = jnp.concatenate([v.reshape(-1, n), v0])
-        return (matmul(polar(u), polar(v)) * jnp.mean(jnp.concatenate([s.reshape(-1), s0])))[None]
+        u0, s0, v0 = triplets(total(x), rank - own * models)
+        outside = x - einsum("mr,krn->kmn", u0[0], einsum("mr,kmn->krn", u0[0], x))
+        u, s, v = triplets(outside, own)
+        u = orthogonal(jnp.concatenate([*u, *u0], axis=1))
+        v = orthogonal(jnp.concatenate([*v, *v0]))
+        return einsum("mr,rn->mn", u, v)[None] * jnp.mean(jnp.concatenate([s.reshape(-1), s0[0]]))
 
     return chain(per_matrix(work, select), scaled(scale))
 
 
-def knots(tx: MergeTransform, *, floor: float = 1e-4) -> MergeTransform:
+def knots(
+    tx: MergeTransform, *, floor: float = 1e-4, method: Literal["newton_schulz", "svd"] = "newton_schulz"
+) -> MergeTransform:
     """Merge in the basis that the task matrices share: [T_1 ... T_K] = U S [V_1 ... V_K]; `tx` merges the V_k.
 
     Args:
       tx: a chain of this package's atoms, such as `ties(0.2, scope="tensor")`; leaves that are not matrices are merged by it as
         they are.
       floor: singular values no larger than this have no direction.
+      method: "newton_schulz" factors by way of the polar factor, whose products stay split, and one eigenproblem of the size of
+        the shorter side of [T_1 ... T_K]; "svd" is exact, and brings all the matrices together.
 
     Law:
       Around a linear merge it changes nothing but rounding.
 
     Raises:
-      ValueError: `tx` is not a chain of this package's atoms, or needs a statistic of the whole model.
+      ValueError: `tx` is not a chain of this package's atoms, or needs a statistic of the whole model; an unknown method.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -266,6 +195,8 @@ def knots(tx: MergeTransform, *, floor: float = 1e-4) -> MergeTransform:
 
     Source: Model merging with SVD to tie the Knots (arXiv:2410.19735); fusion_bench's subspace alignment.
     """
+    if method not in ("newton_schulz", "svd"):
+        raise ValueError(f'knots: method must be "newton_schulz" or "svd", got {method!r}.')
     steps = inner_steps(tx, "knots")
 
     def settings(name, shape):
@@ -277,17 +208,21 @@ def knots(tx: MergeTransform, *, floor: float = 1e-4) -> MergeTransform:
     def merge(plan, x):
         if "rest" in plan:
             return run(steps, plan["rest"], x)
-        w = whole(x, (1, 2))
-        carry, v = shared_basis(w, floor)
-        return like(matmul(carry, run(steps, plan["matrix"], v)), x)
+        carry, v = shared_basis(x, floor, method)
+        return like(einsum("mr,krn->kmn", carry, run(steps, plan["matrix"], v)), x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps)))
+    needs = (Need("spectral", "tensor"), *(need for step in steps for need in step.needs))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps), needs=needs))
 
 
-def shared_basis(x: Float[Array, "K m n"], floor: float = 1e-4) -> tuple[Float[Array, "m r"], Float[Array, "K r n"]]:
+def shared_basis(
+    x: Float[Array, "K m n"], floor: float = 1e-4, method: str = "newton_schulz"
+) -> tuple[Float[Array, "m r"], Float[Array, "K r n"]]:
     """U S and the V_k, so that U S V_k is the k-th matrix."""
     models, m, n = x.shape
-    u, s, v = jnp.linalg.svd(jnp.moveaxis(x, 0, 1).reshape(m, models * n), full_matrices=False)
+    x = along(x, 2 if n * models >= m else 1)
+    tall = jnp.transpose(x, (2, 0, 1)).reshape(n * models, m)[None]
+    (v,), (s,), (u,) = svd(tall) if method == "svd" else factors(tall)
     there = s > floor
-    v = jnp.where(there[:, None], v, 0)
-    return u * jnp.where(there, s, 0)[None], jnp.moveaxis(v.reshape(-1, models, n), 1, 0)
+    v = jnp.where(there[None], v, 0).reshape(n, models, -1)
+    return u.T * jnp.where(there, s, 0)[None], jnp.transpose(v, (1, 2, 0))

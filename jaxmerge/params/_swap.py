@@ -8,7 +8,7 @@ from jax import lax
 from jaxmerge.params import _quantile as q
 from jaxmerge.params._rows import as_rows
 from jaxmerge.params._scale import scale as scaled
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, float32, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve
 
 
 def one_model(what: str) -> MergeTransform:
@@ -115,4 +115,4 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
         # not the other way round: a row with a NaN is taken over, to be seen
         return jnp.where(importance(x) < over(plan["threshold"], x[:1]), x[:1], x[1:])
 
-    return atom(Step(settings, match, merge, models=1))
+    return atom(Step(settings, match, merge, models=1, needs=(Need("sum", "row"), Need("order", "tensor"))))

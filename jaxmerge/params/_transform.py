@@ -10,7 +10,7 @@ that one and the same chain runs over a pytree in memory and streams over checkp
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,19 @@ class Survey(NamedTuple):
     finish: Callable[[Any, dict], dict]
 
 
+class Need(NamedTuple):
+    """What an atom must find out before it merges an entry.
+
+    Attributes:
+      statistic: "random" bits of the entry's own; "sum" (norms, products, counts); "order" (a threshold, a rank); "spectral"
+        (singular vectors, linear systems); "data" (arrays as large as the model that are passed in).
+      scope: over what it is taken: the entry (over the models alone), its row or column, its tensor, or the whole model.
+    """
+
+    statistic: Literal["random", "sum", "order", "spectral", "data"]
+    scope: Literal["entry", "row", "column", "tensor", "model"]
+
+
 class Step(NamedTuple):
     """An atom, leaf by leaf.
 
@@ -55,6 +68,7 @@ class Step(NamedTuple):
       merge: (plan, x) -> x, with the models that are left on the leading axis.
       models: how many models are left; None = as many as came.
       survey: a statistic of the whole model that completes the settings, or None.
+      needs: what it looks at; nothing for an atom that is pointwise.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -62,6 +76,7 @@ class Step(NamedTuple):
     merge: Callable[[Any, Array], Array]
     models: int | None = None
     survey: Survey | None = None
+    needs: tuple[Need, ...] = ()
 
 
 class Match(NamedTuple):
@@ -147,6 +162,31 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
     return MergeTransform(match, merge)
 
 
+def needs(tx: MergeTransform) -> tuple[Need, ...]:
+    """What a merge must find out: its statistics and their scopes, in the order of the chain. Empty: every entry for itself.
+
+    Args:
+      tx: a chain of this package's atoms.
+
+    Law:
+      Without "sum" and "spectral" among them the result has the same bits on any sharding (`pcb`, which exponentiates, up to
+      the compiler's rounding).
+
+    Raises:
+      ValueError: `tx` is not made of this package's atoms.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> jm.params.needs(jm.params.linear())
+      ()
+      >>> [tuple(need) for need in jm.params.needs(jm.params.della(0.5, seed=0, rescale="l1"))]
+      [('order', 'row'), ('random', 'entry'), ('sum', 'tensor')]
+    """
+    if not isinstance(tx.match, Match):
+        raise ValueError("needs: pass a chain of this package's atoms; what your own functions look at cannot be seen.")
+    return tuple(dict.fromkeys(need for step in tx.match.steps for need in step.needs))
+
+
 def _transform(steps: tuple[Step, ...]) -> MergeTransform:
     return MergeTransform(Match(steps), functools.partial(_merge, steps))
 
@@ -230,3 +270,12 @@ def over(v: Any, x: Array) -> Array:
 def total(x: Array) -> Array:
     """The sum over the models, (1, *shape), added in their order: the same bits on any sharding."""
     return functools.reduce(jnp.add, [x[k : k + 1] for k in range(x.shape[0])])
+
+
+def each(f: Callable[..., Array], x: Array, *values: Any) -> Array:
+    """f of every model (1, *shape) and its part of the values (K, ...), side by side again.
+
+    What follows takes the models one by one as well, so that XLA sees slices of a concatenation and makes no array of them all.
+    """
+    parts = [f(x[k : k + 1], *(jnp.asarray(v)[k : k + 1] for v in values)) for k in range(x.shape[0])]
+    return jnp.concatenate(parts)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from jaxmerge.params._quantile import magnitude_bits
 from jaxmerge.params._rows import rank_in_row
 from jaxmerge.params._spectral import Select
-from jaxmerge.params._transform import MergeTransform, Step, atom, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, total
 
 
 def widen(*, ratio: float = 1.0, calibration: float = 1.0, rows: Select = None, axis: int = 0) -> MergeTransform:
@@ -17,7 +17,8 @@ def widen(*, ratio: float = 1.0, calibration: float = 1.0, rows: Select = None, 
 
     A column's change is that of its length and of its direction; each is ranked within the expert, softmaxed over the experts,
     and set to `calibration` where the rank is well above the middle. Vectors are weighed entry by entry, by their change.
-    Merge without a base and name it first: `merge(widen(), None, [base, *models])`.
+    Merge without a base and name it first: `merge(widen(), None, [base, *models])`. A matrix stays split; to be ranked, two
+    numbers per column and expert are brought together.
 
     Args:
       ratio: a rank above ratio times the mean rank (a change above ratio times the mean change) is calibrated; ranks are
@@ -70,7 +71,8 @@ def widen(*, ratio: float = 1.0, calibration: float = 1.0, rows: Select = None, 
         score = total(jnp.concatenate([_column_scores(v, along, last, calibration)[None] for v in (stretched, turned)]))[0] / 2
         return base + total(tau * score)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    needs = (Need("sum", "tensor"), Need("sum", "column"), Need("order", "tensor"))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))
 
 
 def _column_scores(change: Float[Array, "K _ _"], along: int, last: Array, calibration: float) -> Float[Array, "K _ _"]:

@@ -1,4 +1,4 @@
-"""The laws, over every method; and the edges: K = 1 to 8, zeros, constants, ties in bfloat16, NaN."""
+"""The laws can fail; and the edges: exact counts, hyperparameters, dtypes, integers, what is not finite, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,109 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmerge import params
-from jaxmerge.params._laws import _deltas, assert_merge
-
-K1238 = (1, 2, 3, 8)
-METHODS = {
-    "linear": (params.linear, K1238, dict(mean=True, linear=True)),
-    "task_arithmetic": (lambda: params.task_arithmetic(0.5, scale=0.25), K1238, dict(linear=True)),
-    "ties": (lambda: params.ties(0.3), K1238, {}),
-    "ties_whole": (lambda: params.ties(1.0), (3,), dict(mean=True)),
-    "ties_official": (lambda: params.ties(0.3, extra=1, ties="all", tie="majority", reduce="sum"), (3,), {}),
-    "ties_mergekit": (lambda: params.ties(0.3, scope="tensor"), (3,), {}),
-    "ties_mergellm": (
-        lambda: params.ties(0.3, scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority"),
-        (2,),
-        {},
-    ),
-    "ties_rescale": (lambda: params.ties(0.3, scope="tensor", rescale=True, reduce="max"), (3,), dict(exact=False)),
-    "dare_linear": (lambda: params.dare_linear(0.5, seed=3), K1238, dict(linear=True)),
-    "dare_linear_l1": (lambda: params.dare_linear(0.5, seed=3, rescale="l1"), (3,), dict(exact=False)),
-    "dare_ties": (lambda: params.dare_ties(0.5, seed=3, reduce="mean"), K1238, {}),
-    "slerp": (lambda: params.slerp(0.3), (2,), dict(exact=False, mean=True)),
-    "breadcrumbs": (lambda: params.breadcrumbs_ties(0.5, 0.1, reduce="mean"), (1, 2), {}),
-    "trim_rows": (lambda: params.ties(0.3, scope="row"), (1, 3), {}),
-    "trim_band_model": (lambda: params.breadcrumbs(0.5, 0.1, scope="model", ties="all"), (2,), {}),
-    "della": (lambda: params.della(0.5, 0.2, seed=3), (3,), {}),
-    "della_linear_l1": (lambda: params.della_linear(0.5, 0.2, seed=3, rescale="l1"), (1,), dict(exact=False)),
-    "magmax": (params.magmax, (1, 3), dict(mean=True)),
-    "nuslerp": (lambda: params.nuslerp([0.7, 0.4]), (2,), dict(exact=False, mean=True)),
-    "nuslerp_rows": (lambda: params.nuslerp(scope="row"), (2,), dict(exact=False, mean=True)),
-    "nuslerp_columns": (lambda: params.nuslerp(scope="column"), (2,), dict(exact=False, mean=True)),
-    "multislerp": (params.multislerp, (1, 2), dict(exact=False, mean=True)),
-    "karcher": (params.karcher, (1, 3), dict(exact=False, mean=True)),
-    "model_stock": (params.model_stock, (1, 3), dict(exact=False, mean=True)),
-    "model_stock_rows": (lambda: params.model_stock(average="angle", scope="row"), (2,), dict(exact=False, mean=True)),
-    "sce": (lambda: params.sce(0.3), (1, 3), dict(exact=False, mean=True)),
-    "sce_mergekit": (lambda: params.sce(0.3, mask="delta"), (2,), dict(exact=False)),
-    "varm": (params.varm, (1, 2), dict(exact=False, mean=True)),
-    "ram": (params.ram, (3,), dict(mean=True)),
-    "ramplus_tl": (params.ramplus_tl, (1, 3), {}),
-    "nearswap": (lambda: params.nearswap(0.3), (1,), {}),
-    "passthrough": (lambda: params.passthrough(0.5), (1,), dict(linear=True)),
-    "arcee_fusion": (params.arcee_fusion, (2,), dict(exact=False, mean=True)),
-    "interpolate": (lambda: params.interpolate(0.3), (2,), dict(linear=True, mean=True)),
-}
-
-
-# Peers' variants of one chain, which the recorded vectors check as well.
-VARIANTS = {
-    *("ties_whole", "ties_official", "ties_mergekit", "ties_mergellm", "ties_rescale", "sce_mergekit", "trim_band_model"),
-    *("model_stock_rows", "nuslerp_columns", "iso_c_svd", "pcb_tensor", "knots_ties"),
-}
-
-
-def cases(methods):
-    marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
-    return [pytest.param(n, k, marks=marks(n), id=f"{n}-{k}") for n, (_, ks, _) in methods.items() for k in ks]
-
-
-GRAMS = [{"b/kernel": np.cov(np.random.default_rng(k).standard_normal((16, 40))).astype(np.float32)} for k in range(3)]
-FISHERS = [{n: np.abs(v[k]) for n, v in _deltas(np.random.default_rng(7), 3).items()} for k in range(3)]
-CHUNKS = {n: np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32) for n in FISHERS[0]}
-MATRICES = {  # spectral steps and solves: small and slow to compile
-    "tsvm": (params.tsvm, (1, 3), {}),
-    "iso_c": (params.iso_c, (3,), {}),
-    "iso_c_svd": (lambda: params.iso_c(method="svd"), (1, 2), {}),
-    # the polar factors of two bases with singular values down to about 0.1
-    "iso_cts": (lambda: params.iso_cts(0.5), (3,), dict(rounding=1e-5)),
-    "knots_ties": (lambda: params.knots(params.ties(0.3, scope="tensor")), (3,), {}),
-    "knots_linear": (lambda: params.knots(params.linear()), (1, 3), dict(linear=True, mean=True)),
-    "wudi": (params.wudi, (1, 3), {}),
-    "twin_merging": (lambda: params.twin_merging([0.2, 0.5, 0.3]), (3,), {}),
-    "regmean": (lambda: params.regmean(GRAMS), (3,), dict(linear=True, mean=True)),
-    "fisher": (lambda: params.fisher(FISHERS), (3,), dict(linear=True, mean=True)),
-    "widen": (params.widen, (2, 3), dict(mean=True)),
-    "pcb": (lambda: params.pcb(0.3), (1, 3), {}),
-    "pcb_tensor": (lambda: params.pcb(0.3, tail=0.0, scope="tensor"), (2,), {}),
-    "elect_largest": (params.elect_largest, (1, 2), dict(mean=True)),
-    "consensus": (params.consensus, (1, 2), {}),
-    "adamerging": (lambda: params.adamerging([0.2, 0.5, 0.3]), (3,), dict(linear=True, mean=True)),
-    "expert_merging": (lambda: params.expert_merging(CHUNKS), (3,), dict(linear=True)),
-    "self_positioning": (lambda: params.self_positioning([0.2, 0.5, 0.3]), (3,), dict(linear=True, mean=True)),
-    "window_average": (lambda: params.window_average("cosine"), (1, 3), dict(linear=True, mean=True)),
-    "update_selective": (lambda: params.update_selective(0.3), (1,), {}),
-    "partition": (
-        lambda: params.partition(
-            {"a": params.ties(0.3, scope="tensor"), "b": params.linear(), "c": params.magmax()}, lambda name: name[0]
-        ),
-        (3,),
-        {},
-    ),
-}
-INEXACT = dict(exact=False)
-
-
-@pytest.mark.parametrize(("name", "models"), cases(MATRICES))
-def test_laws_of_statistics(name, models):
-    make, _, laws = MATRICES[name]
-    assert_merge(make(), models=models, sharding=models == 3, **(INEXACT | laws))
-
-
-@pytest.mark.parametrize(("name", "models"), cases(METHODS))
-def test_laws(name, models):
-    make, _, laws = METHODS[name]
-    assert_merge(make(), models=models, sharding=models == 3, **laws)
+from jaxmerge.params._laws import assert_merge
 
 
 def test_the_laws_can_fail():

@@ -107,13 +107,12 @@ CASES = {
 SPECTRAL, SOLVED, EXACT = dict(rtol=1e-4, atol=1e-5), dict(rtol=1e-3, atol=1e-4), dict(rtol=2e-5, atol=2e-6)
 MORE = {
     "fusion_bench_tsvm": (lambda p, v: params.tsvm(scale=p["alpha"]), SPECTRAL),
-    "fusion_bench_tsvm newton_schulz": (lambda p, v: params.tsvm(method="newton_schulz"), SPECTRAL),
+    "fusion_bench_tsvm svd": (lambda p, v: params.tsvm(method="svd"), SPECTRAL),
+    "fusion_bench_tsvm r_tsvm": (lambda p, v: params.r_tsvm(outlier=np.inf, nearly_zero=-1.0), SPECTRAL),
     "fusion_bench_iso_c": (lambda p, v: params.iso_c(scale=p["scaling_factor"]), SPECTRAL),
     "fusion_bench_iso_c svd": (lambda p, v: params.iso_c(method="svd"), SPECTRAL),
-    "fusion_bench_iso_cts": (
-        lambda p, v: params.iso_cts(p["common_space_fraction"], select=lambda name: name not in p["exclude_keys"]),
-        SOLVED,
-    ),
+    "fusion_bench_iso_cts": (lambda p, v: iso_cts(p), SOLVED),
+    "fusion_bench_iso_cts svd": (lambda p, v: iso_cts(p, method="svd"), SOLVED),
     "fusion_bench_wudi": (lambda p, v: params.wudi(optax.adam(p["lr"]), steps=p["iter_num"]), SPECTRAL),
     "fusion_bench_regmean": (
         lambda p, v: params.regmean([by_weight(v, k) for k in range(3)], shrink=p["reduce_non_diagonal_ratio"], axis=1),
@@ -139,14 +138,19 @@ MORE = {
         EXACT,
     ),
     "fusion_bench_emr": (lambda p, v: params.elect_largest(), EXACT),
-    "twin_merging": (
-        lambda p, v: params.twin_merging(
-            jax.nn.softmax(jnp.array(p["router_logits"])), scale=p["scaling"], density=1 - p["mask_rate"]
-        ),
-        SPECTRAL,
-    ),
+    "twin_merging": (lambda p, v: twin_merging(p), SPECTRAL),
+    "twin_merging svd": (lambda p, v: twin_merging(p, method="svd"), SPECTRAL),
 }
 BASE_IS_A_MODEL = ("mergekit_slerp", "mergekit_arcee_fusion", "widen")
+
+
+def iso_cts(p, **kwargs):
+    return params.iso_cts(p["common_space_fraction"], select=lambda name: name not in p["exclude_keys"], **kwargs)
+
+
+def twin_merging(p, **kwargs):
+    weight = jax.nn.softmax(jnp.array(p["router_logits"]))
+    return params.twin_merging(weight, scale=p["scaling"], density=1 - p["mask_rate"], **kwargs)
 
 
 def by_weight(vectors, k):
@@ -213,14 +217,15 @@ def test_tall_masks(golden):
             np.testing.assert_array_equal(masks[name][k], expected != 0)
 
 
-def test_knots_basis(golden):
+@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+def test_knots_basis(golden, method):
     vectors = golden("params/fusion_bench_knots_a")
     x = jnp.stack([vectors[f"in/delta_{k}"] for k in range(3)])
-    carry, v = shared_basis(x)
+    carry, v = shared_basis(x, method=method)
     np.testing.assert_allclose(jnp.linalg.norm(carry, axis=0), vectors["out/singular_values"], rtol=2e-5, atol=2e-6)
     for k in range(3):
         np.testing.assert_allclose(carry @ v[k], vectors[f"out/US_V_{k}"], rtol=2e-5, atol=2e-6)
-    merged = params.merge(params.knots(params.linear()), {"w": jnp.zeros((12, 8))}, [{"w": t} for t in x])["w"]
+    merged = params.merge(params.knots(params.linear(), method=method), {"w": jnp.zeros((12, 8))}, [{"w": t} for t in x])["w"]
     np.testing.assert_allclose(merged, vectors["out/mean_merged_delta"], rtol=2e-5, atol=2e-6)
 
 
