@@ -99,15 +99,16 @@ class Trainer:
         tick: Callable[[], Any],
     ) -> Params:
         """Fine-tune on all of `splits` together; `tick` is called after every chunk."""
-        data = Split(*(jnp.stack(parts) for parts in zip(*splits, strict=True)))
+        x, y = (jnp.stack([jnp.asarray(a) for a in parts]) for parts in zip(*splits, strict=True))
         head = stacked(heads)
         params, state = jax.tree.map(jnp.array, params), self.tx.init(params)
-        rates = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), steps + 1)(np.arange(steps) + 1)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), steps + 1)
+        rates = jnp.asarray(schedule(jnp.arange(steps) + 1))
         each = max(self.batch // len(splits), 1)
         for first in range(0, steps, self.chunk):
-            some = jnp.asarray(rates[first : first + self.chunk])
-            at = self.rng.integers(0, data.x.shape[1], (len(some), len(splits), each))
-            params, state, loss = self.run(params, state, head, data, (some, at))
+            some = rates[first : first + self.chunk]
+            at = self.rng.integers(0, x.shape[1], (len(some), len(splits), each))
+            params, state, loss = self.run(params, state, head, (x, y), (some, at))
             if not np.isfinite(loss):
                 raise FloatingPointError(
                     f"training: the loss is {loss} after {first + len(some)} steps; lower the rate {rate}."
@@ -154,7 +155,7 @@ class Scorer:
     """The share of right answers and the nats of a model on every task: one program, whatever the model."""
 
     def __init__(self, network: Network, heads: Sequence[Head], splits: Sequence[Split]):
-        self.heads, self.splits = heads, [Split(*map(jnp.asarray, s)) for s in splits]
+        self.heads, self.splits = heads, [(jnp.asarray(s.x), jnp.asarray(s.y)) for s in splits]
         self.counts = [int((s.y >= 0).sum()) for s in splits]
 
         @jax.jit

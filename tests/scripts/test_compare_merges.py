@@ -87,6 +87,7 @@ def test_statistics_and_heads(own):
     assert np.asarray(network.logits(params, fitted, x))[:, 2:].max() < -1e6  # classes that the task does not have
 
 
+@pytest.mark.slow
 def test_the_whole_comparison(own, tmp_path):
     only = ("linear", "ties", "regmean", "adamerging", "emr")
     compare_merges.main(
