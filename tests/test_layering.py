@@ -102,16 +102,20 @@ SURFACE = {
     "jaxmerge.virtual": "merged_positions rotary virtual_attention",
     "jaxmerge.words": """Controller ControllerState EOS OFFSET PAD SIZE UNK capacity_for delete_gate deletion_rate kept
         masked_mean pi_controller segments shift softmax1 split starts to_bytes to_ids""",
-    "jaxmerge.params": """Attention Factors Masked MergeTransform Need adamerging add arcee_fusion breadcrumbs breadcrumbs_ties
-        chain combine concatenate consensus cosines dare_linear dare_ties della della_linear dense
-        elect_largest elect_sign emr entropy expert_merging fisher fit gram interpolate iso_c iso_cts
-        karcher knots layer_of layer_swapping linear lock lock_suspicion magmax mask match_weights
-        matching_pursuit max_agreeing mean_agreeing merge merge_units model_stock multislerp nearest_points
-        nearswap needs nonfinite nuslerp partition passthrough pcb per_leaf permute pleas polar r_tsvm ram
-        ramplus_tl random_mask rank_mask regmean rescale rotate_points scale sce select_variance self_positioning
-        sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors ties
-        trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split update_selective varm
-        weigh widen window_average wudi""",
+    "jaxmerge.params": """Alignment Attention Evolution Factors Information Masked MergeTransform Need Router adamerging
+        adapt add align_embeddings align_vocabularies allocate_chunks arcee_fusion breadcrumbs
+        breadcrumbs_ties by_model by_name chain chunk_importance combine compress concatenate consensus
+        cosines dare_linear dare_ties della della_linear dense distillation drift elect_largest
+        elect_sign emr entropy evo_merging evolve exclude expert_coefficients expert_merging fisher
+        fisher_information fit fit_adapters fit_router gradient gram hidden_mse init_router interpolate
+        iso_c iso_cts karcher keep_base knots layer_of layer_swapping linear lock lock_matrices
+        lock_suspicion magmax mask match_weights matching_pursuit max_agreeing mean_agreeing merge
+        merge_units model_stock multislerp nearest_points nearswap needs nonfinite nuslerp partition
+        passthrough pcb per_leaf permute pleas polar r_tsvm ram ramplus_tl random_mask rank_mask regmean
+        rescale rotate_points route scale sce select_layers select_variance self_positioning
+        sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors
+        ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
+        update_selective varm weigh widen window_average wudi""",
     "jaxmerge.checkpoint": "CheckpointPlan MergeError MergeReport Progress fsdp merge plan",
 }
 

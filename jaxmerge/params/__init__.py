@@ -14,20 +14,34 @@ sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                    
 slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
 passthrough, nearswap, arcee_fusion                                                    one model and the base
 tsvm, r_tsvm, iso_c, iso_cts, knots                                                    singular vectors; polar is their tool
-fisher, regmean (gram), wudi, widen                                                    statistics of data, or of columns
+fisher (fisher_information), regmean (gram), wudi, widen                               statistics of data, or of columns
 adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
-layer_swapping (layer_of), window_average                                              layers of two models; one run
+expert_coefficients, chunk_importance, allocate_chunks                                 ... by distillation, hidden_mse, drift
+evo_merging                                                                            ... evolve searches for them -> Evolution
+select_layers, layer_swapping, window_average                                          layers of several models; one run
+gradient (layer_of), by_name, by_model                                                 hyperparameters by the leaf's name
 
 emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
 twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
-tsv_compress                                     each task as Factors: TSV-C
-concatenate, dense                               adapters that stay Factors
+tsv_compress                                     ... each task as Factors: TSV-C
+init_router, fit_router, route -> Router         ... which task an input is of
+concatenate, compress, dense                     adapters that stay Factors; adapt adds one, fit_adapters weighs them
 match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
+unit_budget, unit_gains                          ... how many of each layer, if the network may cost so much
+align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
 matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
 cosines, sign_conflict, task_norms               what there is to merge
-lock, lock_suspicion (Attention)                 weights that compute the same and cannot be merged
+lock (lock_matrices), lock_suspicion: Attention  weights that compute the same and cannot be merged
 """
 
+from jaxmerge.params._adapters import (
+    Factors as Factors,
+    adapt as adapt,
+    compress as compress,
+    concatenate as concatenate,
+    dense as dense,
+    fit_adapters as fit_adapters,
+)
 from jaxmerge.params._aliases import (
     breadcrumbs as breadcrumbs,
     breadcrumbs_ties as breadcrumbs_ties,
@@ -41,29 +55,50 @@ from jaxmerge.params._aliases import (
     task_arithmetic as task_arithmetic,
     ties as ties,
 )
+from jaxmerge.params._align import (
+    Alignment as Alignment,
+    align_embeddings as align_embeddings,
+    align_vocabularies as align_vocabularies,
+)
 from jaxmerge.params._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
+from jaxmerge.params._budget import unit_budget as unit_budget, unit_gains as unit_gains
 from jaxmerge.params._consensus import (
     elect_sign as elect_sign,
     max_agreeing as max_agreeing,
     mean_agreeing as mean_agreeing,
     sum_experts as sum_experts,
 )
+from jaxmerge.params._evolve import Evolution as Evolution, evo_merging as evo_merging, evolve as evolve
+from jaxmerge.params._expert import (
+    allocate_chunks as allocate_chunks,
+    chunk_importance as chunk_importance,
+    distillation as distillation,
+    drift as drift,
+    expert_coefficients as expert_coefficients,
+    expert_merging as expert_merging,
+    hidden_mse as hidden_mse,
+)
+from jaxmerge.params._fisher import Information as Information, fisher_information as fisher_information
 from jaxmerge.params._geometry import interpolate as interpolate, spherical as spherical
 from jaxmerge.params._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
 from jaxmerge.params._layers import (
-    layer_of as layer_of,
     layer_swapping as layer_swapping,
+    select_layers as select_layers,
     update_selective as update_selective,
     window_average as window_average,
 )
 from jaxmerge.params._learned import (
     adamerging as adamerging,
     entropy as entropy,
-    expert_merging as expert_merging,
     fit as fit,
     self_positioning as self_positioning,
 )
-from jaxmerge.params._lock import Attention as Attention, lock as lock, lock_suspicion as lock_suspicion
+from jaxmerge.params._lock import (
+    Attention as Attention,
+    lock as lock,
+    lock_matrices as lock_matrices,
+    lock_suspicion as lock_suspicion,
+)
 from jaxmerge.params._masks import (
     Masked as Masked,
     consensus as consensus,
@@ -72,17 +107,19 @@ from jaxmerge.params._masks import (
     mask as mask,
     tall_masks as tall_masks,
 )
-from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
-from jaxmerge.params._partition import partition as partition
-from jaxmerge.params._pcb import pcb as pcb
-from jaxmerge.params._permute import (
-    match_weights as match_weights,
-    merge_units as merge_units,
-    permute as permute,
-    pleas as pleas,
+from jaxmerge.params._names import (
+    by_model as by_model,
+    by_name as by_name,
+    gradient as gradient,
+    layer_of as layer_of,
 )
+from jaxmerge.params._overlap import ram as ram, ramplus_tl as ramplus_tl
+from jaxmerge.params._partition import exclude as exclude, keep_base as keep_base, partition as partition
+from jaxmerge.params._pcb import pcb as pcb
+from jaxmerge.params._permute import match_weights as match_weights, permute as permute
 from jaxmerge.params._polar import polar as polar
 from jaxmerge.params._random import random_mask as random_mask, rank_mask as rank_mask
+from jaxmerge.params._router import Router as Router, fit_router as fit_router, init_router as init_router, route as route
 from jaxmerge.params._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params._sce import sce as sce, select_variance as select_variance, varm as varm
 from jaxmerge.params._spectral import (
@@ -110,13 +147,11 @@ from jaxmerge.params._transform import (
 from jaxmerge.params._trim import trim as trim, trim_band as trim_band
 from jaxmerge.params._tsv import r_tsvm as r_tsvm, tsv_compress as tsv_compress, tsvm as tsvm
 from jaxmerge.params._twin import (
-    Factors as Factors,
-    concatenate as concatenate,
-    dense as dense,
     twin_merging as twin_merging,
     twin_serve as twin_serve,
     twin_split as twin_split,
 )
+from jaxmerge.params._units import merge_units as merge_units, pleas as pleas
 from jaxmerge.params._vocabulary import (
     combine as combine,
     matching_pursuit as matching_pursuit,

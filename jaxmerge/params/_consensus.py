@@ -7,7 +7,19 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, float32, over, resolve, total
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    MergeTransform,
+    Need,
+    Step,
+    Survey,
+    atom,
+    each,
+    float32,
+    over,
+    resolve,
+    total,
+)
 
 
 def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model", "tensor"] = "model") -> MergeTransform:
@@ -40,7 +52,7 @@ def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model",
     def merge(plan, x):
         s = jnp.sign(total(x))
         s = jnp.where(s == 0, over(plan["sign"], x), s)
-        return jnp.where(x * s <= 0, 0, x)  # a NaN stays, to be seen
+        return each(lambda x: jnp.where(x * s <= 0, 0, x), x)  # a NaN stays, to be seen
 
     def settings(name, shape):
         return {"sign": np.ones(1, np.float32)} if tie == "+1" else {}
@@ -112,7 +124,7 @@ def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
         return {"weight": float32(resolve(weight, name, shape[0], "mean_agreeing: weight"))}
 
     def merge(plan, x):
-        mass = total(jnp.where(x != 0, over(plan["weight"], x), 0))
+        mass = total(each(lambda x, w: jnp.where(x != 0, over(w, x), 0), x, plan["weight"]))
         return total(x) / jnp.where(mass == 0, 1, mass)
 
     return atom(Step(settings, lambda settings, x: settings, merge, models=1))

@@ -18,6 +18,25 @@ from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Ste
 def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
     """X^T X over all axes but the last, in float32: a linear layer's inputs as `regmean` needs them. Add them up over batches.
 
+    The inputs of all linear layers of a flax.nnx model, caught on their way (the names are those of the kernels in
+    `nnx.to_pure_dict(nnx.state(model, nnx.Param))`; not for use inside jit):
+
+      >>> from unittest import mock
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+      >>> kernel = {id(m): "/".join([*map(str, path), "kernel"]) for path, m in nnx.iter_modules(model)}
+      >>> grams, linear = {}, nnx.Linear.__call__
+      >>> def caught(layer, x):
+      ...     name = kernel[id(layer)]
+      ...     grams[name] = grams.get(name, 0) + jm.params.gram(x)
+      ...     return linear(layer, x)
+      >>> with mock.patch.object(nnx.Linear, "__call__", caught):
+      ...     for batch in (jnp.ones((5, 2)), jnp.zeros((5, 2))):
+      ...         _ = model(batch)
+      >>> {name: g.shape for name, g in sorted(grams.items())}
+      {'layers/0/kernel': (2, 2), 'layers/2/kernel': (3, 3)}
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> jm.params.gram(jnp.array([[1.0, 2.0], [0.0, 1.0]])).tolist()

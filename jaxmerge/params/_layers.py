@@ -1,34 +1,63 @@
 """Which layers from which model; and which checkpoints of one run, with which weights."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.params._aliases import linear
+from jaxmerge.params._names import Layer, layer_of
 from jaxmerge.params._scale import scale as scaled
 from jaxmerge.params._swap import one_model
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, over, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, chain, float32, over, resolve, total
 from jaxmerge.params._trim import Scope, trim
 
 
-def layer_of(pattern: str = r"(?:^|/|\.)layers?[/._](\d+)(?:/|\.|$)") -> Callable[[str], int | None]:
-    """Leaf name -> number of its layer, or None.
+def select_layers(
+    sources: Sequence[int | Sequence[float]],
+    *,
+    rest: int | Sequence[float] | Callable[[str], int | Sequence[float]] = 0,
+    layer: Layer | None = None,
+) -> MergeTransform:
+    """Take each layer from one of the models, or from a mix of them.
+
+    Args:
+      sources: for each layer the number of a model, from 0, or a weight for each model.
+      rest: the same for leaves that are in no layer: embeddings, norms, heads; may be a function of the leaf's name.
+      layer: leaf name -> number of its layer or None; None is `layer_of()`.
+
+    Law:
+      What is taken from one model has its bits; what is not taken is not looked at (NaN, say).
+
+    Raises:
+      ValueError: a layer without a source; a number that no model has; weights that are not one per model.
 
     Example:
-      >>> import jaxmerge as jm
-      >>> of = jm.params.layer_of()
-      >>> of("layers/3/mlp/kernel"), of("model.layers.12.mlp.weight"), of("embed")
-      (3, 12, None)
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> model = lambda v: {"layers": [jnp.array(v)] * 3, "norm": jnp.array(v)}
+      >>> merged = jm.params.merge(jm.params.select_layers([0, 1, [0.5, 0.5]]), None, [model(1.0), model(2.0)])
+      >>> [x.item() for x in merged["layers"]], merged["norm"].item()
+      ([1.0, 2.0, 1.5], 1.0)
+
+    Source: mergekit's `passthrough` over slices.
     """
-    found = re.compile(pattern)
+    of = layer_of() if layer is None else layer
 
-    def of(name: str) -> int | None:
-        match = found.search(name)
-        return int(match.group(1)) if match else None
+    def settings(name, shape):
+        i = of(name)
+        if i is not None and not 0 <= i < len(sources):
+            raise ValueError(f"select_layers: leaf {name!r} is of layer {i}, but there are sources for {len(sources)}.")
+        source = sources[i] if i is not None else rest(name) if callable(rest) else rest
+        if isinstance(source, int) and not 0 <= source < shape[0]:
+            raise ValueError(f"select_layers: leaf {name!r} is to come from model {source}, but there are {shape[0]}, from 0.")
+        one = np.eye(shape[0])[source] if isinstance(source, int) else source
+        return {"weight": float32(resolve(one, name, shape[0], "select_layers: weight"))}
 
-    return of
+    def merge(plan, x):
+        w = over(plan["weight"], x)
+        return total(jnp.where(w == 0, 0, x * w))
+
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
 
 
 def layer_swapping(
@@ -38,7 +67,7 @@ def layer_swapping(
     top: int,
     transition: int | tuple[int, int] = 0,
     rest: Sequence[float] = (0.5, 0.5),
-    layer: Callable[[str], int | None] | None = None,
+    layer: Layer | None = None,
 ) -> MergeTransform:
     """The first and last layers from the first model, those between from the second, averaged where they meet.
 
@@ -62,23 +91,14 @@ def layer_swapping(
     Source: Layer Swapping for zero-shot cross-lingual transfer (arXiv:2410.01335).
     """
     lower, upper = transition if isinstance(transition, tuple) else (transition, transition)
-    if min(bottom, top, lower, upper) < 0 or bottom + top + lower + upper > layers:
+    middle = layers - bottom - top - lower - upper
+    if min(bottom, top, lower, upper, middle) < 0:
         raise ValueError(
             f"layer_swapping: bottom={bottom}, top={top} and transition={(lower, upper)} do not fit {layers} layers."
         )
-    of = layer_of() if layer is None else layer
-
-    def weight(name):
-        i = of(name)
-        if i is None:
-            return list(rest)
-        if not 0 <= i < layers:
-            raise ValueError(f"layer_swapping: leaf {name!r} is of layer {i}, but there are {layers}.")
-        if i < bottom or i >= layers - top:
-            return [1.0, 0.0]
-        return [0.5, 0.5] if i < bottom + lower or i >= layers - top - upper else [0.0, 1.0]
-
-    return linear(weight, normalize=False)
+    first, both, second = [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]
+    sources = [first] * bottom + [both] * lower + [second] * middle + [both] * upper + [first] * top
+    return select_layers(sources, rest=rest, layer=layer)
 
 
 def update_selective(density: float = 0.2, *, scale: Hyperparameter = 1.0, scope: Scope = "model") -> MergeTransform:

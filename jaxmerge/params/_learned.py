@@ -10,7 +10,7 @@ from jaxtyping import Float, PyTree
 
 from jaxmerge.params._aliases import task_arithmetic
 from jaxmerge.params._stack import merge
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Step, atom, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform
 
 Squash = Literal["clip", "softmax", "sigmoid", "none"]
 
@@ -39,49 +39,6 @@ def adamerging(coefficients: Any, *, squash: Squash = "clip") -> MergeTransform:
     """
     f = _squash(squash, "adamerging")
     return task_arithmetic(_by_leaf(coefficients, f, "adamerging"))
-
-
-def expert_merging(coefficients: Mapping[str, Any]) -> MergeTransform:
-    """The base plus each task vector times the sigmoid of its coefficient, one for each chunk of the flattened tensor.
-
-    Args:
-      coefficients: {leaf name: (K, chunks)}, before the sigmoid. A tensor of n entries is cut into pieces of ceil(n / chunks),
-        the last one shorter; there may be fewer pieces than chunks.
-
-    Law:
-      Differentiable in the coefficients.
-
-    Raises:
-      ValueError: a leaf without coefficients, or with those of another number of models.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> base, models = {"w": jnp.zeros(4)}, [{"w": jnp.ones(4)}]
-      >>> raw = {"w": jnp.array([[0.0, 100.0]])}
-      >>> jm.params.merge(jm.params.expert_merging(raw), base, models)["w"].tolist()
-      [0.5, 0.5, 1.0, 1.0]
-
-    Source: Expert Merging (arXiv:2509.25712), one chunk; Expert Merging++, chunks where a tensor matters.
-    """
-
-    def settings(name, shape):
-        found = jnp.shape(coefficients[name]) if name in coefficients else None
-        if found is None or len(found) != 2 or found[0] != shape[0]:
-            raise ValueError(f"expert_merging: leaf {name!r} needs coefficients of shape ({shape[0]}, chunks); got {found}.")
-        return {"weight": jax.nn.sigmoid(jnp.asarray(coefficients[name], jnp.float32))}
-
-    def merge(plan, x):
-        w = plan["weight"]
-        n, chunks = max(x[0].size, 1), w.shape[1]
-        piece, stride = jnp.zeros((1,) * x.ndim, jnp.uint32), 1
-        for axis in range(x.ndim - 1, 0, -1):  # the flat index, which 32 bits must hold
-            line = jnp.arange(x.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride)
-            piece = piece + line.reshape(*(-1 if a == axis else 1 for a in range(x.ndim)))
-            stride *= x.shape[axis]
-        piece = (piece // jnp.uint32(-(-n // chunks)))[0]
-        return total(x * w[:, piece]) if chunks > 1 else total(x * w.reshape(-1, *(1,) * (x.ndim - 1)))
-
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
 
 
 def self_positioning(position: Any, size: Hyperparameter = 1.0) -> MergeTransform:
@@ -115,6 +72,7 @@ def fit(
     models: list[PyTree],
     batches: Iterable[Any],
     optimizer: Any,
+    regularizer: Callable[[PyTree], Any] | None = None,
 ) -> tuple[PyTree, Float[Array, "steps"]]:
     """Learn a merge: descend the loss of the merged model in the merge's coefficients, one step per batch.
 
@@ -125,6 +83,7 @@ def fit(
       base, models: see `merge`; integer leaves are the base's.
       batches: what `loss` takes; all of one shape, so that there is one compilation.
       optimizer: optax-like: `init(params)` and `update(gradients, state, params)` -> (updates, state).
+      regularizer: coefficients -> scalar, added to the loss.
 
     Returns:
       The coefficients, and the loss at each step, before it.
@@ -146,19 +105,36 @@ def fit(
     Source: AdaMerging (arXiv:2310.02575), Expert Merging (arXiv:2509.25712): learning is ordinary differentiation.
     """
 
+    def objective(coefficients, given, batch):
+        value = loss(merge(transform(coefficients), *given, integers="base"), batch)
+        return value if regularizer is None else value + regularizer(coefficients)
+
+    return descend(objective, start, (base, models), batches, optimizer, what="fit")
+
+
+def descend(
+    objective: Callable[[PyTree, Any, Any], Array],
+    start: PyTree,
+    given: Any,
+    batches: Iterable[Any],
+    optimizer: Any,
+    *,
+    what: str,
+) -> tuple[PyTree, Float[Array, "steps"]]:
+    """Descend (coefficients, given, batch) -> scalar, one step per batch; what is given enters the program as an argument."""
+
     @jax.jit
-    def step(coefficients, state, base, models, batch):
-        merged = lambda c: merge(transform(c), base, models, integers="base")
-        value, gradient = jax.value_and_grad(lambda c: loss(merged(c), batch))(coefficients)
+    def step(coefficients, state, given, batch):
+        value, gradient = jax.value_and_grad(objective)(coefficients, given, batch)
         updates, state = optimizer.update(gradient, state, coefficients)
         return jax.tree.map(jnp.add, coefficients, updates), state, value
 
     coefficients, state, losses = start, optimizer.init(start), []
     for batch in batches:
-        coefficients, state, value = step(coefficients, state, base, models, batch)
+        coefficients, state, value = step(coefficients, state, given, batch)
         losses.append(value)
     if not losses:
-        raise ValueError("fit: no batches; pass at least one.")
+        raise ValueError(f"{what}: no batches; pass at least one.")
     return coefficients, jnp.stack(losses)
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import MergeTransform, Need, Step, atom, over, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, each, over, total
 
 
 def ram(*, threshold: float = 1e-5) -> MergeTransform:
@@ -49,25 +49,25 @@ def ramplus_tl(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-
 
 def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
     def match(settings, x):
-        changed, several = _changed(x)
-        shared, unique = (_number(changed & mask) for mask in (several, ~several))
+        several = _several(x)
+        shared, unique = (q.number(q.count(_changed(x) & mask)) for mask in (several, ~several))
         ratio = shared / jnp.maximum(unique, threshold)
         return {"factor": 1 + boost * jnp.clip(ratio, 0, limit)}
 
     def merge(plan, x):
-        changed, several = _changed(x)
-        among = jnp.maximum(total(changed.astype(x.dtype)), 1)
-        x = jnp.where(changed, x, 0)
-        return jnp.where(several, total(x) / among, total(x * over(plan["factor"], x)))
+        among = jnp.maximum(_how_many(x), 1)
+        x = each(lambda x: jnp.where(_changed(x), x, 0), x)
+        boosted = each(lambda x, v: x * over(v, x), x, plan["factor"])
+        return jnp.where(_several(x), total(x) / among, total(boosted))
 
-    def _changed(x: Array) -> tuple[Array, Array]:
-        changed = ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
-        return changed, total(changed.astype(x.dtype)) > 1
+    def _changed(x: Array) -> Array:
+        return ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
+
+    def _how_many(x: Array) -> Array:
+        return total(each(lambda x: _changed(x).astype(x.dtype), x))
+
+    def _several(x: Array) -> Array:
+        return _how_many(x) > 1
 
     needs = (Need("sum", "tensor"),) if boost else ()
     return atom(Step(lambda name, shape: {}, match, merge, models=1, needs=needs))
-
-
-def _number(mask: Array) -> Array:
-    high, low = q.count(mask)
-    return high.astype(jnp.float32) * 2.0**32 + low.astype(jnp.float32)

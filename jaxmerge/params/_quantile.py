@@ -5,17 +5,32 @@ many patterns are at least a candidate. Elements that tie at the threshold are k
 found in the same way; so the choice does not depend on the sharding. Counts and indices are pairs of 32-bit words.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, UInt32
 
+from jaxmerge.params import _search as search
+from jaxmerge.params._devices import alone, fastest
+from jaxmerge.params._search import Order
 from jaxmerge.params._transform import over
-
-Words = tuple[Array, Array]
-"""A count per model: (high, low), each uint32 (K,)."""
+from jaxmerge.params._words import (
+    Words as Words,
+    add as add,
+    at_least as at_least,
+    count as count,
+    from_words as from_words,
+    number as number,
+    share as share,
+    smaller as smaller,
+    subtract as subtract,
+    to_words as to_words,
+)
 
 INF = np.uint32(0x7F800000)
 DIGIT = 11
@@ -28,92 +43,75 @@ def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
     return lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
 
-# --- counts beyond 32 bits -------------------------------------------------------------------------------------------
-
-
-def count(mask: Bool[Array, "K ..."], word: int = 32) -> Words:
-    """How many are true for each model, exactly; `word` is the width of the counters."""
-    sizes = mask.shape[1:]
-    limit = 1 << word
-    inner, most = [], 1
-    for axis in sorted(range(1, mask.ndim), key=lambda a: -mask.shape[a]):
-        if most * mask.shape[axis] < limit:
-            inner.append(axis)
-            most *= mask.shape[axis]
-    small = jnp.sum(mask, axis=tuple(inner), dtype=jnp.uint32)
-    outer = tuple(range(1, small.ndim))
-    if not outer:
-        return jnp.zeros_like(small), small
-    times = math.prod(sizes) // max(most, 1)
-    low_bits = word - times.bit_length()
-    if low_bits <= 0 or times * (most >> low_bits) >= limit:
-        raise ValueError(f"a leaf of shape {sizes} has more elements than can be counted; split it.")
-    high = jnp.sum(small >> low_bits, axis=outer, dtype=jnp.uint32)
-    low = jnp.sum(small & ((1 << low_bits) - 1), axis=outer, dtype=jnp.uint32)
-    return add((high >> (32 - low_bits), high << low_bits), (jnp.zeros_like(low), low))
-
-
-def add(a: Words, b: Words) -> Words:
-    low = a[1] + b[1]
-    return a[0] + b[0] + (low < a[1]).astype(jnp.uint32), low
-
-
-def subtract(a: Words, b: Words) -> Words:
-    """a - b where a >= b."""
-    return a[0] - b[0] - (a[1] < b[1]).astype(jnp.uint32), a[1] - b[1]
-
-
-def at_least(a: Words, b: Words) -> Array:
-    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
-
-
-def smaller(a: Words, b: Words) -> Words:
-    less = at_least(b, a)
-    return jnp.where(less, a[0], b[0]), jnp.where(less, a[1], b[1])
-
-
-def share(count: Words, fraction: UInt32[Array, "K"]) -> Words:
-    """floor(count * fraction / 2^32)."""
-    wide = count[0] * fraction
-    low = (_high_product(count[0], fraction), wide)
-    return add(low, (jnp.zeros_like(wide), _high_product(count[1], fraction)))
-
-
-def _high_product(a: Array, b: Array) -> Array:
-    """The upper word of a b."""
-    a1, a0, b1, b0 = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
-    middle = (a0 * b0 >> 16) + (a1 * b0 & 0xFFFF) + a0 * b1  # at most 2^32 - 1
-    return a1 * b1 + (a1 * b0 >> 16) + (middle >> 16)
-
-
-def to_words(counts) -> UInt32[np.ndarray, "2 K"]:
-    """Python integers, or uint64, as (high, low)."""
-    counts = np.asarray(counts, np.uint64)
-    return np.stack([counts >> np.uint64(32), counts & np.uint64(0xFFFFFFFF)]).astype(np.uint32)
-
-
-def from_words(words) -> np.ndarray:
-    """(high, low) as uint64."""
-    high, low = np.asarray(words, np.uint64)
-    return (high << np.uint64(32)) + low
-
-
 # --- the k-th largest ------------------------------------------------------------------------------------------------
 
 
-def kth_largest(leaves: list[UInt32[Array, "K ..."]], k: Words, *, bits: int = 31) -> UInt32[Array, "K"]:
-    """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0."""
+def kth_largest(
+    leaves: list[Array], k: Words, order: Order = lambda x: x, *, bits: int = 31, typical: UInt32[Array, "4 _"] | None = None
+) -> UInt32[Array, "_"]:
+    """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0.
 
-    def bit(i, t):
-        candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        counts = [count(x >= over(candidate, x)) for x in leaves]
-        found = counts[0]
-        for c in counts[1:]:
-            found = add(found, c)
-        return jnp.where(at_least(found, k), candidate, t)
+    Args:
+      leaves: (K, *shape) each.
+      k: (K,) or, for several order statistics of each model, (n K,): the first of every model, the second, ...
+      order: the entries' patterns.
+      typical: patterns about which to look first, where that is known.
+    """
+    models = leaves[0].shape[0]
 
-    t = lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1]))
-    return jnp.where((k[0] == 0) & (k[1] == 0), INF, t)
+    def halve(k, typical, *leaves):
+        def bit(i, t):
+            candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+            counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), models, candidate) for x in leaves]
+            return jnp.where(at_least(functools.reduce(add, counts), k), candidate, t)
+
+        return lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1]))
+
+    def look(k, typical, *leaves):
+        some = k[0], jnp.where(k[0] == 0, jnp.maximum(k[1], 1), k[1])
+
+        def one(high, low, *start):
+            return search.kth_largest(list(leaves), (high, low), order, bits=bits, start=jnp.stack(start) if start else None)
+
+        return _each(one, models, *some, *(typical if typical is not None else ()))
+
+    return jnp.where((k[0] == 0) & (k[1] == 0), INF, fastest(look, halve)(k, typical, *leaves))
+
+
+def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[Words, Words]:
+    """How many patterns are above t (n K,), and how many are t."""
+
+    def reduce(x, t):
+        bits = order(x)
+        return count(bits > over(t, bits)), count(bits == over(t, bits))
+
+    def together(x, t):
+        (all_of_them, above), _, _ = search.counts(x, [t, t + 1], order)
+        all_of_them, above = lax.optimization_barrier((all_of_them, above))  # one loop, also where one of them is not used
+        above = jnp.where(t == search.TOP, 0, above[0]), jnp.where(t == search.TOP, 0, above[1])
+        return above, subtract(all_of_them, above)
+
+    return _each(lambda t: fastest(together, reduce)(x, t), x.shape[0], t)
+
+
+def typical(leaves: list[Array], k: Words) -> UInt32[Array, "4 _"] | None:
+    """Where the k-th largest magnitude would lie, or nearly, if the entries were normal; of some rows of each leaf."""
+    if not alone():
+        return None
+    models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
+    # apart, or XLA keeps an array of magnitudes for all who ask
+    some = lax.optimization_barrier([x[:, :: max(x.shape[1] // 256, 1)] if x.ndim > 1 else x for x in leaves])
+    mean = sum(jnp.mean(jnp.abs(y).reshape(models, -1), axis=1) * (x[0].size / size) for x, y in zip(leaves, some, strict=True))
+    deviation = jnp.tile(mean * np.sqrt(np.pi / 2), k[0].shape[0] // models)
+    place = np.sqrt(2) * lax.erf_inv(1 - jnp.clip(number(k) / size, 1e-6, 1 - 1e-6)) * deviation
+    return magnitude_bits(place[None] * jnp.array([0.8, 0.97, 1.03, 1.25])[:, None])
+
+
+def _each(f: Callable, models: int, *arrays: Array):
+    """f of each part of K of the arrays (n K,), the results side by side again."""
+    n = arrays[0].shape[0] // models
+    parts = [f(*(a[i * models : (i + 1) * models] for a in arrays)) for i in range(n)]
+    return parts[0] if n == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
 
 def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
@@ -134,18 +132,28 @@ def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
     return rows, columns, row, column
 
 
-def first(chosen: Bool[Array, "K ..."], quota: Words) -> tuple[UInt32[Array, "2 K"], Words]:
+def first(
+    x: Array, quota: Words, choose: Callable[[Array], Array] = lambda x: x, there: Words | None = None
+) -> tuple[UInt32[Array, "2 K"], Words]:
     """Where to cut so that exactly the first `quota` of the chosen, by flat index, lie before; and how many do.
+
+    Args:
+      x: (K, *shape).
+      quota: (K,).
+      choose: x -> which are chosen.
+      there: how many those are, where that is known.
 
     Returns:
       The cut as (row, column), for `before`, and min(quota, chosen).
     """
-    rows, columns, row, column = coordinates(chosen.shape[1:])
-    there = count(chosen)
+    rows, columns = coordinates(x.shape[1:])[:2]
+    there = count(choose(x)) if there is None else there
     kept = smaller(there, quota)
     nothing = jnp.zeros_like(quota[1])
 
-    def search(_):
+    def halve(x, there, kept):
+        chosen, (_, _, row, column) = choose(x), coordinates(x.shape[1:])
+
         def largest(size, inside, quota):
             """The largest c <= size with at most `quota` of the chosen inside c."""
 
@@ -165,11 +173,39 @@ def first(chosen: Bool[Array, "K ..."], quota: Words) -> tuple[UInt32[Array, "2 
         c = largest(columns, lambda c: (row[None] == over(r, chosen)) & (column[None] < over(c, chosen)), left)
         return jnp.stack([r, c])
 
-    def whole(_):  # all or none: nearly always, and then no further pass over the leaf
+    def look(x, there, kept):
+        """The last one kept is the `kept`-th largest of the indices, counted from the end."""
+        all_of_them, column = at_least(kept, there), coordinates(x.shape[1:])[3]
+        part = number(kept) / jnp.maximum(number(there), 1)
+        about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
+        about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
+        from_end = lambda x: jnp.where(choose(x), np.uint32(columns) - column[None], 0)
+        last = search.kth_largest([x], (kept[0], jnp.maximum(kept[1], 1)), from_end, bits=columns.bit_length(), start=about)
+        none = (kept[0] | kept[1]) == 0
+        cut = jnp.where(all_of_them | none, 0, np.uint32(columns + 1) - last)
+        return jnp.stack([(all_of_them & ~none).astype(jnp.uint32), cut])
+
+    def whole(x, there, kept):  # all or none: nearly always, and then no further pass over the leaf
         return jnp.stack([jnp.where((kept[0] | kept[1]) == 0, jnp.uint32(0), np.uint32(rows)), nothing])
 
     partial = jnp.any(((kept[0] | kept[1]) != 0) & ~at_least(quota, there))
-    return lax.cond(partial, search, whole, None), kept
+    search_for = fastest(look, halve) if rows == 1 else halve
+    return lax.cond(partial, search_for, whole, x, there, kept), kept
+
+
+def first_tied(
+    x: Array, t: UInt32[Array, "_"], tied: Words, quota: Words, order: Order = lambda x: x
+) -> tuple[UInt32[Array, "2 _"], Words]:
+    """`first` of those whose pattern is t (n K,), for every order statistic; `tied` are how many there are."""
+    models = x.shape[0]
+    found = []
+    for i in range(0, t.shape[0], models):
+        part = slice(i, i + models)
+        of_pattern = lambda x, t=t[part]: (b := order(x)) == over(t, b)
+        found.append(first(x, (quota[0][part], quota[1][part]), of_pattern, (tied[0][part], tied[1][part])))
+    cut = jnp.concatenate([cut for cut, _ in found], axis=1)
+    high, low = (jnp.concatenate([kept[i] for _, kept in found]) for i in range(2))
+    return cut, (high, low)
 
 
 def before(cut: UInt32[Array, "2 K"], x: Array) -> Bool[Array, "K ..."]:

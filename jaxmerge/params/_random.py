@@ -4,14 +4,15 @@ import hashlib
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import UInt32
+from jax import Array, lax
+from jaxtyping import Bool, UInt32
 
 from jaxmerge.params._layout import like
 from jaxmerge.params._quantile import coordinates, magnitude_bits
-from jaxmerge.params._rows import as_rows, rank_in_row
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, over, resolve
+from jaxmerge.params._rows import as_rows, columns, outranks, rank_in_row
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
 from jaxmerge.params._trim import _density
+from jaxmerge.params._words import high_product
 
 
 def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
@@ -49,8 +50,8 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         }
 
     def merge(plan, x):
-        keep = (_bits(plan["key"], x) < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
-        return jnp.where(keep, x, 0)
+        keep = (_words(plan["key"], x)[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
+        return _masked(keep, x)
 
     return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
 
@@ -59,8 +60,9 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
-    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. Ranks are
-    found by sorting: a leaf that is split along its last axis is laid out anew for it.
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. What the
+    first random word leaves open depends on another entry of the row, which the second word draws: whether that ranks lower has
+    just this probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
 
     Args:
       density: the share to keep; 1 keeps everything, 0 nothing.
@@ -105,15 +107,34 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             "step": np.floor(step * 2.0**32).astype(np.uint32),
         }
 
-    def merge(plan, x):
-        below = _chances(plan, x)
-        d = over(plan["density"], x)
-        keep = (_bits(plan["key"], x) < below) & (d > 0)
-        kept = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1) if divide else x
-        return jnp.where(d >= 1, x, jnp.where(keep, kept, 0))
+    def drawn(plan, x):
+        """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
+        first, second = _words(plan["key"], x)
+        low, step, d = (over(plan[name], x) for name in ("low", "step", "density"))
+        sure = (first < low) & (d > 0) | (d >= 1)
+        n = as_rows(x).shape[-1]
+        if n == 1:
+            return jnp.where(sure, x, 0)
+        rival = as_rows(high_product(second, jnp.uint32(n - 1)))
+        rival = rival + (rival >= columns(rival))
+        open_ = (first - low < step * np.uint32(n - 1)) & (first >= low) & (d > 0)
+        rival = jnp.where(as_rows(sure), np.uint32(n), jnp.where(as_rows(open_), rival, np.uint32(n + 1)))
+        rival = rival.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
+
+        def keep(model):
+            x, rival = model[0][None], model[1][None].astype(jnp.uint32)
+            return jnp.where(like(outranks(as_rows(x), rival).reshape(x.shape), x), x, 0)[0]
+
+        return lax.map(keep, (x, rival))  # a loop by itself, on the CPU: one that gathers does nothing else well
+
+    def divided(plan, x):
+        below, d = _chances(plan, x), over(plan["density"], x)
+        keep = (_words(plan["key"], x)[0] < below) & (d > 0)
+        rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+        return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
 
     needs = (Need("order", "row"), Need("random", "entry"))
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs))
+    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs))
 
 
 def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
@@ -127,15 +148,20 @@ def _keys(seed: int, name: str, models: int) -> np.ndarray:
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
-def _bits(key: Array, x: Array) -> UInt32[Array, "..."]:
-    """Random bits for every entry of x (K, *shape)."""
+def _masked(keep: Bool[Array, "K ..."], x: Array) -> Array:
+    """x where it is kept, else 0. The mask is written down once, not drawn anew for all who look at what is left."""
+    return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.optimization_barrier(keep))
+
+
+def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two random words for every entry of x (K, *shape)."""
     _, _, row, column = coordinates(x.shape[1:])
     key = jnp.asarray(key)
     return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
 
 
-def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> UInt32[Array, "..."]:
-    """The first word of Threefry-2x32 with 20 rounds: random bits for a 64-bit counter under a 64-bit key."""
+def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds: two words of random bits for a 64-bit counter under a 64-bit key."""
     ks = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = counter[0] + ks[0], counter[1] + ks[1]
     for group in range(5):
@@ -144,4 +170,4 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> UInt32[A
             b = ((b << r) | (b >> (32 - r))) ^ a
         a = a + ks[(group + 1) % 3]
         b = b + ks[(group + 2) % 3] + jnp.uint32(group + 1)
-    return a
+    return a, b

@@ -1,4 +1,4 @@
-"""Order statistics along rows (the last axis): thresholds by counting, ranks by sorting.
+"""Order statistics along rows (the last axis): thresholds by counting, ranks by sorting or by drawing.
 
 A row has fewer than 2^32 entries, so that one word counts it. A vector is one row; a scalar a row of one.
 """
@@ -8,6 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int, UInt32
 
 from jaxmerge.params import _quantile as q
+from jaxmerge.params._devices import fastest
 from jaxmerge.params._layout import whole
 
 
@@ -48,4 +49,22 @@ def first_in_row(tied: Bool[Array, "K *rows n"], quota: UInt32[Array, "K *rows 1
 def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
     """How many entries of the row come before: smaller ones, and equal ones further left. Sorts: rows must be whole."""
     order = jnp.argsort(whole(bits, (-1,)), axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1, stable=True)
+
+    def invert(order):
+        index = lax.broadcasted_iota(order.dtype, order.shape, order.ndim - 1)
+        return jnp.put_along_axis(jnp.zeros_like(order), order, index, axis=-1, inplace=False, mode="promise_in_bounds")
+
+    def sort(order):  # scatters serialise on TPU
+        return jnp.argsort(order, axis=-1, stable=True)
+
+    return fastest(invert, sort)(order)
+
+
+def outranks(x: Array, rival: UInt32[Array, "K *rows n"]) -> Bool[Array, "K *rows n"]:
+    """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no."""
+    n = x.shape[-1]
+    x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.int32)
+    there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
+    here, there = q.magnitude_bits(x), q.magnitude_bits(there)
+    up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))
+    return jnp.where(rival < n, up, rival == n)

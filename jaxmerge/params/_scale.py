@@ -1,12 +1,14 @@
 """Weigh, scale and rescale: coefficients."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, float32, over, resolve
+from jaxmerge.params._sums import sums
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, over, resolve
 
 
 def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
@@ -37,7 +39,7 @@ def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
             w = w / w.sum()
         return {"weight": float32(w)}
 
-    return atom(Step(settings, _as_is, lambda plan, x: x * over(plan["weight"], x)))
+    return atom(Step(settings, _as_is, _times("weight")))
 
 
 def scale(factor: Hyperparameter) -> MergeTransform:
@@ -56,7 +58,7 @@ def scale(factor: Hyperparameter) -> MergeTransform:
     def settings(name, shape):
         return {"factor": float32(resolve(factor, name, shape[0], "scale: factor"))}
 
-    return atom(Step(settings, _as_is, lambda plan, x: x * over(plan["factor"], x)))
+    return atom(Step(settings, _as_is, _times("factor")))
 
 
 def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:
@@ -92,26 +94,39 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        was, left = NORMS[norm](x), NORMS[norm](step.merge(plan, x))
+        was, left = NORMS[norm](jnp.concatenate([x, step.merge(plan, x)])).reshape(2, -1)
         usable = (was >= 1e-7) & (left >= 1e-7)
         return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
 
     def merge(plan, x):
-        return step.merge(plan["mask"], x) * over(plan["factor"], x)
+        return _times("factor")(plan, step.merge(plan["mask"], x))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
     return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
 
 
-def _entries(x: Array) -> tuple[int, ...]:
-    return tuple(range(1, x.ndim))
+def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    def norm(x):
+        axes = tuple(range(1, x.ndim))
+        return jnp.stack(sums([f(x[k : k + 1]) for k in range(x.shape[0])], axes)).reshape(-1)
+
+    return norm
 
 
 NORMS = {
-    "l1": lambda x: jnp.sum(jnp.abs(x), axis=_entries(x)),
-    "l2": lambda x: jnp.sqrt(jnp.sum(x * x, axis=_entries(x))),
-    "linf": lambda x: jnp.max(jnp.abs(x), axis=_entries(x), initial=0),
+    "l1": _sums_of(jnp.abs),
+    "l2": lambda x: jnp.sqrt(_sums_of(jnp.square)(x)),
+    "linf": lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0),
 }
+
+
+def _times(name: str):
+    def merge(plan, x):
+        if plan[name].shape[0] != x.shape[0]:  # one factor for all
+            return x * over(plan[name], x)
+        return each(lambda x, v: x * over(v, x), x, plan[name])
+
+    return merge
 
 
 def _as_is(settings, x):

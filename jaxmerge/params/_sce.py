@@ -4,10 +4,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxmerge.params import _quantile as q
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, over, total
+from jaxmerge.params._sums import sums
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, total
 from jaxmerge.params._trim import _density
 
 
@@ -81,7 +82,8 @@ def select_variance(density: float) -> MergeTransform:
     """
 
     def merge(plan, x):
-        return jnp.where(_selected(plan, x), x, 0)
+        selected = _selected(plan, x)
+        return each(lambda x: jnp.where(selected, x, 0), x)
 
     return atom(Step(_selection_settings(density), _select, merge, needs=(Need("order", "tensor"),)))
 
@@ -99,42 +101,45 @@ def _selection_settings(density: Hyperparameter):
 
 def _variance(x: Array) -> Array:
     mean = total(x) / x.shape[0]
-    return total((x - mean) ** 2) / x.shape[0]
+    return total(each(lambda x: (x - mean) ** 2, x)) / x.shape[0]
 
 
 def _select(settings: dict, x: Array) -> dict:
-    bits = q.magnitude_bits(_variance(x))
-    k = q.share(q.count(bits > 0), settings["fraction"])
-    t = q.kth_largest([bits], k)
-    above = q.count(bits > over(t, bits))
-    cut, _ = q.first(bits == over(t, bits), q.subtract(k, q.smaller(above, k)))
+    spread = _variance(x)
+    k = q.share(q.count(q.magnitude_bits(spread) > 0), settings["fraction"])
+    t = q.kth_largest([spread], k, q.magnitude_bits, typical=q.typical([spread], k))
+    above, tied = q.sides(spread, t, q.magnitude_bits)
+    cut, _ = q.first_tied(spread, t, tied, q.subtract(k, q.smaller(above, k)), q.magnitude_bits)
     return {"threshold": t, "cut": cut, "all": settings["all"]}
 
 
 def _selected(plan: dict, x: Array) -> Array:
     bits = q.magnitude_bits(_variance(x))
     t = over(plan["threshold"], bits)
-    return (bits > t) | ((bits == t) & q.before(plan["cut"], bits)) | over(plan["all"], bits)
+    chosen = (bits > t) | ((bits == t) & q.before(plan["cut"], bits)) | over(plan["all"], bits)
+    return lax.optimization_barrier(chosen)  # written down once for all the models
 
 
 def _energy(floor: float, *, erase: bool, density: float = 1.0) -> MergeTransform:
     """Weights in proportion to mean squares; with `erase`, among the models that agree with the sign of the sum."""
 
     def match(settings, x):
-        masked = x if density >= 1 else jnp.where(_selected(_select(settings, x), x), x, 0)
-        square = jnp.mean(masked * masked, axis=tuple(range(1, x.ndim)))
+        selected = _selected(_select(settings, x), x) if density < 1 else True
+        masked = each(lambda x: jnp.where(selected, x, 0), x)
+        squares = [jnp.square(masked[k : k + 1]) for k in range(x.shape[0])]
+        square = jnp.stack(sums(squares, tuple(range(1, x.ndim)))).reshape(-1) / x[0].size
         mass = jnp.sum(square)
         uniform = (mass < floor) | (mass == 0)
         return {"weight": jnp.where(uniform, 1 / x.shape[0], square / jnp.where(mass == 0, 1, mass))}
 
     def merge(plan, x):
-        w = over(plan["weight"], x)
         if not erase:
-            return total(w * x)
+            return total(each(lambda x, w: over(w, x) * x, x, plan["weight"]))
         sign = jnp.where(total(x) >= 0, 1, -1)
-        agrees = x * sign > 0
-        mass = total(jnp.where(agrees, w, 0))
-        return total(jnp.where(agrees | jnp.isnan(x), w * x, 0)) / jnp.where(mass == 0, 1, mass)
+        agrees = lambda x: x * sign > 0
+        mass = total(each(lambda x, w: jnp.where(agrees(x), over(w, x), 0), x, plan["weight"]))
+        left = each(lambda x, w: jnp.where(agrees(x) | jnp.isnan(x), over(w, x) * x, 0), x, plan["weight"])
+        return total(left) / jnp.where(mass == 0, 1, mass)
 
     needs = (*((Need("order", "tensor"),) if density < 1 else ()), Need("sum", "tensor"))
     return atom(Step(_selection_settings(density), match, merge, models=1, needs=needs))

@@ -80,6 +80,6 @@ def gaussian(rows: int, columns: int) -> Float[Array, "rows columns"]:
     """Independent normal numbers, a function of their indices alone: the same on any sharding."""
     row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
     column = jnp.arange(columns, dtype=jnp.uint32)[None]
-    bits = threefry((jnp.uint32(KEY[0]), jnp.uint32(KEY[1])), (row + 0 * column, column + 0 * row))
+    bits, _ = threefry((jnp.uint32(KEY[0]), jnp.uint32(KEY[1])), (row + 0 * column, column + 0 * row))
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return np.float32(2**0.5) * jax.lax.erf_inv(2 * uniform - 1)

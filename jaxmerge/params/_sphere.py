@@ -8,7 +8,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, float32, over, resolve, total
+from jaxmerge.params._sums import sums
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
 
 Scope = Literal["tensor", "row", "column"]
 Coefficients = Callable[[dict, Array], Array]
@@ -24,7 +25,11 @@ def axes_of(x: Array, scope: Scope) -> tuple[int, ...]:
 
 def products(x: Float[Array, "K ..."], scope: Scope = "tensor") -> Float[Array, "K K ..."]:
     """The scalar products of every two models, one matrix per tensor, row or column."""
-    return jnp.sum(x[:, None] * x[None], axis=tuple(a + 1 for a in axes_of(x, scope)), keepdims=True)
+    models = range(x.shape[0])
+    pairs = [(j, k) for j in models for k in models if j <= k]
+    found = sums([x[j : j + 1] * x[k : k + 1] for j, k in pairs], axes_of(x, scope))
+    of_pair = dict(zip(pairs, found, strict=True))
+    return jnp.stack([jnp.concatenate([of_pair[min(j, k), max(j, k)] for k in models]) for j in models])
 
 
 def norms(g: Array) -> Array:
@@ -42,7 +47,7 @@ def combination(
     def match(settings, x):
         return {"coefficient": coefficients(settings, products(x, scope))}
 
-    merge = lambda plan, x: total(x * plan["coefficient"])
+    merge = lambda plan, x: total(each(jnp.multiply, x, plan["coefficient"]))
     return atom(Step(settings, match, merge, models=1, needs=(Need("sum", scope),)))
 
 

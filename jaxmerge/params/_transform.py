@@ -270,3 +270,12 @@ def over(v: Any, x: Array) -> Array:
 def total(x: Array) -> Array:
     """The sum over the models, (1, *shape), added in their order: the same bits on any sharding."""
     return functools.reduce(jnp.add, [x[k : k + 1] for k in range(x.shape[0])])
+
+
+def each(f: Callable[..., Array], x: Array, *values: Any) -> Array:
+    """f of every model (1, *shape) and its part of the values (K, ...), side by side again.
+
+    What follows takes the models one by one as well, so that XLA sees slices of a concatenation and makes no array of them all.
+    """
+    parts = [f(x[k : k + 1], *(jnp.asarray(v)[k : k + 1] for v in values)) for k in range(x.shape[0])]
+    return jnp.concatenate(parts)

@@ -6,11 +6,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 from jaxmerge.params import _quantile as q
 from jaxmerge.params._rows import as_rows, columns, first_in_row, kth_in_row
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, each, over, resolve
 
 Scope = Literal["model", "tensor", "row"]
 Counts = Callable[[np.ndarray, int], list[int]]
@@ -135,14 +135,15 @@ def _check(what, density, extra, *, scope, rounding, ties):
 
 
 def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
-    """Keep what lies above the last cut, less what lies above the one before; each cut is a copy of the models."""
-
-    def copies(x):
-        return jnp.concatenate([x] * cuts) if cuts > 1 else x
+    """Keep what lies above the last cut, less what lies above the one before. A plan has the values of the first cut for every
+    model, then those of the next."""
 
     def inside(above):
-        above = above.reshape(cuts, -1, *above.shape[1:])
         return above[1] & ~above[0] if cuts > 1 else above[0]
+
+    def by_model(values):
+        """(cuts K, ...) as (K, cuts, ...)."""
+        return jnp.swapaxes(values.reshape(cuts, -1, *values.shape[1:]), 0, 1)
 
     def settings(name, shape):
         d = _density(density, name, shape[0], what)
@@ -151,26 +152,24 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         return {"density": d.astype(np.float32), "exact": d, "size": n, "count": q.to_words(counts(d, n))}
 
     def select(settings, x):
-        bits = copies(q.magnitude_bits(x))
         k = tuple(jnp.asarray(settings["count"]))
-        t = q.kth_largest([bits], k)
-        above = q.count(bits > over(t, bits))
-        return plan(jnp.asarray(settings["density"]), t, above, q.subtract(k, q.smaller(above, k)), bits)
+        t = q.kth_largest([x], k, q.magnitude_bits, typical=q.typical([x], k))
+        beside = q.sides(x, t, q.magnitude_bits)
+        return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
-        bits = copies(q.magnitude_bits(x))
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
         quota = tuple(jnp.asarray(settings["quota"]))
-        return plan(jnp.asarray(settings["density"]), t, q.count(bits > over(t, bits)), quota, bits)
+        return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, q.magnitude_bits), quota, x)
 
-    def plan(density, t, above, quota, bits):
-        tied = bits == over(t, bits)
+    def plan(density, t, beside, quota, x):
+        above, tied = beside
         if ties == "all":
-            some = jnp.concatenate([density] * cuts) > 0
-            cut = jnp.stack([jnp.full_like(t, 0xFFFFFFFF), jnp.zeros_like(t)])
-            cut, kept = jnp.where(some[None], cut, 0), q.count(tied & over(some, bits))
+            some = jnp.tile(density, cuts) > 0
+            cut = jnp.stack([jnp.where(some, np.uint32(0xFFFFFFFF), 0), jnp.zeros_like(t)])
+            kept = jnp.where(some, tied[0], 0), jnp.where(some, tied[1], 0)
         else:
-            cut, kept = q.first(tied, quota)
+            cut, kept = q.first_tied(x, t, tied, quota, q.magnitude_bits)
         threshold = lax.bitcast_convert_type(t, jnp.float32)
         kept = q.add(above, kept)
         if cuts > 1:
@@ -179,26 +178,39 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density}
 
     def merge(plan, x):
-        bits = copies(q.magnitude_bits(x))
-        t = over(lax.bitcast_convert_type(plan["threshold"], jnp.uint32), bits)
-        return jnp.where(inside((bits > t) | ((bits == t) & q.before(plan["cut"], bits))), x, 0)
+        t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)
+
+        def one(x, t, row, column):
+            bits = q.magnitude_bits(x)
+            above = [
+                (bits > over(t[:, c], x)) | ((bits == over(t[:, c], x)) & q.before(jnp.stack([row[:, c], column[:, c]]), x))
+                for c in range(cuts)
+            ]
+            return jnp.where(inside(above), x, 0)
+
+        return each(one, x, *map(by_model, (t, *plan["cut"])))
 
     def select_rows(settings, x):
-        bits = copies(as_rows(q.magnitude_bits(x)))
-        k = over(settings["count"][1], bits)
-        t = kth_in_row(bits, k)
-        if ties == "all":
-            cut = jnp.where(k > 0, jnp.uint32(bits.shape[-1]), jnp.zeros_like(t))
-        else:
-            above = jnp.sum(bits > t, axis=-1, keepdims=True, dtype=jnp.uint32)
-            cut = first_in_row(bits == t, k - jnp.minimum(above, k))
+        bits = as_rows(q.magnitude_bits(x))
+        found = [threshold_in_rows(bits, over(k, bits)) for k in settings["count"][1].reshape(cuts, -1)]
+        t, cut = (jnp.concatenate(v) for v in zip(*found, strict=True))
         return {"threshold": lax.bitcast_convert_type(t, jnp.float32), "cut": cut, "density": settings["density"]}
 
+    def threshold_in_rows(bits, k):
+        t = kth_in_row(bits, k)
+        if ties == "all":
+            return t, jnp.where(k > 0, jnp.uint32(bits.shape[-1]), jnp.zeros_like(t))
+        above = jnp.sum(bits > t, axis=-1, keepdims=True, dtype=jnp.uint32)
+        return t, first_in_row(bits == t, k - jnp.minimum(above, k))
+
     def merge_rows(plan, x):
-        bits = copies(as_rows(q.magnitude_bits(x)))
+        def one(x, t, cut):
+            bits = as_rows(q.magnitude_bits(x))
+            above = [(bits > t[:, c]) | ((bits == t[:, c]) & (columns(bits) < cut[:, c])) for c in range(cuts)]
+            return jnp.where(inside(above).reshape(x.shape), x, 0)
+
         t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)
-        above = (bits > t) | ((bits == t) & (columns(bits) < plan["cut"]))
-        return jnp.where(inside(above).reshape(x.shape), x, 0)
+        return each(one, x, by_model(t), by_model(plan["cut"]))
 
     def leaf_settings(name, shape):
         s = settings(name, shape)
@@ -209,7 +221,7 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         return atom(Step(leaf_settings, select, merge, needs=needs))
     if scope == "row":
         return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
-    return atom(Step(settings, share, merge, survey=_survey(counts, copies), needs=needs))
+    return atom(Step(settings, share, merge, survey=_survey(counts, cuts), needs=needs))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
@@ -220,7 +232,7 @@ def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.n
     return d
 
 
-def _survey(counts: Counts, copies: Callable[[Array], Array]) -> Survey:
+def _survey(counts: Counts, cuts: int) -> Survey:
     """One threshold per cut and model over all leaves, and each leaf's share of the ties at it."""
 
     def wanted(settings):
@@ -230,14 +242,15 @@ def _survey(counts: Counts, copies: Callable[[Array], Array]) -> Survey:
     @jax.jit
     def divide(k, leaves):
         k = tuple(k)
-        bits = {name: copies(q.magnitude_bits(x)) for name, x in leaves.items()}
-        t = q.kth_largest(list(bits.values()), k)
+        entries = list(leaves.values())
+        t = q.kth_largest(entries, k, q.magnitude_bits, typical=q.typical(entries, k))
+        beside = {name: q.sides(x, t, q.magnitude_bits) for name, x in leaves.items()}
         left = k
-        for b in bits.values():
-            left = q.subtract(left, q.smaller(q.count(b > over(t, b)), left))
+        for above, _ in beside.values():
+            left = q.subtract(left, q.smaller(above, left))
         quotas = {}
-        for name in sorted(bits):
-            quotas[name] = q.smaller(q.count(bits[name] == over(t, bits[name])), left)
+        for name in sorted(beside):
+            quotas[name] = q.smaller(beside[name][1], left)
             left = q.subtract(left, quotas[name])
         return lax.bitcast_convert_type(t, jnp.float32), {name: jnp.stack(quota) for name, quota in quotas.items()}
 
@@ -254,7 +267,7 @@ def _survey(counts: Counts, copies: Callable[[Array], Array]) -> Survey:
         return query, {"left": k}
 
     def read(query, x):
-        return q.histogram(copies(q.magnitude_bits(x)), query["prefix"], query["shift"])
+        return q.histogram(jnp.concatenate([q.magnitude_bits(x)] * cuts), query["prefix"], query["shift"])
 
     def step(query, notes, counts):
         digit, left = q.next_digit(np.sum(list(counts.values()), axis=0), notes["left"])

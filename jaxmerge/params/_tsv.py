@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
+from jaxmerge.params._adapters import Factors
 from jaxmerge.params._layout import einsum
 from jaxmerge.params._polar import isometry
 from jaxmerge.params._scale import scale as scaled, weigh
 from jaxmerge.params._sketch import Method, leading
 from jaxmerge.params._spectral import Select, per_matrix
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Stacked, chain
-from jaxmerge.params._twin import Factors
 
 
 def tsvm(

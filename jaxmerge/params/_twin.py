@@ -1,86 +1,25 @@
-"""What the tasks share, and what each has for itself, compressed: Twin-Merging, and adapters that stay factors."""
+"""What the tasks share, and what each has for itself, compressed: Twin-Merging."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
+from jaxmerge.params._adapters import Factors, dense
 from jaxmerge.params._sketch import Method, leading
-from jaxmerge.params._spectral import Select, matmul, truncate
+from jaxmerge.params._spectral import Select, truncate
 from jaxmerge.params._transform import (
-    Hyperparameter,
     MergeTransform,
     Need,
     Stacked,
     Step,
     atom,
     float32,
-    leaf_name,
     over,
     resolve,
     total,
 )
-
-
-class Factors(NamedTuple):
-    """A low-rank update b a of a matrix (out, in), or several on a leading axis.
-
-    Attributes:
-      b: (*batch, out, rank).
-      a: (*batch, rank, in).
-    """
-
-    b: Float[Array, "*batch m r"]
-    a: Float[Array, "*batch r n"]
-
-
-def dense(update: PyTree) -> PyTree:
-    """Every `Factors` of a pytree multiplied out, everything else as it is.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> jm.params.dense({"w": jm.params.Factors(jnp.array([[2.0]]), jnp.array([[1.0, 3.0]]))})["w"].tolist()
-      [[2.0, 6.0]]
-    """
-    is_factors = lambda x: isinstance(x, Factors)
-    return jax.tree.map(lambda x: matmul(x.b, x.a) if is_factors(x) else x, update, is_leaf=is_factors)
-
-
-def concatenate(adapters: Sequence[PyTree], weight: Hyperparameter = 1.0) -> PyTree:
-    """LoRA Soups' CAT: the weighted sum of low-rank updates, kept as factors of the summed rank. Exact, without cross terms.
-
-    Args:
-      adapters: K pytrees of `Factors`, of one structure; ranks may differ.
-      weight: one number, one per adapter, or a function of the leaf's name; include alpha / rank. May be traced (learned).
-
-    Law:
-      dense(concatenate(adapters, w)) is the weighted sum of the dense updates.
-
-    Raises:
-      ValueError: no adapters.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> one = {"w": jm.params.Factors(jnp.array([[1.0], [0.0]]), jnp.array([[1.0, 1.0]]))}
-      >>> two = {"w": jm.params.Factors(jnp.array([[0.0], [1.0]]), jnp.array([[2.0, 0.0]]))}
-      >>> jm.params.dense(jm.params.concatenate([one, two], [1.0, 0.5]))["w"].tolist()
-      [[1.0, 1.0], [1.0, 0.0]]
-
-    Source: LoRA Soups (arXiv:2410.13025); PEFT's add_weighted_adapter with combination_type="cat". Its "linear",
-    "ties" and "magnitude_prune" merge factor by factor: `merge(chain(trim(...), weigh(sqrt(w)), ...), None, adapters)`.
-    """
-    if not adapters:
-        raise ValueError("concatenate: no adapters; pass at least one.")
-
-    def cat(path, *leaves):
-        w = jnp.asarray(float32(resolve(weight, leaf_name(path), len(leaves), "concatenate: weight")))
-        b = [leaf.b.astype(jnp.float32) * w[k] for k, leaf in enumerate(leaves)]
-        return Factors(jnp.concatenate(b, axis=-1), jnp.concatenate([leaf.a.astype(jnp.float32) for leaf in leaves], axis=-2))
-
-    return jax.tree_util.tree_map_with_path(cat, *adapters, is_leaf=lambda x: isinstance(x, Factors))
 
 
 def twin_split(

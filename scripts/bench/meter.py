@@ -16,24 +16,34 @@ def pin() -> int:
     return core
 
 
-def interleave(calls: dict[str, Callable[[], object]], rounds: int, *, warm: int = 2) -> dict[str, np.ndarray]:
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warm: int = 2,
+    before: dict[str, Callable[[], None]] | None = None,
+) -> dict[str, np.ndarray]:
     """Time every call once per round, in turn, and another one first each round, so that noise falls on all alike.
 
     Args:
       calls: name to a function that returns when its work is done.
       rounds: 5 or more for figures that are reported.
       warm: calls of each beforehand, to compile and to touch the memory.
+      before: name to what must be done before each call, and is not timed.
 
     Returns:
       Name to (rounds, 2): seconds of processor time and of wall time.
     """
-    for call in calls.values():
+    prepare = {name: (before or {}).get(name, lambda: None) for name in calls}
+    for name, call in calls.items():
         for _ in range(warm):
+            prepare[name]()
             call()
     times = {name: np.empty((rounds, 2)) for name in calls}
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            prepare[name]()
             wall, processor = time.perf_counter(), time.process_time()
             calls[name]()
             times[name][i] = time.process_time() - processor, time.perf_counter() - wall

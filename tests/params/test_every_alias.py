@@ -88,9 +88,11 @@ ATOMS = {  # closed by a sum where they leave all models
     ),
     "partition": Row(
         lambda k: p.partition(
-            {"a": p.ties(0.3, scope="tensor"), "b": p.linear(), "rest": p.magmax()}, lambda n: n[0] if n[0] in "ab" else "rest"
+            {"a": p.ties(0.3, scope="tensor"), "b": p.ties(0.3), "rest": p.magmax()}, lambda n: n[0] if n[0] in "ab" else "rest"
         )
     ),
+    "exclude": Row(lambda k: p.exclude(p.ties(0.3), "b/", rest=p.linear()), SYMMETRIC),
+    "keep_base": Row(lambda k: p.keep_base(), SYMMETRIC | LINEAR | DROPS),
     "chain": Row(lambda k: p.chain(p.elect_sign(), p.chain(p.scale(2.0), p.sum_experts())), SYMMETRIC),
 }
 ALIASES = {
@@ -134,9 +136,11 @@ ALIASES = {
     "update_selective": Row(lambda k: p.update_selective(0.3), {}, ONE),
     "layer_swapping": Row(
         lambda k: p.layer_swapping(2, bottom=1, top=0, layer=lambda n: "ab".find(n[0]) if n[0] in "ab" else None),
-        MEAN | LINEAR,
+        MEAN | LINEAR | DROPS,
         TWO,
     ),
+    "select_layers": Row(lambda k: p.select_layers([[0.5] + [0.5 / (k - 1)] * (k - 1)], rest=1), LINEAR | DROPS, (3, 2, 8)),
+    "evo_merging": Row(lambda k: p.evo_merging(ramp(k), np.linspace(1, -1, k))),
     "window_average": Row(lambda k: p.window_average("cosine"), MEAN | LINEAR),
     "consensus": Row(lambda k: p.consensus(), SYMMETRIC),
     # 32 eps of slack at the cut, exp and tanh of programs that differ

@@ -1,4 +1,4 @@
-"""Learned merges, shared and exclusive parts, adapters that stay factors, layers and windows."""
+"""Learned merges, shared and exclusive parts, layers and windows."""
 
 import json
 import pathlib
@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from jaxmerge import params
-from jaxmerge.params._spectral import truncated
 
 MANIFEST = json.loads((pathlib.Path(__file__).parents[1] / "golden/params/manifest.json").read_text())
 
@@ -75,7 +74,6 @@ def test_fit_without_batches(unchecked):
         (lambda: params.adamerging([0.5], squash="tanh"), "squash must be one of"),
         (lambda: params.layer_swapping(4, bottom=3, top=2), "do not fit 4 layers"),
         (lambda: params.window_average("step"), "decay must be one of"),
-        (lambda: params.concatenate([]), "no adapters"),
         (lambda: params.truncate(1.5), "density must be between"),
         (lambda: params.iso_cts(1.5), "common must be between"),
         (lambda: params.polar(jnp.eye(2), "qr"), "method must be"),
@@ -87,7 +85,6 @@ def test_fit_without_batches(unchecked):
         (lambda: params.widen(axis=2), "axis must be 0 or 1"),
         (lambda: params.knots(params.ties(0.2)), 'use scope="tensor"'),
         (lambda: params.knots(params.MergeTransform(lambda s: s, lambda p, s: s)), "chain of this package's atoms"),
-        (lambda: params.partition({"a": params.linear(), "b": params.weigh(1.0)}, str), "must leave as many models"),
     ],
 )
 def test_wrong_arguments(unchecked, make, message):
@@ -139,30 +136,6 @@ def test_layer_swapping_equals_mergekit(golden, case, transition):
     merged = params.merge(tx, None, [model(vectors["in/lang"]), model(vectors["in/math"])])
     for name, expected in model(vectors["out"]).items():
         np.testing.assert_allclose(merged[name], expected, rtol=2e-5, atol=2e-6, err_msg=name)
-
-
-def test_lora_soups_equal_the_peer(golden):
-    """PEFT's cat and svd; and its linear (with cross terms), ties and magnitude_prune, which merge factor by factor."""
-    vectors, p = golden("params/lora_combine_a"), MANIFEST["lora_combine_a"]["params"]
-    factors = lambda k, n: params.Factors(
-        jnp.asarray(vectors[f"in/expert_{k}/{n}.lora_B"]), jnp.asarray(vectors[f"in/expert_{k}/{n}.lora_A"])
-    )
-    adapters = [{n: factors(k, n) for n in ("q", "up")} for k in range(3)]
-    weight = [w * alpha / rank for w, alpha, rank in zip(p["weights"], p["alphas"], p["ranks"], strict=True)]
-    root = params.weigh(np.sqrt(weight))
-    for how, tx in {
-        "linear": params.chain(root, params.sum_experts()),
-        "ties": params.chain(params.trim(0.5, scope="tensor"), params.elect_sign(), root, params.mean_agreeing()),
-        "magnitude_prune": params.chain(params.trim(0.4, scope="tensor"), root, params.sum_experts()),
-    }.items():
-        for n, update in params.dense(params.merge(tx, None, adapters)).items():
-            np.testing.assert_allclose(update, vectors[f"out/{how}/{n}.delta"], rtol=2e-5, atol=2e-6, err_msg=how)
-    soup = params.concatenate(adapters, weight)
-    for n, update in params.dense(soup).items():
-        assert soup[n].a.shape[0] == 9  # factors are kept
-        np.testing.assert_allclose(update, vectors[f"out/cat/{n}.delta"], rtol=2e-5, atol=2e-6)
-        u, s, v = truncated(update, 3)
-        np.testing.assert_allclose((u * s[None]) @ v, vectors[f"out/svd/{n}.delta"], rtol=1e-4, atol=1e-5)
 
 
 def test_twins_are_served_as_they_merge():

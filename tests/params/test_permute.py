@@ -1,4 +1,4 @@
-"""Permutations of units, and matrices that cancel in attention: what a network computes stays, what merges does not."""
+"""Permutations of units: what a network computes stays, what merges does not."""
 
 import jax
 import jax.numpy as jnp
@@ -115,38 +115,3 @@ def test_specifications_that_do_not_fit(unchecked):
         params.permute({"u": ("p",), "v": ("p", None), "w": ("p", "p")}, {"p": np.arange(2)}, model)
     with pytest.raises(ValueError, match="pairs must be"):
         params.pleas(lambda model, name: (model, model), model, model, {}, pairs="both")
-
-
-def attention(w, x, heads, kv_heads):
-    q, k, v = ((x @ m.T).reshape(len(x), h, -1) for m, h in zip(w[:3], (heads, kv_heads, kv_heads), strict=True))
-    k, v = (jnp.repeat(m, heads // kv_heads, axis=1) for m in (k, v))
-    p = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]))
-    return jnp.einsum("hqk,khd->qhd", p, v).reshape(len(x), -1) @ w.o.T
-
-
-def test_mergelock_equals_its_equations(golden):
-    v = {k: jnp.asarray(x) for k, x in golden("params/mergelock_a").items()}
-    weights = params.Attention(*(v[f"in/W{n}"] for n in "qkvo"))
-    locked = params.lock(weights, v["aux/P"], v["aux/R"])
-    for n, w in zip("qkvo", locked, strict=True):
-        np.testing.assert_allclose(w, v[f"out/W{n}"], rtol=2e-5, atol=2e-6)
-    np.testing.assert_allclose(attention(locked, v["in/x"], 2, 2), v["out/y"], rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("transpose", [True, False])
-def test_locks_with_grouped_queries_are_seen(transpose):
-    rng = np.random.default_rng(0)
-    make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    weights = params.Attention(make(8, 6), make(4, 6), make(4, 6), make(6, 8))
-    near = params.Attention(*(w + 0.05 * make(*w.shape) for w in weights))
-    locked = params.lock(weights, make(2, 2, 2), make(2, 2, 2), transpose=transpose)
-    x = make(5, 6)
-    np.testing.assert_allclose(attention(weights, x, 4, 2), attention(locked, x, 4, 2), rtol=1e-3, atol=1e-4)
-    suspicion = params.lock_suspicion([weights, near, locked], kv_heads=2)
-    assert suspicion[0, 1] < 0.05 and suspicion[0, 2] > 0.4 and suspicion[1, 2] > 0.4, suspicion
-
-
-def test_wrong_locks(unchecked):
-    weights = params.Attention(*(jnp.eye(4) for _ in range(4)))
-    with pytest.raises(ValueError, match="one per key and value head"):
-        params.lock(weights, jnp.eye(3)[None], jnp.eye(3)[None])

@@ -7,8 +7,9 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
-from jaxmerge.params import _quantile as q
+from jaxmerge.params import _devices as devices, _quantile as q
 from jaxmerge.params._random import threefry
+from jaxmerge.params._rows import outranks, rank_in_row
 
 
 def _values(seed):
@@ -118,7 +119,7 @@ def test_threefry_is_threefry():
     key = np.array([123, 2**31 + 5], np.uint32)
     expected = threefry_2x32(jnp.asarray(key), jnp.asarray(counter))  # pairs (i, i + 4)
     ours = threefry((jnp.asarray(key[0]), jnp.asarray(key[1])), (jnp.asarray(counter[:4]), jnp.asarray(counter[4:])))
-    np.testing.assert_array_equal(ours, expected[:4])
+    np.testing.assert_array_equal(jnp.concatenate(ours), expected)
 
 
 def test_random_masks():
@@ -130,3 +131,95 @@ def test_random_masks():
     assert (one["a"] != one["b"]).any() and (one["a"] != other["a"]).any()
     assert abs(np.corrcoef(np.asarray(one["a"]).reshape(2, -1))[0, 1]) < 0.05
     np.testing.assert_array_equal(one["a"], mask(1)["a"])
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The forms that one CPU device gets, here among the eight of the tests."""
+    for module in (devices, q):
+        monkeypatch.setattr(module, "alone", lambda: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_forms_for_one_device_find_the_same(one_device):
+    """Subnormals, infinities, NaN, ties; several leaves; with and without a first guess."""
+    x = _values(0)
+    x[2, 5, 3] = np.nan
+    order = -np.sort(-np.abs(x).reshape(3, -1).view(np.uint32).astype(np.int64), axis=1)
+    leaves = [jnp.asarray(x[:, :11]), jnp.asarray(x[:, 11:])]
+
+    @jax.jit
+    def both(leaves, k):
+        k = tuple(k)
+        guess = q.typical(leaves, k)
+        found = [q.kth_largest(leaves, k, q.magnitude_bits, typical=typical) for typical in (guess, None)]
+        return found, [q.sides(leaf, found[0], q.magnitude_bits) for leaf in leaves]
+
+    for k in (1, 2, 17, 500, 999, 1000):
+        found, sides = both(leaves, q.to_words([k] * 3))
+        for t in found:
+            np.testing.assert_array_equal(t, order[:, k - 1])
+        above, tied = (sum(q.from_words(s[i]) for s in sides) for i in range(2))
+        np.testing.assert_array_equal(above, (order > order[:, k - 1 : k]).sum(axis=1))
+        np.testing.assert_array_equal(tied, (order == order[:, k - 1 : k]).sum(axis=1))
+    assert np.asarray(both(leaves, q.to_words([0] * 3))[0]).tolist() == [[int(q.INF)] * 3] * 2
+
+
+def test_first_for_one_device(one_device):
+    chosen = np.random.default_rng(0).random((2, 12, 10)) < [[[0.5]], [[0.02]]]
+    first = jax.jit(lambda quota: q.first(jnp.asarray(chosen), tuple(quota)))
+    for quota in (0, 1, 2, 23, 50, 1000):
+        cut, kept = first(q.to_words([quota] * 2))
+        got = np.asarray(q.before(cut, jnp.asarray(chosen, jnp.float32))) & chosen
+        want = chosen & (np.cumsum(chosen.reshape(2, -1), axis=1).reshape(chosen.shape) <= quota)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(q.from_words(kept), np.minimum(quota, chosen.sum((1, 2))))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: params.ties(0.3, tie="majority"),
+        pytest.param(lambda: params.breadcrumbs(0.5, 0.1), marks=pytest.mark.slow),
+        lambda: params.sce(0.3, mask="delta"),
+        pytest.param(lambda: params.pcb(0.3), marks=pytest.mark.slow),
+        lambda: params.della(0.5, 0.2, seed=1, rescale="l1"),
+        params.model_stock,
+    ],
+    ids=["ties", "breadcrumbs", "sce", "pcb", "della", "model_stock"],
+)
+def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
+    x = _values(3)
+    x[2, 5, :3] = 7
+    base, models = {"w": jnp.zeros((40, 25))}, [{"w": v} for v in x]
+    merge = lambda: params.merge(make(), base, models)
+    many = merge()
+    for module in (devices, q):
+        monkeypatch.setattr(module, "alone", lambda: True)
+    one = merge()  # atoms made anew, so compiled anew
+    for name, value in many.items():  # sums in another order
+        np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_rank_mask_has_just_its_probabilities():
+    """Every rival of every entry of a short row, drawn once: the share of those that rank lower is the rank over n - 1."""
+    row = jnp.array([[3.0, -1.0, 2.0, 1.0, -3.0, 0.0, 2.0]])
+    n = row.shape[-1]
+    rank = np.asarray(rank_in_row(q.magnitude_bits(row)))[0]
+    lower = 0
+    for draw in range(n - 1):
+        rival = jnp.uint32(draw) + (draw >= jnp.arange(n)).astype(jnp.uint32)[None]
+        lower += np.asarray(outranks(row, rival))[0].astype(int)
+    np.testing.assert_array_equal(lower, rank)
+    for rival, higher in ((n, True), (n + 1, False)):
+        assert (outranks(row, jnp.full((1, n), rival, jnp.uint32)) == higher).all()
+
+
+def test_rank_mask_keeps_as_often_as_it_says():
+    """The draws themselves: 20000 rows of 5, so that five standard deviations are 0.018."""
+    x = {"w": jnp.broadcast_to(jnp.array([2.0, -1.0, 5.0, 1.0, 0.5]), (1, 20000, 5))}
+    tx = params.rank_mask(0.5, 0.4, seed=3)
+    kept = np.asarray(tx.merge(tx.match(x), x)["w"] != 0)[0].mean(axis=0)
+    np.testing.assert_allclose(kept, 0.1 + 0.8 * np.array([3, 1, 4, 2, 0]) / 4, atol=0.018)
