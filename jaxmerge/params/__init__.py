@@ -1,6 +1,7 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name); needs -> Need: what it looks at
+MergeTransform(match, merge)                     chain, per_leaf, needs -> Need: what it looks at
+partition, exclude, keep_base, per_layer         different merges for different leaves; scanned layers, each for itself
 task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
 trim, trim_band, select_variance                 atoms that keep all K models: the largest, a band, what varies
 random_mask, rank_mask, mask, rescale            ... masks, and making up for them
@@ -54,6 +55,7 @@ from jaxmerge.params._names import (
     layer_of as layer_of,
 )
 from jaxmerge.params._partition import exclude as exclude, keep_base as keep_base, partition as partition
+from jaxmerge.params._scanned import per_layer as per_layer
 from jaxmerge.params._stack import (
     add as add,
     merge as merge,

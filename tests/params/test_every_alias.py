@@ -86,6 +86,9 @@ ATOMS = {  # closed by a sum where they leave all models
     "per_leaf": Row(
         lambda k: p.per_leaf(lambda x: None, lambda plan, x: x.max(0, keepdims=True), models=1), SYMMETRIC | MEAN | DROPS
     ),
+    "per_layer": Row(
+        lambda k: p.per_layer(p.ties(0.3, scope="tensor"), lambda n: "e/{}/stack" if n == "e/stack" else None), SYMMETRIC
+    ),
     "partition": Row(
         lambda k: p.partition(
             {"a": p.ties(0.3, scope="tensor"), "b": p.ties(0.3), "rest": p.magmax()}, lambda n: n[0] if n[0] in "ab" else "rest"
