@@ -11,8 +11,8 @@ import sys
 from typing import Any, Literal
 
 from jaxmerge import params
-from jaxmerge.params._spectral import Select
 from jaxmerge.params._transform import Hyperparameter
+from jaxmerge.params.spectral._spectral import Select
 
 Numbers = tuple[float, ...]
 

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from jaxmerge.params._consensus import elect_sign, max_agreeing, mean_agreeing, sum_experts
-from jaxmerge.params._geometry import spherical
-from jaxmerge.params._random import random_mask, rank_mask
-from jaxmerge.params._scale import rescale as rescaled, scale as scaled, weigh
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, chain
-from jaxmerge.params._trim import Scope, trim, trim_band
+from jaxmerge.params.atoms._consensus import elect_sign, max_agreeing, mean_agreeing, sum_experts
+from jaxmerge.params.atoms._random import random_mask, rank_mask
+from jaxmerge.params.atoms._scale import rescale as rescaled, scale as scaled, weigh
+from jaxmerge.params.atoms._trim import Scope, trim, trim_band
+from jaxmerge.params.sphere._geometry import spherical
 
 
 def linear(weight: Hyperparameter = 1.0, *, normalize: bool = True) -> MergeTransform:

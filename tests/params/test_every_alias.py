@@ -58,7 +58,6 @@ MEAN, SYMMETRIC, LINEAR = dict(mean=True), dict(symmetric=True), dict(linear=Tru
 SUMS, DROPS = dict(exact=False), dict(visible=())  # DROPS: a NaN may be among what is zeroed
 TWO, ONE = (2,), (1,)
 WHOLE = ("all-gather", "all-to-all", "collective-permute")  # rows that are ranked, matrices that are factored whole
-ALONG = ("all-to-all",)  # a matrix with all its singular vectors, laid out along its longer side
 p = params
 
 ATOMS = {  # closed by a sum where they leave all models
@@ -73,7 +72,7 @@ ATOMS = {  # closed by a sum where they leave all models
     "scale": Row(lambda k: p.chain(p.scale(0.5), p.sum_experts()), SYMMETRIC | LINEAR),
     # Rounding, 1e-7 of the largest singular value, turns singular vectors by itself over their gap, which is 0.03 to 0.1 at the
     # ranks here, and bases made orthogonal have singular values down to 0.14. knots takes vectors one by one: gaps of 0.013.
-    "truncate": Row(lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=ALONG),
+    "truncate": Row(lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "truncate sketch": Row(
         lambda k: p.chain(p.truncate(0.2, oversample=4), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), variant=True
     ),
@@ -86,6 +85,9 @@ ATOMS = {  # closed by a sum where they leave all models
     "spherical": Row(lambda k: p.spherical(0.3), MEAN | SUMS, TWO),
     "per_leaf": Row(
         lambda k: p.per_leaf(lambda x: None, lambda plan, x: x.max(0, keepdims=True), models=1), SYMMETRIC | MEAN | DROPS
+    ),
+    "per_layer": Row(
+        lambda k: p.per_layer(p.ties(0.3, scope="tensor"), lambda n: "e/{}/stack" if n == "e/stack" else None), SYMMETRIC
     ),
     "partition": Row(
         lambda k: p.partition(
@@ -148,18 +150,13 @@ ALIASES = {
     "pcb": Row(lambda k: p.pcb(0.3), SYMMETRIC | SUMS | dict(visible=(np.nan,))),
     "pcb tensor": Row(lambda k: p.pcb(0.3, tail=0.0, scope="tensor"), SYMMETRIC | SUMS | dict(visible=(np.nan,)), variant=True),
     "widen": Row(lambda k: p.widen(), MEAN | SUMS, (3, 2, 8), moves=WHOLE),
-    "tsvm": Row(lambda k: p.tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=ALONG),
+    "tsvm": Row(lambda k: p.tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "tsvm svd": Row(lambda k: p.tsvm(method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True),
-    "tsvm sketch": Row(
-        lambda k: p.tsvm(density=0.1, oversample=4), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=ALONG, variant=True
-    ),
-    "r_tsvm": Row(lambda k: p.r_tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=ALONG),
+    "tsvm sketch": Row(lambda k: p.tsvm(density=0.1, oversample=4), SYMMETRIC | SUMS | dict(rounding=1e-5), variant=True),
+    "r_tsvm": Row(lambda k: p.r_tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "iso_c": Row(lambda k: p.iso_c(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "iso_c svd": Row(lambda k: p.iso_c(method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True),
     "iso_cts": Row(lambda k: p.iso_cts(0.5), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
-    "iso_cts svd": Row(
-        lambda k: p.iso_cts(0.5, method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True
-    ),
     "knots": Row(lambda k: p.knots(p.linear()), MEAN | SYMMETRIC | LINEAR | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "knots svd": Row(
         lambda k: p.knots(p.linear(), method="svd"),
@@ -169,7 +166,7 @@ ALIASES = {
     ),
     "knots ties": Row(lambda k: p.knots(p.ties(0.3, scope="tensor")), SUMS | dict(rounding=5e-5), moves=WHOLE, variant=True),
     "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS, moves=WHOLE),
-    "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=ALONG),
+    "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=WHOLE),
     "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=WHOLE),
     "fisher": Row(lambda k: p.fisher(fishers(k)), MEAN | LINEAR | SUMS),
     "adamerging": Row(lambda k: p.adamerging(ramp(k)), MEAN | LINEAR),

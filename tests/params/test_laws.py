@@ -4,20 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jaxmerge import params
 from jaxmerge.params._laws import assert_merge
+from jaxmerge.params._layout import whole
 
 
 def test_the_laws_can_fail():
-    position = lambda x: jnp.argmax(jnp.abs(x.reshape(x.shape[0], -1)), axis=1)
+    add_up = lambda x: x.sum(axis=0, keepdims=True)
+    merge = lambda f: params.per_leaf(lambda x: None, lambda plan, x: f(x), models=1)
+    auto = dict(axes=[AxisType.Auto])
     for law, tx, claims in (
-        ("finite", params.chain(params.scale(np.inf), params.sum_experts()), {}),
+        ("finite results", params.chain(params.scale(np.inf), params.sum_experts()), {}),
         ("one model", params.scale(1.0), {}),
-        ("zero", params.per_leaf(lambda x: None, lambda p, x: x[:1] + 1, models=1), {}),
-        ("identical", params.task_arithmetic(), dict(mean=True)),
+        ("zero deltas", merge(lambda x: add_up(x) + 1), {}),
+        ("identical experts", params.task_arithmetic(), dict(mean=True)),
+        ("symmetry", merge(lambda x: x[:1]), dict(symmetric=True)),
         ("linearity", params.ties(0.5), dict(linear=True)),
-        ("sharding", params.per_leaf(position, lambda p, x: x[:1] * (1 + _devices(x)), models=1), {}),
+        ("stays visible", merge(lambda x: jnp.nan_to_num(add_up(x))), {}),
+        ("invariance to sharding", merge(lambda x: add_up(x) * (1 + _devices(x))), dict(axes=[AxisType.Explicit])),
+        ("nothing moves", merge(lambda x: jnp.flip(add_up(x), axis=tuple(range(1, x.ndim)))), auto),
+        ("layout stays", merge(lambda x: whole(add_up(x), (-1,) if x.ndim > 1 else ())), dict(moves=["all-gather"])),
     ):
         with pytest.raises(AssertionError, match=law):
             assert_merge(tx, **claims)

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from jaxmerge import params
-from jaxmerge.params._random import _chances
-from jaxmerge.params._spectral import shared_basis
+from jaxmerge.params.atoms._random import _chances
+from jaxmerge.params.spectral._spectral import shared_basis
 
 MANIFEST = json.loads((pathlib.Path(__file__).parents[1] / "golden/params/manifest.json").read_text())
 OFFICIAL_TIES = dict(extra=1, ties="all", tie="majority")

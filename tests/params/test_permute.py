@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from jaxmerge import params
-from jaxmerge.params._assignment import assign
+from jaxmerge.params.units._assignment import assign
 
 SPEC = {
     "Dense_0/kernel": (None, "P_0"),

@@ -7,9 +7,9 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
-from jaxmerge.params import _devices as devices, _quantile as q
-from jaxmerge.params._random import threefry
-from jaxmerge.params._rows import outranks, rank_in_row
+from jaxmerge.params.atoms._random import threefry
+from jaxmerge.params.order import _devices as devices, _quantile as q
+from jaxmerge.params.order._rows import outranks, rank_in_row
 
 
 def _values(seed):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxmerge import params
-from jaxmerge.params._router import _forward
+from jaxmerge.params.learned._router import _forward
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((3, 6)).astype(np.float32)

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jaxmerge import params
-from jaxmerge.params._polar import factors
-from jaxmerge.params._sketch import gaussian, independent, sketched
+from jaxmerge.params.spectral._polar import factors
+from jaxmerge.params.spectral._sketch import gaussian, independent, sketched
 from tests.hlo import collectives, compile_for, tpu_mesh
 
 EPS = float(np.finfo(np.float32).eps)

@@ -1,0 +1,1 @@
+"""The atoms: keep a part, weigh, elect, reduce; masks, layers."""

@@ -1,0 +1,173 @@
+"""Random masks that are the same on one device, on eight, and on many hosts."""
+
+import hashlib
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, UInt32
+
+from jaxmerge.params._layout import like
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
+from jaxmerge.params.atoms._trim import _density
+from jaxmerge.params.order._quantile import coordinates, magnitude_bits
+from jaxmerge.params.order._rows import as_rows, columns, outranks, rank_in_row
+from jaxmerge.params.order._words import high_product
+
+
+def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
+    """Keep each entry with probability `density`, independently; zero the rest.
+
+    The choice is a function of (seed, leaf name, expert, index in the leaf) and of nothing else: no order of execution, no
+    sharding, no number of devices enters. Multiply by 1 / density with `rescale(random_mask(...), "inv_p")`.
+
+    Args:
+      density: the share to keep, in [0, 1].
+      seed: an integer; another seed, another mask.
+
+    Law:
+      density = 1 changes nothing; the result has the same bits on any sharding.
+
+    Raises:
+      ValueError: density outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.random_mask(0.5, seed=0), {"w": jnp.ones((1, 1000))}
+      >>> 400 < tx.merge(tx.match(stacked), stacked)["w"].sum() < 600
+      Array(True, dtype=bool)
+
+    Source: DARE (arXiv:2311.03099). The bits are Threefry-2x32 (Salmon et al. 2011, doi:10.1145/2063384.2063405).
+    """
+
+    def settings(name, shape):
+        d = _density(density, name, shape[0], "random_mask")
+        below = np.minimum(np.round(d * 2.0**32), 2.0**32 - 1).astype(np.uint32)
+        return {
+            "key": _keys(seed, name, shape[0]),
+            "below": below,
+            "density": d.astype(np.float32),
+        }
+
+    def merge(plan, x):
+        keep = (_words(plan["key"], x)[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
+        return _masked(keep, x)
+
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
+
+
+def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
+    """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
+
+    The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. What the
+    first random word leaves open depends on another entry of the row, which the second word draws: whether that ranks lower has
+    just this probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
+
+    Args:
+      density: the share to keep; 1 keeps everything, 0 nothing.
+      epsilon: half of how much the probability grows along the ranks.
+      seed: see `random_mask`.
+      divide: divide what is kept by its own probability (the paper). mergekit restores the l1 norm instead:
+        `rescale(rank_mask(...), "l1")`.
+
+    Law:
+      density = 1 changes nothing; the result has the same bits on any sharding.
+
+    Raises:
+      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.rank_mask(0.5, 0.4, seed=0), {"w": jnp.arange(1.0, 1001.0)[None]}
+      >>> merged = tx.merge(tx.match(stacked), stacked)["w"][0]
+      >>> int((merged[:500] != 0).sum()) < 200, int((merged[500:] != 0).sum()) > 300
+      (True, True)
+
+    Source: DELLA-Merging (arXiv:2406.11617): divide=True; mergekit's `della`, `della_linear`: the l1 norm.
+    """
+
+    def settings(name, shape):
+        d = _density(density, name, shape[0], "rank_mask")
+        e = np.asarray(resolve(epsilon, name, shape[0], "rank_mask: epsilon"), np.float64)
+        inner = (d > 0) & (d < 1)
+        if (inner & ((d + e >= 1) | (d - e <= 0))).any():
+            raise ValueError(
+                f"rank_mask: density +- epsilon must lie between 0 and 1; got density {d.tolist()} and epsilon {e.tolist()} "
+                f"at leaf {name!r}; choose a smaller epsilon."
+            )
+        # probabilities in units of 2^-32, so that no rounding depends on the sharding
+        last = (shape[-1] if len(shape) > 1 else 1) - 1
+        low = np.where(inner, d - e if last else d, 0)
+        step = np.where(inner, 2 * e / last if last else 0, 0)
+        return {
+            "key": _keys(seed, name, shape[0]),
+            "density": d.astype(np.float32),
+            "low": np.round(low * 2.0**32).astype(np.uint32),
+            "step": np.floor(step * 2.0**32).astype(np.uint32),
+        }
+
+    def drawn(plan, x):
+        """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
+        first, second = _words(plan["key"], x)
+        low, step, d = (over(plan[name], x) for name in ("low", "step", "density"))
+        sure = (first < low) & (d > 0) | (d >= 1)
+        n = as_rows(x).shape[-1]
+        if n == 1:
+            return jnp.where(sure, x, 0)
+        rival = as_rows(high_product(second, jnp.uint32(n - 1)))
+        rival = rival + (rival >= columns(rival))
+        open_ = (first - low < step * np.uint32(n - 1)) & (first >= low) & (d > 0)
+        rival = jnp.where(as_rows(sure), np.uint32(n), jnp.where(as_rows(open_), rival, np.uint32(n + 1)))
+        rival = rival.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
+
+        def keep(model):
+            x, rival = model[0][None], model[1][None].astype(jnp.uint32)
+            return jnp.where(like(outranks(as_rows(x), rival).reshape(x.shape), x), x, 0)[0]
+
+        return lax.map(keep, (x, rival))  # a loop by itself, on the CPU: one that gathers does nothing else well
+
+    def divided(plan, x):
+        below, d = _chances(plan, x), over(plan["density"], x)
+        keep = (_words(plan["key"], x)[0] < below) & (d > 0)
+        rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+        return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
+
+    needs = (Need("order", "row"), Need("random", "entry"))
+    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs))
+
+
+def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
+    """MAGPRUNE's probability for each entry of x (K, *shape), in units of 2^-32."""
+    rank = rank_in_row(as_rows(magnitude_bits(x))).astype(jnp.uint32).reshape(x.shape)
+    return over(plan["low"], x) + over(plan["step"], x) * like(rank, x)
+
+
+def _keys(seed: int, name: str, models: int) -> np.ndarray:
+    keys = [hashlib.sha256(f"{int(seed)}/{k}/{name}".encode()).digest()[:8] for k in range(models)]
+    return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
+
+
+def _masked(keep: Bool[Array, "K ..."], x: Array) -> Array:
+    """x where it is kept, else 0. The mask is written down once, not drawn anew for all who look at what is left."""
+    return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.optimization_barrier(keep))
+
+
+def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two random words for every entry of x (K, *shape)."""
+    _, _, row, column = coordinates(x.shape[1:])
+    key = jnp.asarray(key)
+    return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
+
+
+def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds: two words of random bits for a 64-bit counter under a 64-bit key."""
+    ks = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    a, b = counter[0] + ks[0], counter[1] + ks[1]
+    for group in range(5):
+        for r in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            a = a + b
+            b = ((b << r) | (b >> (32 - r))) ^ a
+        a = a + ks[(group + 1) % 3]
+        b = b + ks[(group + 2) % 3] + jnp.uint32(group + 1)
+    return a, b

@@ -1,0 +1,133 @@
+"""Weigh, scale and rescale: coefficients."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, over, resolve
+from jaxmerge.params.order._sums import sums
+
+
+def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
+    """Multiply each model by its weight.
+
+    Args:
+      weight: one number, one per model, or a function of the leaf's name; a traced array is welcome (learned coefficients).
+      normalize: divide the weights by their sum.
+
+    Raises:
+      ValueError: normalize, and the weights sum to 0.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.weigh([1.0, 3.0], normalize=True), {"w": jnp.array([[4.0], [8.0]])}
+      >>> tx.merge(tx.match(stacked), stacked)["w"].tolist()
+      [[1.0], [6.0]]
+    """
+
+    def settings(name, shape):
+        w = resolve(weight, name, shape[0], "weigh: weight")
+        if normalize:
+            if isinstance(w, np.ndarray) and abs(w.sum()) < 1e-12:
+                raise ValueError(
+                    f"weigh: the weights {w.tolist()} at leaf {name!r} sum to 0 and cannot be normalized; "
+                    "change them, or leave normalize out."
+                )
+            w = w / w.sum()
+        return {"weight": float32(w)}
+
+    return atom(Step(settings, _as_is, _times("weight")))
+
+
+def scale(factor: Hyperparameter) -> MergeTransform:
+    """Multiply what is there by one factor (after a reduction there is one model left).
+
+    Args:
+      factor: one number, or a function of the leaf's name.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.scale(lambda name: 2.0 if "mlp" in name else 1.0), {"mlp": jnp.ones((1, 1))}
+      >>> tx.merge(tx.match(stacked), stacked)["mlp"].item()
+      2.0
+    """
+
+    def settings(name, shape):
+        return {"factor": float32(resolve(factor, name, shape[0], "scale: factor"))}
+
+    return atom(Step(settings, _as_is, _times("factor")))
+
+
+def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:
+    """Make up for what a mask removed: apply `tx` (`trim` or `random_mask`), then enlarge what it left.
+
+    Args:
+      tx: one atom.
+      norm: "inv_p" divides by the density, which keeps the expectation; "l1", "l2" and "linf" restore that norm of every
+        tensor (a tensor with a norm under 1e-7, before or after, is left as it is).
+
+    Raises:
+      ValueError: an unknown norm; `tx` is not one atom of this package, or has no density to divide by.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> tx, stacked = jm.params.rescale(jm.params.trim(0.5), "l1"), {"w": jnp.array([[1.0, -3.0]])}
+      >>> tx.merge(tx.match(stacked), stacked)["w"].tolist()
+      [[0.0, -4.0]]
+
+    Source: DARE (arXiv:2311.03099), MergeLM and fusion_bench divide by the density; mergekit >= 0.1 matches the l1 norm
+    (its sparsifiers know l2 and linf too).
+    """
+    if norm not in ("inv_p", *NORMS):
+        raise ValueError(f"rescale: norm must be one of {('inv_p', *NORMS)}, got {norm!r}.")
+    if not isinstance(tx.match, Match) or len(tx.match.steps) != 1 or tx.match.steps[0].models is not None:
+        raise ValueError("rescale: wrap one masking atom, such as rescale(random_mask(0.5, seed=0), 'inv_p'); got a chain.")
+    (step,) = tx.match.steps
+
+    def match(settings, x):
+        plan = step.match(settings, x)
+        if norm == "inv_p":
+            if not isinstance(plan, dict) or "density" not in plan:
+                raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
+            density = jnp.asarray(plan["density"])
+            return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
+        was, left = NORMS[norm](jnp.concatenate([x, step.merge(plan, x)])).reshape(2, -1)
+        usable = (was >= 1e-7) & (left >= 1e-7)
+        return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
+
+    def merge(plan, x):
+        return _times("factor")(plan, step.merge(plan["mask"], x))
+
+    needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
+    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
+
+
+def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    def norm(x):
+        axes = tuple(range(1, x.ndim))
+        return jnp.stack(sums([f(x[k : k + 1]) for k in range(x.shape[0])], axes)).reshape(-1)
+
+    return norm
+
+
+NORMS = {
+    "l1": _sums_of(jnp.abs),
+    "l2": lambda x: jnp.sqrt(_sums_of(jnp.square)(x)),
+    "linf": lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0),
+}
+
+
+def _times(name: str):
+    def merge(plan, x):
+        if plan[name].shape[0] != x.shape[0]:  # one factor for all
+            return x * over(plan[name], x)
+        return each(lambda x, v: x * over(v, x), x, plan[name])
+
+    return merge
+
+
+def _as_is(settings, x):
+    return settings

@@ -1,0 +1,1 @@
+"""Entry by entry, by what changed, and where: SCE, PCB, RAM, WIDEN, and swaps between two models."""

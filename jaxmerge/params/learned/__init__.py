@@ -1,0 +1,1 @@
+"""Coefficients that are learned or searched for, and the statistics of data."""

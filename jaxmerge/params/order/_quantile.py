@@ -1,0 +1,244 @@
+"""Exact order statistics without a sort and without a gather: values stay where they are, counts travel.
+
+The magnitude of a float32 orders as its bit pattern does, so the k-th largest is found bit by bit: count, over all devices, how
+many patterns are at least a candidate. Elements that tie at the threshold are kept by their flat index, lowest first, which is
+found in the same way; so the choice does not depend on the sharding. Counts and indices are pairs of 32-bit words.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, UInt32
+
+from jaxmerge.params._transform import over
+from jaxmerge.params.order import _search as search
+from jaxmerge.params.order._devices import alone, fastest
+from jaxmerge.params.order._search import Order
+from jaxmerge.params.order._words import (
+    Words as Words,
+    add as add,
+    at_least as at_least,
+    count as count,
+    from_words as from_words,
+    number as number,
+    share as share,
+    smaller as smaller,
+    subtract as subtract,
+    to_words as to_words,
+)
+
+INF = np.uint32(0x7F800000)
+DIGIT = 11
+"""Bits per round of the streamed radix selection: 3 rounds over 31 bits."""
+ROUNDS = 3
+
+
+def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
+    """|x| as an integer of the same order; a NaN is larger than any number."""
+    return lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
+
+
+# --- the k-th largest ------------------------------------------------------------------------------------------------
+
+
+def kth_largest(
+    leaves: list[Array], k: Words, order: Order = lambda x: x, *, bits: int = 31, typical: UInt32[Array, "4 _"] | None = None
+) -> UInt32[Array, "_"]:
+    """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0.
+
+    Args:
+      leaves: (K, *shape) each.
+      k: (K,) or, for several order statistics of each model, (n K,): the first of every model, the second, ...
+      order: the entries' patterns.
+      typical: patterns about which to look first, where that is known.
+    """
+    models = leaves[0].shape[0]
+
+    def halve(k, typical, *leaves):
+        def bit(i, t):
+            candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+            counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), models, candidate) for x in leaves]
+            return jnp.where(at_least(functools.reduce(add, counts), k), candidate, t)
+
+        return lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1]))
+
+    def look(k, typical, *leaves):
+        some = k[0], jnp.where(k[0] == 0, jnp.maximum(k[1], 1), k[1])
+
+        def one(high, low, *start):
+            return search.kth_largest(list(leaves), (high, low), order, bits=bits, start=jnp.stack(start) if start else None)
+
+        return _each(one, models, *some, *(typical if typical is not None else ()))
+
+    return jnp.where((k[0] == 0) & (k[1] == 0), INF, fastest(look, halve)(k, typical, *leaves))
+
+
+def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[Words, Words]:
+    """How many patterns are above t (n K,), and how many are t."""
+
+    def reduce(x, t):
+        bits = order(x)
+        return count(bits > over(t, bits)), count(bits == over(t, bits))
+
+    def together(x, t):
+        (all_of_them, above), _, _ = search.counts(x, [t, t + 1], order)
+        all_of_them, above = lax.optimization_barrier((all_of_them, above))  # one loop, also where one of them is not used
+        above = jnp.where(t == search.TOP, 0, above[0]), jnp.where(t == search.TOP, 0, above[1])
+        return above, subtract(all_of_them, above)
+
+    return _each(lambda t: fastest(together, reduce)(x, t), x.shape[0], t)
+
+
+def typical(leaves: list[Array], k: Words) -> UInt32[Array, "4 _"] | None:
+    """Where the k-th largest magnitude would lie, or nearly, if the entries were normal; of some rows of each leaf."""
+    if not alone():
+        return None
+    models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
+    # apart, or XLA keeps an array of magnitudes for all who ask
+    some = lax.optimization_barrier([x[:, :: max(x.shape[1] // 256, 1)] if x.ndim > 1 else x for x in leaves])
+    mean = sum(jnp.mean(jnp.abs(y).reshape(models, -1), axis=1) * (x[0].size / size) for x, y in zip(leaves, some, strict=True))
+    deviation = jnp.tile(mean * np.sqrt(np.pi / 2), k[0].shape[0] // models)
+    place = np.sqrt(2) * lax.erf_inv(1 - jnp.clip(number(k) / size, 1e-6, 1 - 1e-6)) * deviation
+    return magnitude_bits(place[None] * jnp.array([0.8, 0.97, 1.03, 1.25])[:, None])
+
+
+def _each(f: Callable, models: int, *arrays: Array):
+    """f of each part of K of the arrays (n K,), the results side by side again."""
+    n = arrays[0].shape[0] // models
+    parts = [f(*(a[i * models : (i + 1) * models] for a in arrays)) for i in range(n)]
+    return parts[0] if n == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
+
+
+def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
+    """The flat index as two 32-bit numbers that order as it does: how many rows and columns; each element's row and column."""
+    split = len(shape)
+    while split > 0 and math.prod(shape[split - 1 :]) < 1 << 32:
+        split -= 1
+
+    def flat(axes: range) -> tuple[int, Array]:
+        stride, index = 1, jnp.zeros((1,) * len(shape), jnp.uint32)
+        for axis in reversed(axes):
+            line = jnp.arange(shape[axis], dtype=jnp.uint32) * np.uint32(stride)
+            index = index + line.reshape(*(-1 if a == axis else 1 for a in range(len(shape))))
+            stride *= shape[axis]
+        return stride, index
+
+    (rows, row), (columns, column) = flat(range(split)), flat(range(split, len(shape)))
+    return rows, columns, row, column
+
+
+def first(
+    x: Array, quota: Words, choose: Callable[[Array], Array] = lambda x: x, there: Words | None = None
+) -> tuple[UInt32[Array, "2 K"], Words]:
+    """Where to cut so that exactly the first `quota` of the chosen, by flat index, lie before; and how many do.
+
+    Args:
+      x: (K, *shape).
+      quota: (K,).
+      choose: x -> which are chosen.
+      there: how many those are, where that is known.
+
+    Returns:
+      The cut as (row, column), for `before`, and min(quota, chosen).
+    """
+    rows, columns = coordinates(x.shape[1:])[:2]
+    there = count(choose(x)) if there is None else there
+    kept = smaller(there, quota)
+    nothing = jnp.zeros_like(quota[1])
+
+    def halve(x, there, kept):
+        chosen, (_, _, row, column) = choose(x), coordinates(x.shape[1:])
+
+        def largest(size, inside, quota):
+            """The largest c <= size with at most `quota` of the chosen inside c."""
+
+            def bit(i, c):
+                candidate = c | (jnp.uint32(1) << (size.bit_length() - 1 - i).astype(jnp.uint32))
+                fits = (candidate <= size) & at_least(quota, count(chosen & inside(candidate)))
+                return jnp.where(fits, candidate, c)
+
+            return lax.fori_loop(0, size.bit_length(), bit, nothing)
+
+        def rows_before(r):
+            return row[None] < over(r, chosen)
+
+        # fewer than 2^32 elements: no need to look for the row
+        r = at_least(kept, there).astype(jnp.uint32) if rows == 1 else largest(rows, rows_before, kept)
+        left = subtract(kept, count(chosen & rows_before(r)))
+        c = largest(columns, lambda c: (row[None] == over(r, chosen)) & (column[None] < over(c, chosen)), left)
+        return jnp.stack([r, c])
+
+    def look(x, there, kept):
+        """The last one kept is the `kept`-th largest of the indices, counted from the end."""
+        all_of_them, column = at_least(kept, there), coordinates(x.shape[1:])[3]
+        part = number(kept) / jnp.maximum(number(there), 1)
+        about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
+        about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
+        from_end = lambda x: jnp.where(choose(x), np.uint32(columns) - column[None], 0)
+        last = search.kth_largest([x], (kept[0], jnp.maximum(kept[1], 1)), from_end, bits=columns.bit_length(), start=about)
+        none = (kept[0] | kept[1]) == 0
+        cut = jnp.where(all_of_them | none, 0, np.uint32(columns + 1) - last)
+        return jnp.stack([(all_of_them & ~none).astype(jnp.uint32), cut])
+
+    def whole(x, there, kept):  # all or none: nearly always, and then no further pass over the leaf
+        return jnp.stack([jnp.where((kept[0] | kept[1]) == 0, jnp.uint32(0), np.uint32(rows)), nothing])
+
+    partial = jnp.any(((kept[0] | kept[1]) != 0) & ~at_least(quota, there))
+    search_for = fastest(look, halve) if rows == 1 else halve
+    return lax.cond(partial, search_for, whole, x, there, kept), kept
+
+
+def first_tied(
+    x: Array, t: UInt32[Array, "_"], tied: Words, quota: Words, order: Order = lambda x: x
+) -> tuple[UInt32[Array, "2 _"], Words]:
+    """`first` of those whose pattern is t (n K,), for every order statistic; `tied` are how many there are."""
+    models = x.shape[0]
+    found = []
+    for i in range(0, t.shape[0], models):
+        part = slice(i, i + models)
+        of_pattern = lambda x, t=t[part]: (b := order(x)) == over(t, b)
+        found.append(first(x, (quota[0][part], quota[1][part]), of_pattern, (tied[0][part], tied[1][part])))
+    cut = jnp.concatenate([cut for cut, _ in found], axis=1)
+    high, low = (jnp.concatenate([kept[i] for _, kept in found]) for i in range(2))
+    return cut, (high, low)
+
+
+def before(cut: UInt32[Array, "2 K"], x: Array) -> Bool[Array, "K ..."]:
+    """Which elements of x (K, *shape) lie before the cut, by flat index."""
+    _, _, row, column = coordinates(x.shape[1:])
+    r, c = over(cut[0], x), over(cut[1], x)
+    return (row[None] < r) | ((row[None] == r) & (column[None] < c))
+
+
+# --- streamed: a histogram per round ---------------------------------------------------------------------------------
+
+
+def histogram(bits: UInt32[Array, "K ..."], prefix: UInt32[Array, "K"], shift: UInt32[Array, ""]) -> UInt32[Array, "K bins"]:
+    """How often each next digit occurs among the patterns that begin with the prefix, over one device's block."""
+    models = bits.shape[0]
+    bits = bits.reshape(models, -1)
+    above = bits >> shift
+    digit = jnp.where(above >> DIGIT == prefix[:, None], above & ((1 << DIGIT) - 1), 1 << DIGIT)
+
+    def scatter(digit):
+        rows = lax.broadcasted_iota(jnp.int32, digit.shape, 0)
+        return jnp.zeros((models, 1 << DIGIT), jnp.uint32).at[rows, digit].add(1, mode="drop")
+
+    def compare(digit):  # scatters serialise on TPU
+        bins = jnp.arange(1 << DIGIT, dtype=jnp.uint32)[None, :, None]
+        return jnp.sum(digit[:, None, :] == bins, axis=-1, dtype=jnp.uint32)
+
+    return lax.platform_dependent(digit, tpu=compare, default=scatter)
+
+
+def next_digit(counts: np.ndarray, remaining: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From the counts (K, bins) of the next digit: the digit of the `remaining`-th largest, and its rank among those."""
+    from_top = np.cumsum(counts[:, ::-1], axis=1, dtype=np.uint64)[:, ::-1]
+    digit = np.maximum((from_top >= remaining[:, None]).sum(axis=1) - 1, 0)
+    above = np.concatenate([from_top, np.zeros((len(counts), 1), np.uint64)], axis=1)
+    return digit, remaining - above[np.arange(len(counts)), digit + 1]

@@ -1,0 +1,70 @@
+"""Order statistics along rows (the last axis): thresholds by counting, ranks by sorting or by drawing.
+
+A row has fewer than 2^32 entries, so that one word counts it. A vector is one row; a scalar a row of one.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Int, UInt32
+
+from jaxmerge.params._layout import whole
+from jaxmerge.params.order import _quantile as q
+from jaxmerge.params.order._devices import fastest
+
+
+def as_rows(x: Array) -> Array:
+    """x (K, *shape) with at least one axis of entries."""
+    return x[:, None] if x.ndim == 1 else x
+
+
+def kth_in_row(bits: UInt32[Array, "K *rows n"], k: UInt32[Array, "K *ones"]) -> UInt32[Array, "K *rows 1"]:
+    """The k-th largest pattern of each row; that of inf where k is 0."""
+
+    def bit(i, t):
+        candidate = t | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
+        return jnp.where(jnp.sum(bits >= candidate, axis=-1, keepdims=True, dtype=jnp.uint32) >= k, candidate, t)
+
+    t = lax.fori_loop(0, 31, bit, jnp.zeros_like(jnp.max(bits, axis=-1, keepdims=True)))
+    return jnp.where(k == 0, q.INF, t)
+
+
+def columns(x: Array) -> UInt32[Array, "*ones n"]:
+    """The index along the row."""
+    return jnp.arange(x.shape[-1], dtype=jnp.uint32).reshape(*(1,) * (x.ndim - 1), -1)
+
+
+def first_in_row(tied: Bool[Array, "K *rows n"], quota: UInt32[Array, "K *rows 1"]) -> UInt32[Array, "K *rows 1"]:
+    """Where to cut each row so that its first `quota` tied entries lie before, or all where there are no more."""
+    n = tied.shape[-1]
+    column = columns(tied)
+
+    def bit(i, c):
+        candidate = c | (jnp.uint32(1) << (n.bit_length() - 1 - i).astype(jnp.uint32))
+        inside = jnp.sum(tied & (column < candidate), axis=-1, keepdims=True, dtype=jnp.uint32)
+        return jnp.where((candidate <= n) & (inside <= quota), candidate, c)
+
+    return lax.fori_loop(0, n.bit_length(), bit, jnp.zeros_like(quota))
+
+
+def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
+    """How many entries of the row come before: smaller ones, and equal ones further left. Sorts: rows must be whole."""
+    order = jnp.argsort(whole(bits, (-1,)), axis=-1, stable=True)
+
+    def invert(order):
+        index = lax.broadcasted_iota(order.dtype, order.shape, order.ndim - 1)
+        return jnp.put_along_axis(jnp.zeros_like(order), order, index, axis=-1, inplace=False, mode="promise_in_bounds")
+
+    def sort(order):  # scatters serialise on TPU
+        return jnp.argsort(order, axis=-1, stable=True)
+
+    return fastest(invert, sort)(order)
+
+
+def outranks(x: Array, rival: UInt32[Array, "K *rows n"]) -> Bool[Array, "K *rows n"]:
+    """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no."""
+    n = x.shape[-1]
+    x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.int32)
+    there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
+    here, there = q.magnitude_bits(x), q.magnitude_bits(there)
+    up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))
+    return jnp.where(rival < n, up, rival == n)

@@ -1,0 +1,1 @@
+"""Matrices: singular vectors, polar factors, least squares; updates that stay factors."""

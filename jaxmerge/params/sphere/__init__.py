@@ -1,0 +1,1 @@
+"""Directions and lengths: between two models, means on the sphere, model stock."""

@@ -1,0 +1,1 @@
+"""Embeddings: models of different vocabularies, tokens that a model lacks."""
