@@ -52,7 +52,7 @@ def main(
     batch: int = 32,
     rate: float = 3e-3,
     expert_rate: float = 1e-3,
-    learned_steps: int = 150,
+    learned_steps: int = 300,
     orders: int = 2,
     held_out: int | None = None,
     only: tuple[str, ...] = (),
@@ -250,18 +250,21 @@ def by_number(given: Given, judge: Judge, merges: list[Merge], orders: int, cons
 
 def table(rows: list[dict], names: list[str], title: str) -> Table:
     """As the literature prints it: a row per merge, a column per task, the mean; and the mean with the best factor."""
-    out = Table(title=title)
+    columns = [str(k) for k in range(1, len(names) + 1)]
+    told = ", ".join(f"{k} {name}" for k, name in zip(columns, names, strict=True))
+    out = Table(
+        title=title, caption=f"{told}; ± standard error of the mean over the test data", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
     out.add_column("merge", no_wrap=True)
-    for name in (*names, "mean"):
-        out.add_column(name, justify="right")
-    for name in ("best factor", "mean"):
-        out.add_column(name, justify="right", style="cyan")
+    for name in (*columns, "mean", "±", "factor", "mean"):
+        out.add_column(name, justify="right", no_wrap=True)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         best = (f"{row['factor']:g}", f"{row['tuned']['mean']:.1%}") if "tuned" in row else ("", "")
         found = row["default"]
-        mean = f"{found['mean']:.1%} ± {100 * found['error']:.1f}"
         cells = (f"{100 * v:.0f}" for v in found["normalized"])
-        out.add_row(row["name"], *cells, mean, *best, end_section=after is not None and after["family"] != row["family"])
+        out.add_row(row["name"], *cells, f"{found['mean']:.1%}", f"{100 * found['error']:.1f}", *best)
+        if after is not None and after["family"] != row["family"]:
+            out.add_row()
     return out
 
 
@@ -282,7 +285,7 @@ def plot(rows: list[dict], numbers: list[dict], title: str, path: pathlib.Path) 
     left.set_yticks(place, [row["name"] for row in bars], fontsize=7)
     left.invert_yaxis()
     left.set(title=f"{title}: eight experts", xlabel="accuracy, % of the experts'", xlim=(0, 105))
-    left.legend(fontsize=7, loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower left", ncols=4)
     for name in dict.fromkeys(row["name"] for row in numbers):
         line = [row for row in numbers if row["name"] == name]
         right.plot([r["experts"] for r in line], [100 * r["normalized"] for r in line], marker=".", linewidth=1, label=name)

@@ -274,7 +274,7 @@ def _text_suite(
         half = len(corpus.heldout) // 2
         held = [
             _windows(data.tile(part, n, length + 1), unscored=length // 4)
-            for part, n in ((corpus.heldout[:half], held_out // 2), (corpus.heldout[half:], held_out))
+            for part, n in ((corpus.heldout[:half], max(held_out // 4, 1)), (corpus.heldout[half:], held_out))
         ]
         tasks.append(Task(title, 256, _windows(data.draw(corpus.train, rng, windows, length + 1)), *held))
     return Suite(name, _windows(data.draw(general, rng, 4 * windows, length + 1)), 256, False, tasks)
