@@ -253,7 +253,11 @@ def table(rows: list[dict], names: list[str], title: str) -> Table:
     columns = [str(k) for k in range(1, len(names) + 1)]
     told = ", ".join(f"{k} {name}" for k, name in zip(columns, names, strict=True))
     out = Table(
-        title=title, caption=f"{told}; ± standard error of the mean over the test data", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        title=title,
+        caption=f"{told}; ± standard error of the mean over the test data",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     out.add_column("merge", no_wrap=True)
     for name in (*columns, "mean", "±", "factor", "mean"):
