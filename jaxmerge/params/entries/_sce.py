@@ -107,8 +107,7 @@ def _variance(x: Array) -> Array:
 def _select(settings: dict, x: Array) -> dict:
     spread = _variance(x)
     k = q.share(q.count(q.magnitude_bits(spread) > 0), settings["fraction"])
-    t = q.kth_largest([spread], k, q.magnitude_bits, typical=q.typical([spread], k))
-    above, tied = q.sides(spread, t, q.magnitude_bits)
+    t, above, tied = q.place(spread, k, q.magnitude_bits)
     cut, _ = q.first_tied(spread, t, tied, q.subtract(k, q.smaller(above, k)), q.magnitude_bits)
     return {"threshold": t, "cut": cut, "all": settings["all"]}
 
