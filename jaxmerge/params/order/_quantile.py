@@ -200,12 +200,17 @@ def first(
 
     def look(x, there, kept):
         """The last one kept is the `kept`-th largest of the indices, counted from the end."""
-        all_of_them, column = at_least(kept, there), coordinates(x.shape[1:])[3]
-        part = number(kept) / jnp.maximum(number(there), 1)
+        all_of_them = at_least(kept, there)
+
+        def from_end(x):
+            return jnp.where(choose(x), np.uint32(columns) - coordinates(x.shape[1:])[3][None], 0)
+
+        at_least_one = kept[0], jnp.maximum(kept[1], 1)
+        some = there[0], jnp.maximum(there[1], 1)
+        part = number(kept) / number(some)
         about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
         about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
-        from_end = lambda x: jnp.where(choose(x), np.uint32(columns) - column[None], 0)
-        last = search.kth_largest([x], (kept[0], jnp.maximum(kept[1], 1)), from_end, bits=columns.bit_length(), start=about)[0]
+        last, _, _ = search.kth_largest([x], at_least_one, from_end, bits=columns.bit_length(), start=about, there=some)
         none = (kept[0] | kept[1]) == 0
         cut = jnp.where(all_of_them | none, 0, np.uint32(columns + 1) - last)
         return jnp.stack([(all_of_them & ~none).astype(jnp.uint32), cut])

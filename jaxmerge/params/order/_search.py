@@ -57,7 +57,13 @@ def _reduce(operands: list[Array], axes: tuple[int, ...]) -> list[Array]:
 
 
 def kth_largest(
-    leaves: list[Array], k: w.Words, order: Order, *, bits: int, start: UInt32[Array, "pivots _"] | None = None
+    leaves: list[Array],
+    k: w.Words,
+    order: Order,
+    *,
+    bits: int,
+    start: UInt32[Array, "pivots _"] | None = None,
+    there: w.Words | None = None,
 ) -> tuple[UInt32[Array, "_"], w.Words, w.Words]:
     """The k-th largest pattern (of so many bits) of each model over all the leaves, and how many are above it and at least it.
 
@@ -65,11 +71,11 @@ def kth_largest(
       leaves: (K, *shape) each.
       k: (n K,), from 1: the first order statistic of every model, the second, ...
       start: the first pivots.
+      there: how many patterns are not 0, where that is known; k is at most as large.
     """
-    size = w.to_words([sum(x[0].size for x in leaves)])
     nothing = jnp.zeros_like(k[1])
     runs = sum(x[0].size // _run(x) for x in leaves)
-    few = max(round((runs * runs / 20) ** (1 / 3)), 1)  # at random, one in a hundred times three of them fall into one run
+    few = max(round((runs * runs / 8) ** (1 / 3)), 1)  # at random, one in fifty times three of them fall into one run
 
     def left(lo, hi, below, above):
         inside = w.subtract(below, above)
@@ -104,24 +110,31 @@ def kth_largest(
         found = [_ends(x, lo, hi, order) for x in entries]
         n, least, greatest = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         crowded = jnp.any((n > 2) & (lo < hi)[:, None])
-        values = jnp.concatenate([jnp.where(n > 0, least, 0), jnp.where(n > 1, greatest, 0)], axis=1)
-        there = jnp.concatenate([n > 0, n > 1], axis=1)
+        least, greatest = jnp.where(n > 0, least - lo[:, None], 0), jnp.where(n > 1, greatest - lo[:, None], 0)
         rank = w.subtract(k, above)[1]
 
-        def bit(i, t):
-            candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-            return jnp.where(jnp.sum(values >= candidate[:, None], axis=1, dtype=jnp.uint32) >= rank, candidate, t)
+        def at_least(t):
+            return _counted((n > 0) & (least >= t[:, None]), (n > 1) & (greatest >= t[:, None]))
 
-        t = lax.fori_loop(0, bits, bit, nothing)
-        larger = w.add(above, (nothing, jnp.sum(values > t[:, None], axis=1, dtype=jnp.uint32)))
-        equal = nothing, jnp.sum(there & (values == t[:, None]), axis=1, dtype=jnp.uint32)
+        wide = 32 - lax.clz(jnp.max(hi - lo)).astype(jnp.int32)
+
+        def bit(i, t):
+            candidate = t | (jnp.uint32(1) << (wide - 1 - i).astype(jnp.uint32))
+            return jnp.where(at_least(candidate) >= rank, candidate, t)
+
+        t = lax.fori_loop(0, wide, bit, nothing)
+        larger, there = (w.add(above, (nothing, at_least(v))) for v in (t + 1, t))
         keep = crowded | (lo == hi)
-        lo, hi = jnp.where(keep, lo, t), jnp.where(keep, hi, t)
-        return lo, hi, _choose(keep, below, w.add(larger, equal)), _choose(keep, above, larger), pivots, stalled, crowded
+        lo, hi = jnp.where(keep, lo, lo + t), jnp.where(keep, hi, lo + t)
+        return lo, hi, _choose(keep, below, there), _choose(keep, above, larger), pivots, stalled, crowded
 
     lo, hi = nothing, jnp.full_like(nothing, (1 << bits) - 1)
     never = jnp.zeros(nothing.shape, bool)
-    bracket = lo, hi, tuple(jnp.broadcast_to(v, nothing.shape) for v in size), (nothing, nothing)
+    if there is None:
+        there = tuple(jnp.broadcast_to(v, nothing.shape) for v in w.to_words([sum(x[0].size for x in leaves)]))
+    else:
+        lo = lo + 1
+    bracket = lo, hi, there, (nothing, nothing)
     start = _between(*bracket, k, ~never) if start is None else jnp.clip(start, 1, hi[None])
     state = (*bracket, start, never, jnp.bool_(False))
     found, _, below, above, *_ = lax.while_loop(lambda state: jnp.any(state[0] < state[1]), step, state)
@@ -146,6 +159,12 @@ def _ends(x: Array, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array, "
     return tuple(jnp.concatenate(found[i::3]) for i in range(3))
 
 
+def _counted(a: Array, b: Array) -> UInt32[Array, "_"]:
+    """How many of both are true for each model; one loop, as it is two sums."""
+    add = lambda x, y: (x[0] + y[0], x[1] + y[1])
+    return sum(lax.reduce((a.astype(jnp.uint32), b.astype(jnp.uint32)), (np.uint32(0), np.uint32(0)), add, (1,)))
+
+
 def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
     return jnp.where(which, a[0], b[0]), jnp.where(which, a[1], b[1])
 
@@ -155,7 +174,7 @@ def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, k: w.Words, s
     of the rank, as tails are; or evenly, where that did not narrow the bracket enough the last time."""
     inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
     deviation = jnp.sqrt(rank / inside * (inside - rank))
-    near, far = 1.2 * deviation + 1, jnp.maximum(5 * deviation + 3, inside / 32)
+    near, far = 1.5 * deviation + 1, 4.5 * deviation + 3
     ranks = [
         jnp.where(rank > far, rank - far, rank / 2),
         jnp.where(rank > near, rank - near, rank / 4),
