@@ -50,6 +50,32 @@ def test_the_table_of_tokens_names_every_planner():
         assert re.search(rf"\b{golden.stem.removesuffix('_a')}\b", table), f"{golden.name} is not named"
 
 
+def test_the_table_of_merges_names_every_merge():
+    """`help(jm.params)` lists whatever is offered and all recorded vectors; a peer that a docstring names is recorded."""
+    table = jaxmerge.params.__doc__ or ""
+    offered = {n: f for n, f in vars(jaxmerge.params).items() if inspect.isfunction(f)}
+    missing = {name for name in offered if not re.search(rf"\b{name}\b", table)}
+    assert not missing, f"no row for {missing}"
+    golden = {g.stem.removesuffix("_a") for g in (ROOT / "tests/golden/params").glob("*_a.npz")}
+    tested = "".join(p.read_text() for p in (ROOT / "tests/params").glob("test_*.py"))
+    for name in golden:
+        assert re.search(rf"\b{name}\b", table), f"{name} is not named"
+        assert re.search(rf"\b{name.removeprefix('tokensurgeon_')}(_a)?\b", tested), f"{name} is not tested"
+    for name, f in offered.items():
+        source = (f.__doc__ or "").partition("Source:")[2]
+        if (f.__annotations__.get("return")) is not jaxmerge.params.MergeTransform or name in ATOMS_AND_TOOLS:
+            continue
+        for peer in {p.lower() for p in re.findall(r"mergekit|fusion_bench|MergeLLM", source)}:
+            assert any(g.startswith((f"{peer}_{name}", f"{peer}_{KIN.get(name, name)}")) for g in golden), f"{name}: {peer}"
+
+
+KIN = {  # recorded under the name of a chain that contains it, or of its paper
+    "adamerging": "adamerging_layerwise", "dare_linear": "dare", "elect_largest": "emr", "elect_sign": "ties", "trim": "ties",
+    "trim_band": "breadcrumbs", "rank_mask": "della", "select_variance": "sce", "spherical": "slerp", "rescale": "dare",
+}  # fmt: skip
+ATOMS_AND_TOOLS = {"partition", "per_layer", "exclude", "keep_base", "select_layers", "passthrough", "widen"}  # no one method's
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 

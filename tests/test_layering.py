@@ -111,7 +111,7 @@ SURFACE = {
         iso_c iso_cts karcher keep_base knots layer_of layer_swapping linear lock lock_matrices
         lock_suspicion magmax mask match_weights matching_pursuit max_agreeing mean_agreeing merge
         merge_units model_stock multislerp nearest_points nearswap needs nonfinite nuslerp partition
-        passthrough pcb per_leaf permute pleas polar r_tsvm ram ramplus_tl random_mask rank_mask regmean
+        passthrough pcb per_layer per_leaf permute pleas polar r_tsvm ram ramplus_tl random_mask rank_mask regmean
         rescale rotate_points route scale sce select_layers select_variance self_positioning
         sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains

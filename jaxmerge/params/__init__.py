@@ -1,37 +1,89 @@
 """Pillar 3: which weights become one? Merges of whole models as chains of atoms, in optax's grammar.
 
-MergeTransform(match, merge)                     chain, per_leaf, partition (by leaf name); needs -> Need: what it looks at
-task_vectors, add, merge                         models in, a model out; nonfinite reports NaN and inf
-trim, trim_band, select_variance                 atoms that keep all K models: the largest, a band, what varies
-random_mask, rank_mask, mask, rescale            ... masks, and making up for them
-weigh, scale, truncate, elect_sign               ... coefficients, low rank, zero the models that disagree
-sum_experts, mean_agreeing, max_agreeing         K models to one
-elect_largest, interpolate, spherical            ... by sign and size; two models to one
+    tx = chain(trim(0.2), elect_sign(), mean_agreeing(), scale(1.0))     a MergeTransform(match, merge)
+    merged = merge(tx, base, models)                                     task_vectors, match, merge, add
 
-linear, task_arithmetic, ties, dare_linear, dare_ties                                  task vectors, one chain each
-breadcrumbs, breadcrumbs_ties, della, della_linear, magmax                             ... bands, ranks, the largest
-sce, varm, ram, ramplus_tl, pcb, consensus, update_selective                           ... by what changed, and where
-slerp, nuslerp, multislerp, karcher, model_stock                                       on the sphere
-passthrough, nearswap, arcee_fusion                                                    one model and the base
-tsvm, r_tsvm, iso_c, iso_cts, knots                                                    singular vectors; polar is their tool
-fisher (fisher_information), regmean (gram), wudi, widen                               statistics of data, or of columns
-adamerging, expert_merging, self_positioning                                           coefficients; fit learns them (entropy)
-expert_coefficients, chunk_importance, allocate_chunks                                 ... by distillation, hidden_mse, drift
-evo_merging                                                                            ... evolve searches for them -> Evolution
-select_layers, layer_swapping, window_average                                          layers of several models; one run
-gradient (layer_of), by_name, by_model                                                 hyperparameters by the leaf's name
+A merge looks at statistics before it touches an entry (`needs`): sums, order statistics, singular vectors, data; of a row, a
+tensor or the model. Values stay where they are; what travels is small. "Equal to" names the vectors in tests/golden/params,
+outputs of the official code at the arguments that each docstring gives (mergekit 0.1.5, fusion_bench 0.2.33).
 
-emr, tall_masks -> Masked                        one vector for all tasks, a mask for each
-twin_split, twin_serve, twin_merging             what is shared, and each task's own as Factors
-tsv_compress                                     ... each task as Factors: TSV-C
-init_router, fit_router, route -> Router         ... which task an input is of
-concatenate, compress, dense                     adapters that stay Factors; adapt adds one, fit_adapters weighs them
-match_weights, permute, merge_units, pleas       units in another order, merged all or in part; layers solved for
-unit_budget, unit_gains                          ... how many of each layer, if the network may cost so much
-align_vocabularies -> Alignment                  models of different vocabularies: align_embeddings, then merge
-matching_pursuit, nearest_points, combine        embeddings of tokens that a model lacks; rotate_points
-cosines, sign_conflict, task_norms               what there is to merge
-lock (lock_matrices), lock_suspicion: Attention  weights that compute the same and cannot be merged
+    atoms: all K models stay, then one
+      trim, trim_band, select_variance     the largest, a band, varying   order             ties, breadcrumbs, sce
+      random_mask, rank_mask, mask         at random, by rank, given      random, order     dare, della
+      rescale, weigh, scale, truncate      norms, coefficients, low rank  sums, spectral    dare, twin_merging
+      elect_sign, sum_experts,             agreement, then a sum, a mean, counts            ties
+        mean_agreeing, max_agreeing        the largest
+      elect_largest, interpolate,          by sign and size; two models   sums              fusion_bench_emr, slerp
+        spherical
+      chain, per_leaf, partition, exclude, put together, your own, by name, scanned layers
+        keep_base, per_layer
+    merge (seed)                           idea                           looks at          equal to
+      linear                               model soups                    -                 mergekit_linear
+      task_arithmetic                      scaled sum                     -                 mergekit_task_arithmetic
+      ties                                 trim, elect, average           order             mergekit_ties, mergellm_ties,
+                                                                                            mergekit_ties_rescale,
+                                                                                            fusion_bench_ties,
+                                                                                            fusion_bench_ties_max
+      dare_linear, dare_ties               drop at random, rescale        random, l1        mergekit_dare_linear, mergelm_dare,
+                                                                                            mergekit_dare_ties,
+                                                                                            fusion_bench_dare_task_arithmetic
+      breadcrumbs, breadcrumbs_ties        neither large nor small        order             mergekit_breadcrumbs,
+                                                                                            mergekit_breadcrumbs_ties,
+                                                                                            mergellm_breadcrumbs
+      della, della_linear                  drop by rank                   rows, random      mergekit_della,
+                                                                                            mergekit_della_linear
+      magmax                               the largest                    -                 fusion_bench_magmax
+      sce, varm: FuseChat (4)              weigh by squares               order, sums       fusechat_sce, mergekit_sce,
+                                                                                            mergekit_sce_full
+      ram, ramplus_tl                      changed by one or by several   counts            mergekit_ram, mergekit_ramplus_tl
+      pcb (69)                             entries compete                order             pcb
+      consensus, tall_masks                where several tasks speak      -                 fusion_bench_tall_mask
+      emr -> Masked                        one vector, a mask per task    sums              fusion_bench_emr
+      slerp, nuslerp                       two models on the sphere       sums              mergekit_slerp, fusion_bench_slerp,
+                                                                                            mergekit_nuslerp,
+                                                                                            mergekit_nuslerp_nobase
+      multislerp, karcher                  means on the sphere            sums              mergekit_multislerp,
+                                                                                            mergekit_karcher
+      model_stock                          the angle between experts      sums              mergekit_model_stock,
+                                                                                            fusion_bench_model_stock
+      nearswap, arcee_fusion, passthrough  from one model into the base   order             mergekit_nearswap,
+                                                                                            mergekit_arcee_fusion
+      widen (5)                            columns that moved             norms, ranks      widen
+      tsvm, r_tsvm (66), tsv_compress      singular vectors, orthogonal   spectral          fusion_bench_tsvm
+      iso_c, iso_cts (polar)               equal singular values          spectral          fusion_bench_iso_c,
+                                                                                            fusion_bench_iso_cts
+      knots                                any merge, in a shared basis   spectral          fusion_bench_knots
+      wudi                                 least interference             spectral          fusion_bench_wudi
+      regmean (gram)                       least squares                  data, spectral    fusion_bench_regmean
+      fisher (fisher_information)          certainty                      data              fusion_bench_fisher
+      adamerging (74) (fit, entropy)       learned coefficients           -                 fusion_bench_adamerging_layerwise,
+                                                                                            fusion_bench_adamerging_taskwise
+      expert_merging (16): chunks          learned, distilled             -                 expert_merging_apply
+        expert_coefficients, chunk_importance, allocate_chunks; distillation, hidden_mse, drift
+      self_positioning (83)                a learned position             -                 the rule
+      evo_merging (30) (evolve)            searched without gradients     order             the rule
+      twin_merging (37): twin_split,       shared and own parts, a router spectral          twin_merging
+        twin_serve; init_router, fit_router, route -> Router
+      layer_swapping (72), select_layers   layers of several models       -                 yaml_layer_swap,
+                                                                                            yaml_layer_swap_transition
+      update_selective (114)               the largest updates            order             the rule
+      window_average                       checkpoints of one run (WSM)   -                 the rule
+      concatenate (21), compress, dense,   adapters that stay Factors     -                 lora_combine
+        adapt, fit_adapters
+      match_weights, permute, pleas (79),  units in another order, merged on the host       gitrebasin
+        merge_units, unit_budget, unit_gains   all or in part
+      lock (42), lock_matrices,            the same function, unmergeable -                 mergelock
+        lock_suspicion (Attention)
+    around them
+      gradient, by_name, by_model,         hyperparameters by leaf                          yaml_linear_gradient,
+        layer_of                                                                            yaml_slerp_gradient,
+                                                                                            yaml_ties_gradient
+      align_vocabularies, align_embeddings other vocabularies                               yaml_tokenizer
+      matching_pursuit, nearest_points,    embeddings of new tokens                         tokensurgeon_omp,
+        combine, rotate_points                                                              tokensurgeon_common_interpolation,
+                                                                                            tokensurgeon_landmark_pca
+      cosines, sign_conflict, task_norms   what there is to merge
+      nonfinite                            NaN and inf, by leaf
 """
 
 from jaxmerge.params._aliases import (
@@ -54,6 +106,7 @@ from jaxmerge.params._names import (
     layer_of as layer_of,
 )
 from jaxmerge.params._partition import exclude as exclude, keep_base as keep_base, partition as partition
+from jaxmerge.params._scanned import per_layer as per_layer
 from jaxmerge.params._stack import (
     add as add,
     merge as merge,

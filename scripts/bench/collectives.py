@@ -1,0 +1,87 @@
+"""What each merge moves between chips: collectives and bytes of its compiled program, on 8 devices and on a TPU pod.
+
+    python -m scripts.bench.collectives                   # 8 virtual devices, and v5p:8x8x8 by the real TPU compiler (libtpu)
+    python -m scripts.bench.collectives --methods ties tsvm --axes auto
+
+Nothing runs: programs are compiled for devices that are not there. Bytes are of results on one device; in the body of a loop (a
+search for a threshold, an iteration) they move in every turn, and the table counts them once.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu must not look for a TPU host
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jaxmerge import params, testing
+from scripts.bench.params import CASES, Case, Shape
+
+LARGE: dict[str, Shape] = {"embed": (4096, 1024), "kernel": (1024, 4096), "scale": (1024,)}
+SMALL: dict[str, Shape] = {"kernel": (256, 2048), "scale": (1024,)}  # factorisations take minutes to compile for a TPU
+AXES = ("fsdp", "tensor")
+
+
+def main(
+    *,
+    methods: tuple[str, ...] = tuple(CASES),
+    topology: str = "v5p:8x8x8",
+    axes: Literal["auto", "explicit"] = "explicit",
+) -> None:
+    """Compile them, print one table.
+
+    Args:
+      methods: which ones; all by default.
+      topology: of the pod; "none" leaves it out.
+      axes: of the mesh.
+    """
+    kind = AxisType.Explicit if axes == "explicit" else AxisType.Auto
+    meshes = {"8 devices": Mesh(np.array(jax.devices()).reshape(4, 2), AXES, axis_types=(kind,) * 2)}
+    if topology != "none":
+        from jax.experimental import topologies
+
+        chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        meshes[topology] = Mesh(np.array(chips).reshape(-1, 8), AXES, axis_types=(kind,) * 2)
+    table = Table(title=f"collectives, {axes} axes, matrices split both ways: how many, kilobytes")
+    for column in ("", "looks at", *meshes):
+        table.add_column(column, no_wrap=not column)
+    for name in track(methods, "compiling"):
+        looks = ", ".join(f"{n.statistic} ({n.scope})" for n in params.needs(CASES[name].ours(params, shapes(CASES[name]))))
+        table.add_row(name, looks or "each entry", *(moved(CASES[name], mesh) for mesh in meshes.values()))
+    Console(width=140).print(table)
+
+
+def shapes(case: Case) -> dict[str, Shape]:
+    return SMALL if case.spectral else LARGE
+
+
+def moved(case: Case, mesh: Mesh) -> str:
+    """The collectives of one merge over this mesh, in words."""
+    tx, models = case.ours(params, shapes(case)), case.models + (case.base == "first")
+    split = lambda shape: P(None, *(AXES if len(shape) > 1 else AXES[:1]))
+    stacked = {
+        n: jax.ShapeDtypeStruct((models, *s), jnp.float32, sharding=NamedSharding(mesh, split(s)))
+        for n, s in shapes(case).items()
+    }
+    compiled = jax.jit(lambda x: tx.merge(tx.match(x), x)).lower(stacked).compile()
+    found: dict[str, list[int]] = {}
+    for collective in testing.collectives(compiled):
+        found.setdefault(collective.name, []).append(collective.bytes)
+    return "\n".join(f"{len(b)} {name}, {sum(b) / 1024:.2f}" for name, b in sorted(found.items())) or "-"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
