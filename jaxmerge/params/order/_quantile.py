@@ -110,7 +110,7 @@ def _look(leaves: list[Array], k: Words, order: Order, bits: int) -> tuple[UInt3
 
 
 def typical(leaves: list[Array], k: Words, order: Order) -> UInt32[Array, "4 _"]:
-    """Patterns about the k-th largest, n K of them: where a few thousand of the entries put it, give or take what they scatter."""
+    """Patterns about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
     models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
     # apart, or XLA keeps an array of patterns for all who ask
     some = lax.optimization_barrier([_every(x, size // SAMPLE) for x in leaves])
@@ -118,7 +118,7 @@ def typical(leaves: list[Array], k: Words, order: Order) -> UInt32[Array, "4 _"]
     values, many = jnp.tile(values, (k[0].shape[0] // models, 1)), values.shape[1]
     part = number(k) / size
     deviation = jnp.sqrt(part * (1 - part) * many) + 1
-    place = ((1 - part) * many)[None] + np.float32([[-4.5], [-1.5], [1.5], [4.5]]) * deviation[None]
+    place = ((1 - part) * many)[None] + np.array([[-4.5], [-1.5], [1.5], [4.5]], np.float32) * deviation[None]
     place = jnp.clip(place, 0, many - 1).astype(jnp.int32)
     return jnp.take_along_axis(values, place.T, axis=1, mode="promise_in_bounds").T
 

@@ -2,10 +2,10 @@
 
 On many devices a pass should cost one number per model, which bisection does (`_quantile`); here it should cost one reading of
 memory. XLA writes an array for every single reduction on the CPU, but makes several at once one loop, in which further pivots
-are nearly free: those of all the order statistics that are wanted. They follow from the counts: the rank that is wanted, give or
-take what a sample would scatter, on the line between the ends of the bracket. The ends are patterns that occur, so that ties and
-coarse data end the search early. Once few are left in the bracket, hardly a run of a hundred neighbours holds more than two of
-them: one more pass notes the least and the greatest of each run, and the rest is found among those.
+are nearly free: those of all the order statistics that are wanted. They follow from the counts: the rank that is wanted, give
+or take what a sample would scatter, on the line between the ends of the bracket. The ends are patterns that occur, so that ties
+and coarse data end the search early. Once few are left in the bracket, hardly a run of a hundred neighbours holds more than two
+of them: one more pass notes the least and the greatest of each run, and the rest is found among those.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def kth_largest(
             hi, above = jnp.where(closer, jnp.minimum(hi, down), hi), _choose(closer, n, above)
         stalled = ~stalled & ((hi - lo).astype(jnp.float32) * (PIVOTS + 1) > wide.astype(jnp.float32))
         bracket = lo, hi, below, above
-        return *bracket, _between(*bracket, k, stalled), stalled, jnp.bool_(False)
+        return *bracket, _between(*bracket, k=k, stalled=stalled), stalled, jnp.bool_(False)
 
     def collect(entries, bracket, pivots, stalled):
         lo, hi, below, above = bracket
@@ -123,19 +123,20 @@ def kth_largest(
             return jnp.where(at_least(candidate) >= rank, candidate, t)
 
         t = lax.fori_loop(0, wide, bit, nothing)
-        larger, there = (w.add(above, (nothing, at_least(v))) for v in (t + 1, t))
+        larger, enough = (w.add(above, (nothing, at_least(v))) for v in (t + 1, t))
         keep = crowded | (lo == hi)
         lo, hi = jnp.where(keep, lo, lo + t), jnp.where(keep, hi, lo + t)
-        return lo, hi, _choose(keep, below, there), _choose(keep, above, larger), pivots, stalled, crowded
+        return lo, hi, _choose(keep, below, enough), _choose(keep, above, larger), pivots, stalled, crowded
 
     lo, hi = nothing, jnp.full_like(nothing, (1 << bits) - 1)
     never = jnp.zeros(nothing.shape, bool)
-    if there is None:
-        there = tuple(jnp.broadcast_to(v, nothing.shape) for v in w.to_words([sum(x[0].size for x in leaves)]))
+    if there is not None:
+        lo, everything = lo + 1, there
     else:
-        lo = lo + 1
-    bracket = lo, hi, there, (nothing, nothing)
-    start = _between(*bracket, k, ~never) if start is None else jnp.clip(start, 1, hi[None])
+        high, low = w.to_words([sum(x[0].size for x in leaves)])
+        everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
+    bracket = lo, hi, everything, (nothing, nothing)
+    start = _between(*bracket, k=k, stalled=~never) if start is None else jnp.clip(start, 1, hi[None])
     state = (*bracket, start, never, jnp.bool_(False))
     found, _, below, above, *_ = lax.while_loop(lambda state: jnp.any(state[0] < state[1]), step, state)
     return found, above, below
@@ -162,14 +163,15 @@ def _ends(x: Array, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array, "
 def _counted(a: Array, b: Array) -> UInt32[Array, "_"]:
     """How many of both are true for each model; one loop, as it is two sums."""
     add = lambda x, y: (x[0] + y[0], x[1] + y[1])
-    return sum(lax.reduce((a.astype(jnp.uint32), b.astype(jnp.uint32)), (np.uint32(0), np.uint32(0)), add, (1,)))
+    one, other = lax.reduce((a.astype(jnp.uint32), b.astype(jnp.uint32)), (np.uint32(0), np.uint32(0)), add, (1,))
+    return one + other
 
 
 def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
     return jnp.where(which, a[0], b[0]), jnp.where(which, a[1], b[1])
 
 
-def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, k: w.Words, stalled: Array) -> UInt32[Array, "pivots _"]:
+def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, stalled: Array) -> UInt32[Array, "pivots _"]:
     """Pivots above lo and up to hi: about the k-th, give or take what a sample of as many scatters, on a line of the logarithm
     of the rank, as tails are; or evenly, where that did not narrow the bracket enough the last time."""
     inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
