@@ -160,11 +160,11 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: blocks, the position bias they share, and the last norm."""
+    """The encoder or the decoder: blocks, the position bias they share, and the last norm. `cross`: it reads an encoder."""
 
-    def __init__(self, c: T5Config, *, decoder: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, c: T5Config, *, decoder: bool, cross: bool = True, dtype: Any, rngs: nnx.Rngs):
         depth = c.num_decoder_layers if decoder else c.num_layers
-        self.blocks = nnx.List([Block(c, decoder=decoder, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List([Block(c, decoder=decoder and cross, dtype=dtype, rngs=rngs) for _ in range(depth)])
         self.position = nnx.Param(jax.random.normal(rngs.params(), (c.num_buckets, c.num_heads)) * c.d_model**-0.5)
         self.norm = RMSNorm(c.d_model, dtype=dtype)
         self.decoder, self.max_distance = decoder, c.max_distance

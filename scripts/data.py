@@ -33,7 +33,7 @@ def load(domain: str) -> Corpus:
     """The corpus of a domain, "prose" or "code"."""
     if domain not in DOMAINS:
         raise ValueError(f"load: domain must be one of {DOMAINS}, got {domain!r}.")
-    documents = _topics() if domain == "prose" else _sources()
+    documents = topics() if domain == "prose" else sources()
     held = {name: text for name, text in documents.items() if is_held_out(name)}
     train = {name: text for name, text in documents.items() if name not in held}
     if domain == "prose":
@@ -83,13 +83,15 @@ def order_2_bits(train: np.ndarray, context_and_target: np.ndarray, targets: int
     return float(-np.log2(p).mean())
 
 
-def _topics() -> dict[str, str]:
-    from pydoc_data.topics import topics
+def topics() -> dict[str, str]:
+    """Python's documentation, topic by topic."""
+    from pydoc_data import topics
 
-    return {name: topics[name] for name in sorted(topics)}
+    return {name: topics.topics[name] for name in sorted(topics.topics)}
 
 
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
+    """The standard library's files, by path."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     out = {}
     for path in sorted(root.rglob("*.py")):

@@ -105,7 +105,7 @@ SURFACE = {
     "jaxmerge.params": """Alignment Attention Evolution Factors Information Masked MergeTransform Need Router adamerging
         adapt add align_embeddings align_vocabularies allocate_chunks arcee_fusion breadcrumbs
         breadcrumbs_ties by_model by_name chain chunk_importance combine compress concatenate consensus
-        cosines dare_linear dare_ties della della_linear dense distillation drift elect_largest
+        cosines dare_linear dare_ties della della_linear dense distillation draw_tasks drift elect_largest
         elect_sign emr entropy evo_merging evolve exclude expert_coefficients expert_merging fisher
         fisher_information fit fit_adapters fit_router gradient gram hidden_mse init_router interpolate
         iso_c iso_cts karcher keep_base knots layer_of layer_swapping linear lock lock_matrices

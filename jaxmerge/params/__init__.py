@@ -82,7 +82,8 @@ outputs of the official code at the arguments that each docstring gives (mergeki
       matching_pursuit, nearest_points,    embeddings of new tokens                         tokensurgeon_omp,
         combine, rotate_points                                                              tokensurgeon_common_interpolation,
                                                                                             tokensurgeon_landmark_pca
-      cosines, sign_conflict, task_norms   what there is to merge
+      cosines, sign_conflict, task_norms,  what there is to merge
+        draw_tasks
       nonfinite                            NaN and inf, by leaf
 """
 
@@ -121,6 +122,7 @@ from jaxmerge.params._transform import (
     per_leaf as per_leaf,
 )
 from jaxmerge.params.analysis._analysis import cosines as cosines, sign_conflict as sign_conflict, task_norms as task_norms
+from jaxmerge.params.analysis._pictures import draw_tasks as draw_tasks
 from jaxmerge.params.atoms._consensus import (
     elect_sign as elect_sign,
     max_agreeing as max_agreeing,

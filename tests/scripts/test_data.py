@@ -18,8 +18,8 @@ def test_nothing_held_out_is_trained_on(corpus):
         paragraphs = lambda x: {p.strip() for p in x.tobytes().decode().split("\n\n") if p.strip()}
         assert not paragraphs(c.train) & paragraphs(c.heldout)
     else:
-        names = [n for n in data._sources() if data.is_held_out(n)]
-        assert names and not any("test" in n.split("/") or n.startswith("site-packages") for n in data._sources())
+        names = [n for n in data.sources() if data.is_held_out(n)]
+        assert names and not any("test" in n.split("/") or n.startswith("site-packages") for n in data.sources())
 
 
 def test_windows(corpus):
