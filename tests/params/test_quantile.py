@@ -137,6 +137,7 @@ def test_random_masks():
 def one_device(monkeypatch):
     """The forms that one CPU device gets, here among the eight of the tests."""
     monkeypatch.setattr(devices, "alone", lambda: True)
+    monkeypatch.setattr(devices, "LARGE", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -226,6 +227,7 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
     merge = lambda: params.merge(make(), base, models)
     many = merge()
     monkeypatch.setattr(devices, "alone", lambda: True)
+    monkeypatch.setattr(devices, "LARGE", 0)
     one = merge()  # atoms made anew, so compiled anew
     for name, value in many.items():  # sums in another order
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
