@@ -56,6 +56,21 @@ def copy(size: int) -> Callable[[], object]:
     return lambda: np.copyto(target, source)
 
 
+def accumulate(size: int, arrays: int) -> Callable[[], object]:
+    """A call that moves `size` bytes with XLA: adds up so many arrays into the first of them, whose memory is donated."""
+    import jax
+    import jax.numpy as jnp
+
+    add = jax.jit(lambda first, *rest: sum(rest, first), donate_argnums=0)
+    first, *rest = (jnp.full(size // (4 * (arrays + 1)), value, jnp.float32) for value in (1, *(0,) * (arrays - 1)))
+    memory = [first]
+
+    def call() -> None:
+        memory.append(jax.block_until_ready(add(memory.pop(), *rest)))
+
+    return call
+
+
 def matmul(side: int = 768) -> tuple[Callable[[], object], int]:
     """A call that multiplies two square matrices with JAX, and its floating-point operations."""
     import jax

@@ -92,6 +92,7 @@ WIDE = {"0/kernel": (None, "p"), "0/bias": ("p",), "1/kernel": ("p", None)}
 KERNELS = {"0/kernel": "0/bias", "1/kernel": "1/bias"}
 
 
+@pytest.mark.slow
 def test_a_wide_network_is_solved_for():
     """All apart: the mean of what both compute. In part: nearer to it than without least squares, and than narrower ones."""
     make = lambda: {

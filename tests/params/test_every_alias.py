@@ -60,23 +60,27 @@ TWO, ONE = (2,), (1,)
 WHOLE = ("all-gather", "all-to-all", "collective-permute")  # rows that are ranked, matrices that are factored whole
 p = params
 
-ATOMS = {  # closed by a sum where they leave all models
-    "trim": Row(lambda k: p.chain(p.trim(0.4), p.sum_experts()), SYMMETRIC),
-    "trim_band": Row(lambda k: p.chain(p.trim_band(0.4, 0.1), p.sum_experts()), SYMMETRIC | DROPS),
+ATOMS = {  # closed by a sum where they leave all models; variants where an alias below is little else
+    "trim": Row(lambda k: p.chain(p.trim(0.4), p.sum_experts()), SYMMETRIC, variant=True),
+    "trim_band": Row(lambda k: p.chain(p.trim_band(0.4, 0.1), p.sum_experts()), SYMMETRIC | DROPS, variant=True),
     "select_variance": Row(lambda k: p.chain(p.select_variance(0.4), p.sum_experts()), DROPS),
-    "random_mask": Row(lambda k: p.chain(p.random_mask(0.5, seed=1), p.sum_experts()), LINEAR | DROPS),
-    "rank_mask": Row(lambda k: p.chain(p.rank_mask(0.5, 0.2, seed=1), p.sum_experts()), DROPS, moves=WHOLE),
+    "random_mask": Row(lambda k: p.chain(p.random_mask(0.5, seed=1), p.sum_experts()), LINEAR | DROPS, variant=True),
+    "rank_mask": Row(lambda k: p.chain(p.rank_mask(0.5, 0.2, seed=1), p.sum_experts()), DROPS, moves=WHOLE, variant=True),
     "mask": Row(lambda k: p.chain(p.mask(masks(k)), p.sum_experts()), LINEAR | DROPS),
-    "rescale": Row(lambda k: p.chain(p.rescale(p.trim(0.4, scope="tensor"), "l2"), p.sum_experts()), SYMMETRIC | SUMS),
+    "rescale": Row(
+        lambda k: p.chain(p.rescale(p.trim(0.4, scope="tensor"), "l2"), p.sum_experts()), SYMMETRIC | SUMS, variant=True
+    ),
     "weigh": Row(lambda k: p.chain(p.weigh(ramp(k)), p.sum_experts()), MEAN | LINEAR),
     "scale": Row(lambda k: p.chain(p.scale(0.5), p.sum_experts()), SYMMETRIC | LINEAR),
     # Rounding, 1e-7 of the largest singular value, turns singular vectors by itself over their gap, which is 0.03 to 0.1 at the
     # ranks here, and bases made orthogonal have singular values down to 0.14. knots takes vectors one by one: gaps of 0.013.
-    "truncate": Row(lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    "truncate": Row(
+        lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True
+    ),
     "truncate sketch": Row(
         lambda k: p.chain(p.truncate(0.2, oversample=4), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), variant=True
     ),
-    "elect_sign": Row(lambda k: p.chain(p.elect_sign(tie="majority"), p.sum_experts()), SYMMETRIC),
+    "elect_sign": Row(lambda k: p.chain(p.elect_sign(tie="majority"), p.sum_experts()), SYMMETRIC, variant=True),
     "sum_experts": Row(lambda k: p.sum_experts(), SYMMETRIC | LINEAR),
     "mean_agreeing": Row(lambda k: p.mean_agreeing(), SYMMETRIC | MEAN),
     "max_agreeing": Row(lambda k: p.max_agreeing(), MEAN),
@@ -94,7 +98,7 @@ ATOMS = {  # closed by a sum where they leave all models
             {"a": p.ties(0.3, scope="tensor"), "b": p.ties(0.3), "rest": p.magmax()}, lambda n: n[0] if n[0] in "ab" else "rest"
         )
     ),
-    "exclude": Row(lambda k: p.exclude(p.ties(0.3), "b/", rest=p.linear()), SYMMETRIC),
+    "exclude": Row(lambda k: p.exclude(p.ties(0.3), "b/", rest=p.linear()), SYMMETRIC, variant=True),
     "keep_base": Row(lambda k: p.keep_base(), SYMMETRIC | LINEAR | DROPS),
     "chain": Row(lambda k: p.chain(p.elect_sign(), p.chain(p.scale(2.0), p.sum_experts())), SYMMETRIC),
 }
@@ -215,7 +219,7 @@ POD = {  # an FSDP and tensor-sharded transformer on 512 chips; layers stacked, 
     "layers/attn": ((4, 1024, 1024), (None, "fsdp", "tensor")),
     "norm": ((1024,), ()),
 }
-SPECTRAL_POD = {"head": ((256, 2048), ("fsdp", "tensor")), "norm": ((1024,), ())}  # a larger eigenproblem compiles for minutes
+SPECTRAL_POD = {"head": ((2048, 256), ("fsdp", "tensor")), "norm": ((1024,), ())}  # a larger eigenproblem compiles for minutes
 
 
 def on_a_pod(merge, models, *data, pod=POD):

@@ -8,7 +8,7 @@ from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
 from jaxmerge.params.atoms._random import threefry
-from jaxmerge.params.order import _devices as devices, _quantile as q
+from jaxmerge.params.order import _devices as devices, _quantile as q, _search as search
 from jaxmerge.params.order._rows import outranks, rank_in_row
 
 
@@ -136,15 +136,15 @@ def test_random_masks():
 @pytest.fixture
 def one_device(monkeypatch):
     """The forms that one CPU device gets, here among the eight of the tests."""
-    for module in (devices, q):
-        monkeypatch.setattr(module, "alone", lambda: True)
+    monkeypatch.setattr(devices, "alone", lambda: True)
+    monkeypatch.setattr(devices, "LARGE", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
 def test_forms_for_one_device_find_the_same(one_device):
-    """Subnormals, infinities, NaN, ties; several leaves; with and without a first guess."""
+    """Subnormals, infinities, NaN, ties; several leaves and one; with and without a first guess; two statistics at once."""
     x = _values(0)
     x[2, 5, 3] = np.nan
     order = -np.sort(-np.abs(x).reshape(3, -1).view(np.uint32).astype(np.int64), axis=1)
@@ -153,18 +153,48 @@ def test_forms_for_one_device_find_the_same(one_device):
     @jax.jit
     def both(leaves, k):
         k = tuple(k)
-        guess = q.typical(leaves, k)
-        found = [q.kth_largest(leaves, k, q.magnitude_bits, typical=typical) for typical in (guess, None)]
-        return found, [q.sides(leaf, found[0], q.magnitude_bits) for leaf in leaves]
+        blind = search.kth_largest(leaves, (k[0], jnp.maximum(k[1], 1)), q.magnitude_bits, bits=31)[0]
+        t = q.kth_largest(leaves, k, q.magnitude_bits)
+        return t, blind, [q.sides(leaf, t, q.magnitude_bits) for leaf in leaves]
 
+    place = jax.jit(lambda x, k: q.place(x, tuple(k), q.magnitude_bits))
     for k in (1, 2, 17, 500, 999, 1000):
-        found, sides = both(leaves, q.to_words([k] * 3))
-        for t in found:
-            np.testing.assert_array_equal(t, order[:, k - 1])
+        t, blind, sides = both(leaves, q.to_words([k] * 3))
+        for found in (t, blind):
+            np.testing.assert_array_equal(found, order[:, k - 1])
         above, tied = (sum(q.from_words(s[i]) for s in sides) for i in range(2))
         np.testing.assert_array_equal(above, (order > order[:, k - 1 : k]).sum(axis=1))
         np.testing.assert_array_equal(tied, (order == order[:, k - 1 : k]).sum(axis=1))
-    assert np.asarray(both(leaves, q.to_words([0] * 3))[0]).tolist() == [[int(q.INF)] * 3] * 2
+    for ks in ((1, 1000), (17, 500), (999, 2), (0, 400)):
+        want = [order[:, k - 1] if k else np.full(3, q.INF) for k in ks]
+        t, above, tied = place(jnp.asarray(x), q.to_words(np.repeat(ks, 3)))
+        np.testing.assert_array_equal(t, np.concatenate(want))
+        np.testing.assert_array_equal(q.from_words(above), np.concatenate([(order > t[:, None]).sum(axis=1) for t in want]))
+        np.testing.assert_array_equal(q.from_words(tied), np.concatenate([(order == t[:, None]).sum(axis=1) for t in want]))
+    assert np.asarray(both(leaves, q.to_words([0] * 3))[0]).tolist() == [int(q.INF)] * 3
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "cauchy", "coarse", "two values", "rows of their own scale"])
+def test_search_collects_what_is_left(one_device, draw):
+    """Enough entries that the last of a bracket are collected run by run, of distributions that lead astray."""
+    rng, shape = np.random.default_rng(0), (2, 300, 256)
+    x = {
+        "normal": rng.standard_normal,
+        "laplace": lambda s: rng.laplace(size=s),
+        "cauchy": rng.standard_cauchy,
+        "coarse": lambda s: np.round(rng.standard_normal(s), 1),
+        "two values": lambda s: rng.choice([1.0, 1.0000001], s),
+        "rows of their own scale": lambda s: rng.standard_normal(s) * 10.0 ** np.arange(-20, 10, 0.1)[:, None],
+    }[draw](shape).astype(np.float32)
+    order = -np.sort(-np.abs(x).reshape(2, -1).view(np.uint32).astype(np.int64), axis=1)
+    place = jax.jit(lambda x, k: q.place(x, tuple(k), q.magnitude_bits))
+    for ks in ((768, 70000), (38400, 38401), (1, 76800)):
+        t, above, tied = place(jnp.asarray(x), q.to_words(np.repeat(ks, 2)))
+        want = np.concatenate([order[:, k - 1] for k in ks])
+        np.testing.assert_array_equal(t, want)
+        both = np.tile(order, (2, 1))
+        np.testing.assert_array_equal(q.from_words(above), (both > want[:, None]).sum(axis=1))
+        np.testing.assert_array_equal(q.from_words(tied), (both == want[:, None]).sum(axis=1))
 
 
 def test_first_for_one_device(one_device):
@@ -196,8 +226,8 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
     base, models = {"w": jnp.zeros((40, 25))}, [{"w": v} for v in x]
     merge = lambda: params.merge(make(), base, models)
     many = merge()
-    for module in (devices, q):
-        monkeypatch.setattr(module, "alone", lambda: True)
+    monkeypatch.setattr(devices, "alone", lambda: True)
+    monkeypatch.setattr(devices, "LARGE", 0)
     one = merge()  # atoms made anew, so compiled anew
     for name, value in many.items():  # sums in another order
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)

@@ -40,7 +40,9 @@ def test_newton_schulz_stays_split():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("topology", "shape"), [("v5e:4x4", (8, 2)), ("v5p:4x4x4", (32, 2))])
+@pytest.mark.parametrize(
+    ("topology", "shape"), [pytest.param("v5e:4x4", (8, 2), marks=pytest.mark.slow), ("v5p:8x8x8", (64, 8))]
+)
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_ties_compiles_for_tpu(topology, shape, scope):
     """An FSDP and tensor-sharded transformer: counts are reduced over the chips, no weight moves."""

@@ -123,9 +123,10 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
 
         def keep(model):
             x, rival = model[0][None], model[1][None].astype(jnp.uint32)
-            return jnp.where(like(outranks(as_rows(x), rival).reshape(x.shape), x), x, 0)[0]
+            return like(outranks(as_rows(x), rival).reshape(x.shape), x)[0]
 
-        return lax.map(keep, (x, rival))  # a loop by itself, on the CPU: one that gathers does nothing else well
+        # a loop by itself, on the CPU: one that gathers does nothing else well
+        return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.map(keep, (x, rival)))
 
     def divided(plan, x):
         below, d = _chances(plan, x), over(plan["density"], x)

@@ -153,8 +153,7 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
     def select(settings, x):
         k = tuple(jnp.asarray(settings["count"]))
-        t = q.kth_largest([x], k, q.magnitude_bits, typical=q.typical([x], k))
-        beside = q.sides(x, t, q.magnitude_bits)
+        t, *beside = q.place(x, k, q.magnitude_bits)
         return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
@@ -242,8 +241,7 @@ def _survey(counts: Counts, cuts: int) -> Survey:
     @jax.jit
     def divide(k, leaves):
         k = tuple(k)
-        entries = list(leaves.values())
-        t = q.kth_largest(entries, k, q.magnitude_bits, typical=q.typical(entries, k))
+        t = q.kth_largest(list(leaves.values()), k, q.magnitude_bits)
         beside = {name: q.sides(x, t, q.magnitude_bits) for name, x in leaves.items()}
         left = k
         for above, _ in beside.values():

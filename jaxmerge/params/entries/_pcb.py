@@ -70,11 +70,10 @@ def pcb(
         return {"size": int(np.prod(shape[1:], dtype=object)), "models": shape[0]}
 
     def order_statistics(count, leaves):
-        tails = q.kth_largest([_twice(_ordered(jnp.abs(x))) for x in leaves], tuple(count[0]), bits=32)
+        tails = q.kth_largest([_ordered(jnp.abs(x)) for x in leaves], tuple(count[0]), bits=32)
         low, high = _value(tails).reshape(2, -1)
-        cut, top = _value(
-            q.kth_largest([_twice(_ordered(_balance(x, low, high))) for x in leaves], tuple(count[1]), bits=32)
-        ).reshape(2, -1)
+        balance = q.kth_largest([_ordered(_balance(x, low, high)) for x in leaves], tuple(count[1]), bits=32)
+        cut, top = _value(balance).reshape(2, -1)
         return {"low": low, "high": high, "cut": cut, "top": top}
 
     def match(settings, x):

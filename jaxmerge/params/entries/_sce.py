@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, total
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._sums import sums
@@ -36,9 +36,7 @@ def sce(density: float = 0.1, *, mask: Literal["coefficient", "delta"] = "coeffi
     """
     if mask not in ("coefficient", "delta"):
         raise ValueError(f'sce: mask must be "coefficient" or "delta", got {mask!r}.')
-    if mask == "delta":
-        return chain(select_variance(density), _energy(floor, erase=True))
-    return _energy(floor, erase=True, density=density)
+    return _energy(floor, erase=True, density=density, delta=mask == "delta")
 
 
 def varm(*, floor: float = 0.0) -> MergeTransform:
@@ -100,15 +98,15 @@ def _selection_settings(density: Hyperparameter):
 
 
 def _variance(x: Array) -> Array:
+    """The same bits wherever it is computed: the maximum keeps the compiler from multiplying and adding in one rounding."""
     mean = total(x) / x.shape[0]
-    return total(each(lambda x: (x - mean) ** 2, x)) / x.shape[0]
+    return total(each(lambda x: jnp.maximum((x - mean) ** 2, 0), x)) / x.shape[0]
 
 
 def _select(settings: dict, x: Array) -> dict:
     spread = _variance(x)
     k = q.share(q.count(q.magnitude_bits(spread) > 0), settings["fraction"])
-    t = q.kth_largest([spread], k, q.magnitude_bits, typical=q.typical([spread], k))
-    above, tied = q.sides(spread, t, q.magnitude_bits)
+    t, above, tied = q.place(spread, k, q.magnitude_bits)
     cut, _ = q.first_tied(spread, t, tied, q.subtract(k, q.smaller(above, k)), q.magnitude_bits)
     return {"threshold": t, "cut": cut, "all": settings["all"]}
 
@@ -120,19 +118,25 @@ def _selected(plan: dict, x: Array) -> Array:
     return lax.optimization_barrier(chosen)  # written down once for all the models
 
 
-def _energy(floor: float, *, erase: bool, density: float = 1.0) -> MergeTransform:
-    """Weights in proportion to mean squares; with `erase`, among the models that agree with the sign of the sum."""
+def _energy(floor: float, *, erase: bool, density: float = 1.0, delta: bool = False) -> MergeTransform:
+    """Weights in proportion to mean squares of what is selected; with `erase`, among the models that agree with the sign of the
+    sum; with `delta`, of what is selected only."""
 
     def match(settings, x):
-        selected = _selected(_select(settings, x), x) if density < 1 else True
-        masked = each(lambda x: jnp.where(selected, x, 0), x)
-        squares = [jnp.square(masked[k : k + 1]) for k in range(x.shape[0])]
+        selection = _select(settings, x) if density < 1 else {}
+        selected = _selected(selection, x) if selection else True
+        # not the squares of what is left: XLA would write that down, to read it here and in `merge`
+        squares = [jnp.where(selected, jnp.square(x[k : k + 1]), 0) for k in range(x.shape[0])]
         square = jnp.stack(sums(squares, tuple(range(1, x.ndim)))).reshape(-1) / x[0].size
         mass = jnp.sum(square)
         uniform = (mass < floor) | (mass == 0)
-        return {"weight": jnp.where(uniform, 1 / x.shape[0], square / jnp.where(mass == 0, 1, mass))}
+        weight = jnp.where(uniform, 1 / x.shape[0], square / jnp.where(mass == 0, 1, mass))
+        return {"weight": weight, "selection": selection if delta else {}}
 
     def merge(plan, x):
+        if plan["selection"]:
+            selected = _selected(plan["selection"], x)
+            x = each(lambda x: jnp.where(selected, x, 0), x)
         if not erase:
             return total(each(lambda x, w: over(w, x) * x, x, plan["weight"]))
         sign = jnp.where(total(x) >= 0, 1, -1)

@@ -94,7 +94,7 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
         if shape[0] != 2:
             raise ValueError(f"arcee_fusion: pass the base first and one model, [base, model]; got {shape[0]} models.")
         n = int(np.prod(shape[1:], dtype=object))
-        return {"ranks": [q.to_words([n - (n - 1) * quarter // 4]) for quarter in (1, 2, 3)]}  # from the largest
+        return {"ranks": q.to_words([n - (n - 1) * quarter // 4 for quarter in (1, 2, 3)])}  # from the largest
 
     def importance(x):
         rows = as_rows(x)
@@ -105,11 +105,9 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
         return jnp.maximum(jnp.abs(rows[1:] - rows[:1]) * divergence, 0).reshape(1, *x.shape[1:])
 
     def match(settings, x):
-        bits = q.magnitude_bits(importance(x))
-        low, median, high = (
-            lax.bitcast_convert_type(q.kth_largest([bits], tuple(jnp.asarray(k))), jnp.float32) for k in settings["ranks"]
-        )
-        return {"threshold": median + spread * (high - low)}
+        quartiles = q.kth_largest([q.magnitude_bits(importance(x))], tuple(jnp.asarray(settings["ranks"])))
+        low, median, high = lax.bitcast_convert_type(quartiles, jnp.float32)
+        return {"threshold": (median + spread * (high - low))[None]}
 
     def merge(plan, x):
         # not the other way round: a row with a NaN is taken over, to be seen

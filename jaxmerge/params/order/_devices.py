@@ -1,9 +1,13 @@
 """Which of two forms of one computation to take: on one CPU device nothing is partitioned, and memory is what costs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
+
+LARGE = 1 << 18
+"""Entries from which on a form that takes a second to compile is worth it."""
 
 
 def alone() -> bool:
@@ -12,7 +16,12 @@ def alone() -> bool:
 
 
 def fastest(alone_: Callable, anywhere: Callable) -> Callable:
-    """The first form on one CPU device, the other on many and on accelerators (also when compiling for them here)."""
-    if not alone():
-        return anywhere
-    return lambda *args: lax.platform_dependent(*args, cpu=alone_, default=anywhere)
+    """The first form for large arrays on one CPU device; the other on many and on accelerators, also when compiled for here."""
+
+    def choose(*args: Any) -> Any:
+        large = max(x.size for x in jax.tree.leaves(args)) >= LARGE
+        if not (large and alone()):
+            return anywhere(*args)
+        return lax.platform_dependent(*args, cpu=alone_, default=anywhere)
+
+    return choose

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt32
 
 from jaxmerge.params._transform import over
 from jaxmerge.params.order import _search as search
-from jaxmerge.params.order._devices import alone, fastest
+from jaxmerge.params.order._devices import fastest
 from jaxmerge.params.order._search import Order
 from jaxmerge.params.order._words import (
     Words as Words,
@@ -36,6 +36,8 @@ INF = np.uint32(0x7F800000)
 DIGIT = 11
 """Bits per round of the streamed radix selection: 3 rounds over 31 bits."""
 ROUNDS = 3
+SAMPLE = 1 << 14
+"""Entries of a model that say where to look first."""
 
 
 def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
@@ -46,36 +48,32 @@ def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
 # --- the k-th largest ------------------------------------------------------------------------------------------------
 
 
-def kth_largest(
-    leaves: list[Array], k: Words, order: Order = lambda x: x, *, bits: int = 31, typical: UInt32[Array, "4 _"] | None = None
-) -> UInt32[Array, "_"]:
+def kth_largest(leaves: list[Array], k: Words, order: Order = lambda x: x, *, bits: int = 31) -> UInt32[Array, "_"]:
     """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0.
 
     Args:
       leaves: (K, *shape) each.
       k: (K,) or, for several order statistics of each model, (n K,): the first of every model, the second, ...
       order: the entries' patterns.
-      typical: patterns about which to look first, where that is known.
     """
-    models = leaves[0].shape[0]
+    halve = lambda k, *leaves: _halve(list(leaves), k, order, bits)
+    look = lambda k, *leaves: _look(list(leaves), k, order, bits)[0]
+    return fastest(look, halve)(k, *leaves)
 
-    def halve(k, typical, *leaves):
-        def bit(i, t):
-            candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-            counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), models, candidate) for x in leaves]
-            return jnp.where(at_least(functools.reduce(add, counts), k), candidate, t)
 
-        return lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1]))
+def place(x: Array, k: Words, order: Order = lambda x: x) -> tuple[UInt32[Array, "_"], Words, Words]:
+    """`kth_largest` of one leaf and its `sides`."""
 
-    def look(k, typical, *leaves):
-        some = k[0], jnp.where(k[0] == 0, jnp.maximum(k[1], 1), k[1])
+    def halve(k, x):
+        t = _halve([x], k, order, 31)
+        return t, *sides(x, t, order)
 
-        def one(high, low, *start):
-            return search.kth_largest(list(leaves), (high, low), order, bits=bits, start=jnp.stack(start) if start else None)
+    def look(k, x):
+        t, above, there = _look([x], k, order, 31)
+        known = lambda: (above, subtract(there, above))
+        return t, *lax.cond(jnp.any((k[0] | k[1]) == 0), lambda: sides(x, t, order), known)
 
-        return _each(one, models, *some, *(typical if typical is not None else ()))
-
-    return jnp.where((k[0] == 0) & (k[1] == 0), INF, fastest(look, halve)(k, typical, *leaves))
+    return fastest(look, halve)(k, x)
 
 
 def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[Words, Words]:
@@ -91,20 +89,47 @@ def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[
         above = jnp.where(t == search.TOP, 0, above[0]), jnp.where(t == search.TOP, 0, above[1])
         return above, subtract(all_of_them, above)
 
-    return _each(lambda t: fastest(together, reduce)(x, t), x.shape[0], t)
+    return fastest(together, lambda x, t: _each(lambda t: reduce(x, t), x.shape[0], t))(x, t)
 
 
-def typical(leaves: list[Array], k: Words) -> UInt32[Array, "4 _"] | None:
-    """Where the k-th largest magnitude would lie, or nearly, if the entries were normal; of some rows of each leaf."""
-    if not alone():
-        return None
+def _halve(leaves: list[Array], k: Words, order: Order, bits: int) -> UInt32[Array, "_"]:
+    def bit(i, t):
+        candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), x.shape[0], candidate) for x in leaves]
+        return jnp.where(at_least(functools.reduce(add, counts), k), candidate, t)
+
+    return jnp.where((k[0] | k[1]) == 0, INF, lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1])))
+
+
+def _look(leaves: list[Array], k: Words, order: Order, bits: int) -> tuple[UInt32[Array, "_"], Words, Words]:
+    """With how many are above it and at least it, where k is not 0."""
+    none = (k[0] | k[1]) == 0
+    some = k[0], jnp.where(none, 1, k[1])
+    t, above, there = search.kth_largest(leaves, some, order, bits=bits, start=typical(leaves, some, order))
+    return jnp.where(none, INF, t), above, there
+
+
+def typical(leaves: list[Array], k: Words, order: Order) -> UInt32[Array, "4 _"]:
+    """Patterns about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
     models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
-    # apart, or XLA keeps an array of magnitudes for all who ask
-    some = lax.optimization_barrier([x[:, :: max(x.shape[1] // 256, 1)] if x.ndim > 1 else x for x in leaves])
-    mean = sum(jnp.mean(jnp.abs(y).reshape(models, -1), axis=1) * (x[0].size / size) for x, y in zip(leaves, some, strict=True))
-    deviation = jnp.tile(mean * np.sqrt(np.pi / 2), k[0].shape[0] // models)
-    place = np.sqrt(2) * lax.erf_inv(1 - jnp.clip(number(k) / size, 1e-6, 1 - 1e-6)) * deviation
-    return magnitude_bits(place[None] * jnp.array([0.8, 0.97, 1.03, 1.25])[:, None])
+    # apart, or XLA keeps an array of patterns for all who ask
+    some = lax.optimization_barrier([_every(x, size // SAMPLE) for x in leaves])
+    values = jnp.sort(jnp.concatenate([order(y).reshape(models, -1) for y in some], axis=1), axis=1)
+    values, many = jnp.tile(values, (k[0].shape[0] // models, 1)), values.shape[1]
+    part = number(k) / size
+    deviation = jnp.sqrt(part * (1 - part) * many) + 1
+    place = ((1 - part) * many)[None] + np.array([[-4.5], [-1.5], [1.5], [4.5]], np.float32) * deviation[None]
+    place = jnp.clip(place, 0, many - 1).astype(jnp.int32)
+    return jnp.take_along_axis(values, place.T, axis=1, mode="promise_in_bounds").T
+
+
+def _every(x: Array, step: int) -> Array:
+    """About one in so many entries of each model, from all over it."""
+    if x.ndim == 1:
+        return x
+    rows = max(min(math.isqrt(step), x.shape[1]), 1) if x.ndim > 2 else 1
+    columns = max(min(step // rows, x.shape[-1]), 1)
+    return x[:, ::rows, ..., ::columns] if x.ndim > 2 else x[:, ::columns]
 
 
 def _each(f: Callable, models: int, *arrays: Array):
@@ -175,12 +200,17 @@ def first(
 
     def look(x, there, kept):
         """The last one kept is the `kept`-th largest of the indices, counted from the end."""
-        all_of_them, column = at_least(kept, there), coordinates(x.shape[1:])[3]
-        part = number(kept) / jnp.maximum(number(there), 1)
+        all_of_them = at_least(kept, there)
+
+        def from_end(x):
+            return jnp.where(choose(x), np.uint32(columns) - coordinates(x.shape[1:])[3][None], 0)
+
+        at_least_one = kept[0], jnp.maximum(kept[1], 1)
+        some = there[0], jnp.maximum(there[1], 1)
+        part = number(kept) / number(some)
         about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
         about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
-        from_end = lambda x: jnp.where(choose(x), np.uint32(columns) - column[None], 0)
-        last = search.kth_largest([x], (kept[0], jnp.maximum(kept[1], 1)), from_end, bits=columns.bit_length(), start=about)
+        last, _, _ = search.kth_largest([x], at_least_one, from_end, bits=columns.bit_length(), start=about, there=some)
         none = (kept[0] | kept[1]) == 0
         cut = jnp.where(all_of_them | none, 0, np.uint32(columns + 1) - last)
         return jnp.stack([(all_of_them & ~none).astype(jnp.uint32), cut])
