@@ -1,13 +1,12 @@
 """Every merge of K experts into one model, or into one per task, at its defaults: what `scripts.compare_merges` compares.
 
 `MERGES` maps what there is, a `Given`, to parameters, or to a list of them, one per task, where the merge keeps something of
-each. Kernels are Flax's, (inputs, outputs): what reads a matrix as PyTorch has it is told so, or gets it transposed. Left out
+each. Kernels are Flax's, (inputs, outputs): what reads a matrix as PyTorch has it is told so. Left out
 are merges of two models (slerp and nuslerp, whose kin for more are multislerp and karcher; arcee_fusion, nearswap,
 layer_swapping, pleas), of one or of one run (passthrough, update_selective, window_average), and of adapters (concatenate).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -88,12 +87,6 @@ def flat(make: Callable[[Given], p.MergeTransform]) -> Callable[[Given], Merged]
 def baseless(tx: p.MergeTransform) -> Callable[[Given], Merged]:
     """A transform of the models themselves."""
     return lambda given: p.merge(tx, None, given.experts)
-
-
-def transposed(tx: p.MergeTransform) -> Callable[[Given], Merged]:
-    """A transform that reads matrices as (outputs, inputs)."""
-    turn = functools.partial(jax.tree.map, lambda x: x.T if x.ndim == 2 else x)
-    return lambda given: turn(p.merge(tx, turn(given.base), [turn(e) for e in given.experts]))
 
 
 # --- one per task ----------------------------------------------------------------------------------------------------
@@ -199,8 +192,8 @@ MERGES = [
     Merge("r_tsvm", "spectral", chain_of(lambda g: p.r_tsvm())),
     Merge("iso_c", "spectral", chain_of(lambda g: p.iso_c())),
     Merge("iso_cts", "spectral", chain_of(lambda g: p.iso_cts())),
-    Merge("knots(ties)", "spectral", transposed(p.knots(p.ties(scope="tensor")))),
-    Merge("wudi", "spectral", transposed(p.wudi())),
+    Merge("knots(ties)", "spectral", chain_of(lambda g: p.knots(p.ties(scope="tensor"), axis=0))),
+    Merge("wudi", "spectral", chain_of(lambda g: p.wudi(axis=0))),
     Merge("fisher", "data", lambda g: p.merge(p.fisher(g.information), None, g.experts)),
     Merge("regmean", "data", lambda g: p.merge(p.regmean(g.grams), None, g.experts)),
     Merge("adamerging", "learned", adamerging),

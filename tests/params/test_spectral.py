@@ -222,3 +222,13 @@ def test_tsv_compress_keeps_the_leading_vectors():
 def test_wrong_arguments(unchecked, make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [params.wudi, lambda **axis: params.knots(params.ties(0.5, scope="tensor"), **axis)])
+def test_flax_kernels_are_pytorchs_weights_transposed(make):
+    x = jax.random.normal(jax.random.key(3), (3, 6, 4))
+    run = lambda tx, x: tx.merge(tx.match({"w": x}), {"w": x})["w"]
+    np.testing.assert_array_equal(run(make(axis=0), jnp.swapaxes(x, 1, 2)), jnp.swapaxes(run(make(axis=1), x), 1, 2))
+    assert not np.allclose(run(make(axis=0), x), run(make(axis=1), x), atol=1e-2)
+    with pytest.raises(ValueError, match="axis must be 0 or 1"):
+        make(axis=2)

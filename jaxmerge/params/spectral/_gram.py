@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jaxmerge.params._layout import along, einsum, like, locally
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
 from jaxmerge.params.atoms._scale import scale as scaled
-from jaxmerge.params.spectral._spectral import Select, per_matrix
+from jaxmerge.params.spectral._spectral import Select, per_matrix, turned
 
 
 def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
@@ -163,7 +163,13 @@ def fisher(
 
 
 def wudi(
-    optimizer: Any = None, *, steps: int = 300, scale: float = 1.0, select: Select = None, cutoff: float = 1e-6
+    optimizer: Any = None,
+    *,
+    steps: int = 300,
+    scale: float = 1.0,
+    select: Select = None,
+    cutoff: float = 1e-6,
+    axis: int = 1,
 ) -> MergeTransform:
     """The task matrix that interferes least with any task: it minimises the sum of |(T - T_k) T_k^T|^2 / |T_k|^2.
 
@@ -177,9 +183,13 @@ def wudi(
       scale: a factor for the result.
       select: leaf name -> whether it is merged so; None takes every matrix.
       cutoff: eigenvalues below this share of the largest count as 0.
+      axis: of a matrix's two axes the one of its inputs: 1 for PyTorch's weights, as the formula has it, 0 for Flax kernels.
 
     Law:
       One model comes back as it is.
+
+    Raises:
+      ValueError: an axis that is neither 0 nor 1.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -189,6 +199,8 @@ def wudi(
 
     Source: WUDI-Merging (arXiv:2503.08099); the official code and fusion_bench: optax.adam(1e-5), steps=300.
     """
+    if axis not in (0, 1):
+        raise ValueError(f"wudi: axis must be 0 or 1, the axis of a matrix's inputs; got {axis}.")
 
     def work(x):
         x = along(x, 1)
@@ -212,4 +224,4 @@ def wudi(
 
         return jax.lax.fori_loop(0, steps, step, (t, optimizer.init(t)))[0][None]
 
-    return chain(per_matrix(work, select), scaled(scale))
+    return chain(per_matrix(work if axis == 1 else turned(work), select), scaled(scale))

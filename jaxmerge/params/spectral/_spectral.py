@@ -47,6 +47,11 @@ def per_matrix(
     return atom(Step(settings, lambda settings, x: settings, merge, models=models, needs=(Need("spectral", "tensor"),)))
 
 
+def turned(work: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The same of matrices whose inputs are their rows, as those of Flax kernels are."""
+    return lambda x: jnp.swapaxes(work(jnp.swapaxes(x, 1, 2)), 1, 2)
+
+
 def truncate(
     density: float, *, select: Select = None, method: Method = "randomized", oversample: int = 16, iterations: int = 3
 ) -> MergeTransform:
@@ -170,7 +175,7 @@ def iso_cts(
 
 
 def knots(
-    tx: MergeTransform, *, floor: float = 1e-4, method: Literal["newton_schulz", "svd"] = "newton_schulz"
+    tx: MergeTransform, *, floor: float = 1e-4, method: Literal["newton_schulz", "svd"] = "newton_schulz", axis: int = 1
 ) -> MergeTransform:
     """Merge in the basis that the task matrices share: [T_1 ... T_K] = U S [V_1 ... V_K]; `tx` merges the V_k.
 
@@ -180,12 +185,14 @@ def knots(
       floor: singular values no larger than this have no direction.
       method: "newton_schulz" factors by way of the polar factor, whose products stay split, and one eigenproblem of the size of
         the shorter side of [T_1 ... T_K]; "svd" is exact, and brings all the matrices together.
+      axis: of a matrix's two axes the one of its inputs: 1 for PyTorch's weights, as the formula has it, 0 for Flax kernels.
 
     Law:
       Around a linear merge it changes nothing but rounding.
 
     Raises:
-      ValueError: `tx` is not a chain of this package's atoms, or needs a statistic of the whole model; an unknown method.
+      ValueError: `tx` is not a chain of this package's atoms, or needs a statistic of the whole model; an unknown method;
+        an axis that is neither 0 nor 1.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -197,19 +204,25 @@ def knots(
     """
     if method not in ("newton_schulz", "svd"):
         raise ValueError(f'knots: method must be "newton_schulz" or "svd", got {method!r}.')
+    if axis not in (0, 1):
+        raise ValueError(f"knots: axis must be 0 or 1, the axis of a matrix's inputs; got {axis}.")
     steps = inner_steps(tx, "knots")
 
     def settings(name, shape):
         if len(shape) == 3 and 0 not in shape:
-            models, m, n = shape
+            models, m, n = shape if axis == 1 else (shape[0], shape[2], shape[1])
             return {"matrix": settings_of(steps, name, (models, min(m, models * n), n))}
         return {"rest": settings_of(steps, name, shape)}
 
     def merge(plan, x):
         if "rest" in plan:
             return run(steps, plan["rest"], x)
-        carry, v = shared_basis(x, floor, method)
-        return like(einsum("mr,krn->kmn", carry, run(steps, plan["matrix"], v)), x)
+
+        def work(x):
+            carry, v = shared_basis(x, floor, method)
+            return einsum("mr,krn->kmn", carry, run(steps, plan["matrix"], v))
+
+        return like((work if axis == 1 else turned(work))(x), x)
 
     needs = (Need("spectral", "tensor"), *(need for step in steps for need in step.needs))
     return atom(Step(settings, lambda settings, x: settings, merge, models=models_left(steps), needs=needs))
