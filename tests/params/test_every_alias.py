@@ -129,7 +129,12 @@ ALIASES = {
     "multislerp": Row(lambda k: p.multislerp(), MEAN | SYMMETRIC | SUMS),
     "karcher": Row(lambda k: p.karcher(), MEAN | SYMMETRIC | SUMS),
     "model_stock": Row(lambda k: p.model_stock(), MEAN | SYMMETRIC | SUMS),
-    "model_stock rows": Row(lambda k: p.model_stock(average="angle", scope="row"), MEAN | SYMMETRIC | SUMS, variant=True),
+    # t moves K / (1 + (K - 1) c)^2 as much as the cosine c, a hundred times where rows of eight models point apart
+    "model_stock rows": Row(
+        lambda k: p.model_stock(average="angle", scope="row"),
+        MEAN | SYMMETRIC | SUMS | dict(rounding=2e-5),
+        variant=True,
+    ),
     # another order of the models rounds variances otherwise, and another of two equal ones is selected
     "sce": Row(lambda k: p.sce(0.3), MEAN | SUMS),
     "sce whole": Row(lambda k: p.sce(1.0), MEAN | SYMMETRIC | SUMS, variant=True),
@@ -169,7 +174,7 @@ ALIASES = {
         variant=True,
     ),
     "knots ties": Row(lambda k: p.knots(p.ties(0.3, scope="tensor")), SUMS | dict(rounding=5e-5), moves=WHOLE, variant=True),
-    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS, moves=WHOLE),
+    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=WHOLE),
     "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=WHOLE),
     "fisher": Row(lambda k: p.fisher(fishers(k)), MEAN | LINEAR | SUMS),
@@ -204,7 +209,8 @@ def test_laws(row):
 @pytest.mark.parametrize("row", rows())
 def test_laws_under_auto_axes_on_any_number_of_devices(row):
     models = row.models[0]
-    assert_merge(row.make(models), models=models, moves=row.moves, axes=[AxisType.Auto], sharding=(1, 2, 4, 8), **row.laws)
+    where = dict(axes=[AxisType.Auto], sharding=(1, 2, 4, 8), moves=row.moves, layout=not row.moves)
+    assert_merge(row.make(models), models=models, **where, **row.laws)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One vector for all tasks, and for each task a mask of where it applies."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from jaxmerge.params._transform import MergeTransform, Need, Stacked, Step, atom, total
+from jaxmerge.params._transform import MergeTransform, Need, Stacked, Step, atom, each, total
 
 
 class Masked(NamedTuple):
@@ -44,7 +45,8 @@ def elect_largest() -> MergeTransform:
 
     def merge(plan, x):
         sign = jnp.where(total(x) > 0, 1, -1)
-        largest = jnp.max(jnp.where(x * sign > 0, jnp.abs(x), 0), axis=0, keepdims=True)
+        agreeing = [jnp.where(one * sign > 0, jnp.abs(one), 0) for one in jnp.split(x, x.shape[0])]
+        largest = functools.reduce(jnp.maximum, agreeing)
         return jnp.where(jnp.isnan(total(x)), jnp.nan, largest * sign)
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
@@ -124,7 +126,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
 
     def merge(plan, x):
         merged = factor * total(x)
-        votes = total((jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype))
+        votes = total(each(lambda x: (jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype), x))
         return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))

@@ -49,6 +49,8 @@ def ramplus_tl(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-
 
 def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
     def match(settings, x):
+        if not boost:
+            return {"factor": jnp.ones(x.shape[0])}
         several = _several(x)
         shared, unique = (q.number(q.count(_changed(x) & mask)) for mask in (several, ~several))
         ratio = shared / jnp.maximum(unique, threshold)

@@ -236,6 +236,6 @@ def shared_basis(
     x = along(x, 2 if n * models >= m else 1)
     tall = jnp.transpose(x, (2, 0, 1)).reshape(n * models, m)[None]
     (v,), (s,), (u,) = svd(tall) if method == "svd" else factors(tall)
-    there = s > floor
+    there = ~(s <= floor)  # what is not a number counts, to be seen
     v = jnp.where(there[None], v, 0).reshape(n, models, -1)
     return u.T * jnp.where(there, s, 0)[None], jnp.transpose(v, (1, 2, 0))

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, resolve, total
 from jaxmerge.params.atoms._consensus import sum_experts
 from jaxmerge.params.atoms._scale import weigh
+from jaxmerge.params.sphere._sphere import products
 
 
 def interpolate(t: Hyperparameter) -> MergeTransform:
@@ -60,10 +61,10 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
         return {"t": resolve(t, name, 1, "spherical: t").astype(np.float32)}
 
     def match(settings, x):
-        axes = tuple(range(1, x.ndim))
-        length = jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True))
-        u = x / jnp.where(length > floor, length, 1)
-        cos = jnp.clip(jnp.sum(u[0] * u[1]), -1, 1)
+        g = products(x).reshape(2, 2)
+        length = jnp.sqrt(jnp.diagonal(g))
+        length = jnp.where(length > floor, length, 1)
+        cos = jnp.clip(g[0, 1] / (length[0] * length[1]), -1, 1)
         v = jnp.asarray(settings["t"])[0]
         flat = jnp.abs(cos) > threshold
         angle = jnp.arccos(jnp.where(flat, 0, cos))
@@ -71,4 +72,5 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
         return {"coefficient": jnp.where(flat, jnp.stack([1 - v, v]), arc), "cosine": cos}
 
     needs = (Need("sum", "tensor"),)
-    return atom(Step(settings, match, lambda plan, x: total(x * over(plan["coefficient"], x)), models=1, needs=needs))
+    merge = lambda plan, x: total(each(lambda x, c: x * over(c, x), x, plan["coefficient"]))
+    return atom(Step(settings, match, merge, models=1, needs=needs))
