@@ -129,7 +129,7 @@ ALIASES = {
     "multislerp": Row(lambda k: p.multislerp(), MEAN | SYMMETRIC | SUMS),
     "karcher": Row(lambda k: p.karcher(), MEAN | SYMMETRIC | SUMS),
     "model_stock": Row(lambda k: p.model_stock(), MEAN | SYMMETRIC | SUMS),
-    # t moves K / (1 + (K - 1) c)^2 as much as the cosine c, a hundred times where rows of eight models point apart
+    # t moves K / (1 + (K - 1) c)^2 as much as the cosine c: up to 370 times where rows of eight models point apart
     "model_stock rows": Row(
         lambda k: p.model_stock(average="angle", scope="row"),
         MEAN | SYMMETRIC | SUMS | dict(rounding=2e-5),
@@ -174,7 +174,8 @@ ALIASES = {
         variant=True,
     ),
     "knots ties": Row(lambda k: p.knots(p.ties(0.3, scope="tensor")), SUMS | dict(rounding=5e-5), moves=WHOLE, variant=True),
-    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    # eps times the condition of the sum of the Gram matrices, 39 here
+    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=5e-6), moves=WHOLE),
     "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=WHOLE),
     "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=WHOLE),
     "fisher": Row(lambda k: p.fisher(fishers(k)), MEAN | LINEAR | SUMS),
@@ -249,7 +250,6 @@ def test_on_a_pod(row):
     """On 512 chips nothing is gathered but where the mathematics needs it, and what is added up is small."""
     tx, spectral = row.make(row.models[0]), "spectral" in looks_at(row)
     moved = on_a_pod(lambda x: tx.merge(tx.match(x), x), row.models[0], pod=SPECTRAL_POD if spectral else POD)
-    print({(c.name, c.bytes) for c in moved})
     assert {c.name for c in moved} <= {"all-reduce", *row.moves}
     if not row.moves and not spectral:  # counts, norms, one number per row or column
         assert max((c.bytes for c in moved), default=0) <= 2**18
