@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
@@ -267,15 +267,20 @@ def over(v: Any, x: Array) -> Array:
     return jnp.asarray(v).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def models(x: Array) -> list[Array]:
+    """The models of x (K, *shape), one by one.
+
+    What is computed of each by itself and stacked again is one loop to XLA, over arrays of the leaf's own shape: no array of them
+    all is made, and the result may take the place of a leaf that is donated.
+    """
+    return [lax.index_in_dim(x, k, keepdims=False) for k in range(x.shape[0])]
+
+
 def total(x: Array) -> Array:
     """The sum over the models, (1, *shape), added in their order: the same bits on any sharding."""
-    return functools.reduce(jnp.add, [x[k : k + 1] for k in range(x.shape[0])])
+    return functools.reduce(jnp.add, models(x))[None]
 
 
 def each(f: Callable[..., Array], x: Array, *values: Any) -> Array:
-    """f of every model (1, *shape) and its part of the values (K, ...), side by side again.
-
-    What follows takes the models one by one as well, so that XLA sees slices of a concatenation and makes no array of them all.
-    """
-    parts = [f(x[k : k + 1], *(jnp.asarray(v)[k : k + 1] for v in values)) for k in range(x.shape[0])]
-    return jnp.concatenate(parts)
+    """f of every model (*shape) and its part of the values (K, ...), stacked again."""
+    return jnp.stack([f(*parts) for parts in zip(models(x), *(models(jnp.asarray(v)) for v in values), strict=True)])

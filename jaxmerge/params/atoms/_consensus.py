@@ -15,7 +15,7 @@ from jaxmerge.params._transform import (
     atom,
     each,
     float32,
-    over,
+    models,
     resolve,
     total,
 )
@@ -50,8 +50,8 @@ def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model",
         raise ValueError(f'elect_sign: scope must be "model" or "tensor", got {scope!r}.')
 
     def merge(plan, x):
-        s = jnp.sign(total(x))
-        s = jnp.where(s == 0, over(plan["sign"], x), s)
+        s = jnp.sign(total(x)[0])
+        s = jnp.where(s == 0, plan["sign"][0], s)
         return each(lambda x: jnp.where(x * s <= 0, 0, x), x)  # a NaN stays, to be seen
 
     def settings(name, shape):
@@ -124,7 +124,7 @@ def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
         return {"weight": float32(resolve(weight, name, shape[0], "mean_agreeing: weight"))}
 
     def merge(plan, x):
-        mass = total(each(lambda x, w: jnp.where(x != 0, over(w, x), 0), x, plan["weight"]))
+        mass = total(each(lambda x, w: jnp.where(x != 0, w, 0), x, plan["weight"]))
         return total(x) / jnp.where(mass == 0, 1, mass)
 
     return atom(Step(settings, lambda settings, x: settings, merge, models=1))
@@ -151,11 +151,10 @@ def max_agreeing(*, tie: Literal["first", "last"] = "first") -> MergeTransform:
     beats = jnp.greater if tie == "first" else jnp.greater_equal
 
     def merge(plan, x):
-        best = x[:1]
-        for k in range(1, x.shape[0]):
-            rival = x[k : k + 1]
+        best, *rivals = models(x)
+        for rival in rivals:
             best = jnp.where(beats(jnp.abs(rival), jnp.abs(best)) | jnp.isnan(rival), rival, best)
-        return best
+        return best[None]
 
     return atom(Step(_nothing, lambda settings, x: settings, merge, models=1))
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from jaxmerge.params._transform import MergeTransform, Need, Stacked, Step, atom, each, total
+from jaxmerge.params._transform import MergeTransform, Need, Stacked, Step, atom, each, models, total
 
 
 class Masked(NamedTuple):
@@ -44,10 +44,11 @@ def elect_largest() -> MergeTransform:
     """
 
     def merge(plan, x):
-        sign = jnp.where(total(x) > 0, 1, -1)
-        agreeing = [jnp.where(one * sign > 0, jnp.abs(one), 0) for one in jnp.split(x, x.shape[0])]
+        s = total(x)[0]
+        sign = jnp.where(s > 0, 1, -1)
+        agreeing = [jnp.where(one * sign > 0, jnp.abs(one), 0) for one in models(x)]
         largest = functools.reduce(jnp.maximum, agreeing)
-        return jnp.where(jnp.isnan(total(x)), jnp.nan, largest * sign)
+        return jnp.where(jnp.isnan(s), jnp.nan, largest * sign)[None]
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
 
@@ -125,9 +126,9 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
         raise ValueError(f"consensus: shared must be 1 or more, a number of tasks; got {shared}.")
 
     def merge(plan, x):
-        merged = factor * total(x)
-        votes = total(each(lambda x: (jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype), x))
-        return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)
+        merged = factor * total(x)[0]
+        votes = total(each(lambda x: (jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype), x))[0]
+        return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)[None]
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
 

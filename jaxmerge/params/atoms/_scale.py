@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, over, resolve
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, resolve
 from jaxmerge.params.order._sums import sums
 
 
@@ -122,9 +122,7 @@ NORMS = {
 
 def _times(name: str):
     def merge(plan, x):
-        if plan[name].shape[0] != x.shape[0]:  # one factor for all
-            return x * over(plan[name], x)
-        return each(lambda x, v: x * over(v, x), x, plan[name])
+        return each(jnp.multiply, x, jnp.broadcast_to(plan[name], x.shape[:1]))
 
     return merge
 

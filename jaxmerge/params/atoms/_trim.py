@@ -181,10 +181,7 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
         def one(x, t, row, column):
             bits = q.magnitude_bits(x)
-            above = [
-                (bits > over(t[:, c], x)) | ((bits == over(t[:, c], x)) & q.before(jnp.stack([row[:, c], column[:, c]]), x))
-                for c in range(cuts)
-            ]
+            above = [(bits > t[c]) | ((bits == t[c]) & q.before((row[c], column[c]), x)) for c in range(cuts)]
             return jnp.where(inside(above), x, 0)
 
         return each(one, x, *map(by_model, (t, *plan["cut"])))
@@ -204,8 +201,8 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
     def merge_rows(plan, x):
         def one(x, t, cut):
-            bits = as_rows(q.magnitude_bits(x))
-            above = [(bits > t[:, c]) | ((bits == t[:, c]) & (columns(bits) < cut[:, c])) for c in range(cuts)]
+            bits = jnp.atleast_1d(q.magnitude_bits(x))
+            above = [(bits > t[c]) | ((bits == t[c]) & (columns(bits) < cut[c])) for c in range(cuts)]
             return jnp.where(inside(above).reshape(x.shape), x, 0)
 
         t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.params._transform import MergeTransform, Need, Step, atom, each, over, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, each, total
 from jaxmerge.params.order import _quantile as q
 
 
@@ -51,25 +51,22 @@ def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
     def match(settings, x):
         if not boost:
             return {"factor": jnp.ones(x.shape[0])}
-        several = _several(x)
+        several = _how_many(x) > 1
         shared, unique = (q.number(q.count(_changed(x) & mask)) for mask in (several, ~several))
         ratio = shared / jnp.maximum(unique, threshold)
         return {"factor": 1 + boost * jnp.clip(ratio, 0, limit)}
 
     def merge(plan, x):
-        among = jnp.maximum(_how_many(x), 1)
-        x = each(lambda x: jnp.where(_changed(x), x, 0), x)
-        boosted = each(lambda x, v: x * over(v, x), x, plan["factor"])
-        return jnp.where(_several(x), total(x) / among, total(boosted))
+        many = _how_many(x)
+        changes = each(lambda x: jnp.where(_changed(x), x, 0), x)
+        boosted = each(jnp.multiply, changes, plan["factor"])
+        return jnp.where(many > 1, total(changes)[0] / jnp.maximum(many, 1), total(boosted)[0])[None]
 
     def _changed(x: Array) -> Array:
         return ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
 
     def _how_many(x: Array) -> Array:
-        return total(each(lambda x: _changed(x).astype(x.dtype), x))
-
-    def _several(x: Array) -> Array:
-        return _how_many(x) > 1
+        return total(each(lambda x: _changed(x).astype(x.dtype), x))[0]
 
     needs = (Need("sum", "tensor"),) if boost else ()
     return atom(Step(lambda name, shape: {}, match, merge, models=1, needs=needs))

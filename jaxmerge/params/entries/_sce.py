@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, total
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._sums import sums
@@ -99,7 +99,7 @@ def _selection_settings(density: Hyperparameter):
 
 def _variance(x: Array) -> Array:
     """The same bits wherever it is computed: the maximum keeps the compiler from multiplying and adding in one rounding."""
-    mean = total(x) / x.shape[0]
+    mean = total(x)[0] / x.shape[0]
     return total(each(lambda x: jnp.maximum((x - mean) ** 2, 0), x)) / x.shape[0]
 
 
@@ -112,9 +112,9 @@ def _select(settings: dict, x: Array) -> dict:
 
 
 def _selected(plan: dict, x: Array) -> Array:
-    bits = q.magnitude_bits(_variance(x))
-    t = over(plan["threshold"], bits)
-    chosen = (bits > t) | ((bits == t) & q.before(plan["cut"], bits)) | over(plan["all"], bits)
+    bits = q.magnitude_bits(_variance(x))[0]
+    t, cut = plan["threshold"][0], plan["cut"][:, 0]
+    chosen = (bits > t) | ((bits == t) & q.before(cut, bits)) | plan["all"][0]
     return lax.optimization_barrier(chosen)  # written down once for all the models
 
 
@@ -138,11 +138,11 @@ def _energy(floor: float, *, erase: bool, density: float = 1.0, delta: bool = Fa
             selected = _selected(plan["selection"], x)
             x = each(lambda x: jnp.where(selected, x, 0), x)
         if not erase:
-            return total(each(lambda x, w: over(w, x) * x, x, plan["weight"]))
-        sign = jnp.where(total(x) >= 0, 1, -1)
+            return total(each(jnp.multiply, x, plan["weight"]))
+        sign = jnp.where(total(x)[0] >= 0, 1, -1)
         agrees = lambda x: x * sign > 0
-        mass = total(each(lambda x, w: jnp.where(agrees(x), over(w, x), 0), x, plan["weight"]))
-        left = each(lambda x, w: jnp.where(agrees(x) | jnp.isnan(x), over(w, x) * x, 0), x, plan["weight"])
+        mass = total(each(lambda x, w: jnp.where(agrees(x), w, 0), x, plan["weight"]))
+        left = each(lambda x, w: jnp.where(agrees(x) | jnp.isnan(x), w * x, 0), x, plan["weight"])
         return total(left) / jnp.where(mass == 0, 1, mass)
 
     needs = (*((Need("order", "tensor"),) if density < 1 else ()), Need("sum", "tensor"))

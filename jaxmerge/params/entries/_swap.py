@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, float32, over, resolve
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._rows import as_rows
@@ -63,7 +63,7 @@ def nearswap(t: Hyperparameter) -> MergeTransform:
         return {"t": float32(resolve(t, name, shape[0], "nearswap: t"))}
 
     def merge(plan, x):
-        return x * jnp.clip(over(plan["t"], x) / jnp.maximum(jnp.abs(x), 1e-6), 0, 1)
+        return each(lambda x, t: x * jnp.clip(t / jnp.maximum(jnp.abs(x), 1e-6), 0, 1), x, plan["t"])
 
     return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge)))
 

@@ -238,11 +238,10 @@ def first_tied(
     return cut, (high, low)
 
 
-def before(cut: UInt32[Array, "2 K"], x: Array) -> Bool[Array, "K ..."]:
-    """Which elements of x (K, *shape) lie before the cut, by flat index."""
-    _, _, row, column = coordinates(x.shape[1:])
-    r, c = over(cut[0], x), over(cut[1], x)
-    return (row[None] < r) | ((row[None] == r) & (column[None] < c))
+def before(cut: tuple[Array, Array] | UInt32[Array, "2"], x: Array) -> Bool[Array, "..."]:
+    """Which elements of one model's leaf lie before the cut, by flat index."""
+    _, _, row, column = coordinates(x.shape)
+    return (row < cut[0]) | ((row == cut[0]) & (column < cut[1]))
 
 
 # --- streamed: a histogram per round ---------------------------------------------------------------------------------

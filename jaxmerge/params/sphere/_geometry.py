@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, resolve, total
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, resolve, total
 from jaxmerge.params.atoms._consensus import sum_experts
 from jaxmerge.params.atoms._scale import weigh
 from jaxmerge.params.sphere._sphere import products
@@ -72,5 +72,5 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
         return {"coefficient": jnp.where(flat, jnp.stack([1 - v, v]), arc), "cosine": cos}
 
     needs = (Need("sum", "tensor"),)
-    merge = lambda plan, x: total(each(lambda x, c: x * over(c, x), x, plan["coefficient"]))
+    merge = lambda plan, x: total(each(jnp.multiply, x, plan["coefficient"]))
     return atom(Step(settings, match, merge, models=1, needs=needs))
