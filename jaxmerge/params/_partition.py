@@ -154,7 +154,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     models = {step.models for step in steps.values()} - {None}
     needs = tuple(dict.fromkeys(need for step in steps.values() for need in step.needs))
     survey = next((_of_label(key, step.survey) for key, step in steps.items() if step.survey is not None), None)
-    return atom(Step(settings, match, merge, models=models.pop() if models else None, survey=survey, needs=needs))
+    return atom(Step(settings, match, merge, models=models.pop() if models else None, survey=survey, needs=needs, lazy=True))
 
 
 def _of_label(key: str, survey: Survey) -> Survey:

@@ -1,6 +1,6 @@
 """Whole models in memory: stack them, merge them, add the result to the base."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -10,6 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
+from jaxmerge.params._deferred import Deferred, defer, last
 from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
 
 Integers = Literal["agree", "base"]
@@ -35,14 +36,7 @@ def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
 
     Source: Editing models with task arithmetic (arXiv:2212.04089).
     """
-    _check_trees(base, models)
-
-    def stack(*leaves):
-        if not is_float(leaves[0]):
-            return None
-        return stack_leaf(leaves[0] if base is not None else None, leaves[1:] if base is not None else leaves)
-
-    return jax.tree.map(stack, *((base,) if base is not None else ()), *models)
+    return _stack(base, models, stack_leaf)
 
 
 def add(base: PyTree, delta: Stacked) -> PyTree:
@@ -81,10 +75,14 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
       >>> jm.params.merge(jm.params.task_arithmetic(), base, models)["w"].tolist()
       [4.0, 1.0]
     """
-    stacked = task_vectors(base, models)
+    stacked = _stack(base, models, lambda *leaves: defer(stack_leaf, *leaves))
     first = models[0] if base is None else base
     _check_integers([first, *models] if base is not None else list(models), integers)
-    merged = fold(tx.match.steps, stacked)[1] if isinstance(tx.match, Match) else tx.merge(tx.match(stacked), stacked)
+    if isinstance(tx.match, Match):
+        merged = fold(tx.match.steps, stacked)[1]
+    else:
+        stacked = jax.tree.map(last, stacked, is_leaf=lambda x: isinstance(x, Deferred))
+        merged = tx.merge(tx.match(stacked), stacked)
     if base is not None:
         return add(base, merged)
     return jax.tree.map(lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None)
@@ -108,6 +106,18 @@ def nonfinite(tree: PyTree) -> dict[str, int]:
 
 def is_float(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def _stack(base: PyTree | None, models: Sequence[PyTree], stack: Callable) -> PyTree:
+    """stack(leaf of the base or None, leaves of the models), leaf by leaf; None for an integer leaf."""
+    _check_trees(base, models)
+
+    def floats(*leaves):
+        if not is_float(leaves[0]):
+            return None
+        return stack(leaves[0], leaves[1:]) if base is not None else stack(None, leaves)
+
+    return jax.tree.map(floats, *((base,) if base is not None else ()), *models)
 
 
 def stack_leaf(base: ArrayLike | None, models: Sequence[ArrayLike]) -> Array:

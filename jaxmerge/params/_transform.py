@@ -19,6 +19,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
+from jaxmerge.params._deferred import Deferred, Entries, defer, entries, last
+
 Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
 Hyperparameter = float | Any
@@ -69,6 +71,7 @@ class Step(NamedTuple):
       models: how many models are left; None = as many as came.
       survey: a statistic of the whole model that completes the settings, or None.
       needs: what it looks at; nothing for an atom that is pointwise.
+      lazy: `match` and `survey.settle` take leaves `Deferred` as they may be, and read them (`entries`) where they look.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -77,6 +80,7 @@ class Step(NamedTuple):
     models: int | None = None
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
+    lazy: bool = False
 
 
 class Match(NamedTuple):
@@ -110,7 +114,8 @@ class MergeTransform(NamedTuple):
 
 def atom(step: Step) -> MergeTransform:
     """One step as a transform. Leaves of one shape share a compilation, also outside jit."""
-    return _transform((step._replace(match=jax.jit(step.match), merge=jax.jit(step.merge)),))
+    match = step.match if step.lazy else lambda settings, x: step.match(settings, entries(x))
+    return _transform((step._replace(match=jax.jit(match), merge=jax.jit(step.merge)),))
 
 
 def per_leaf(
@@ -199,18 +204,25 @@ def _merge(steps: tuple[Step, ...], plan: Plan, stacked: Stacked) -> Stacked:
 
 
 def fold(steps: tuple[Step, ...], stacked: Stacked) -> tuple[Plan, Stacked]:
-    """Match and merge in one go: each step sees what the steps before it left."""
-    leaves, treedef = named_leaves(stacked)
+    """Match and merge in one go: each step sees what the steps before it left. The stacked leaves may be `Deferred`."""
+    leaves, treedef = named_leaves(stacked, is_leaf=lambda x: isinstance(x, Deferred))
     ordered = sorted(leaves)
     plan = []
     for step in steps:
         settings = {name: step.settings(name, leaves[name].shape) for name in ordered}
         if step.survey is not None:
-            settings = settled(step.survey.settle(settings, {name: leaves[name] for name in ordered}))
+            seen = leaves if step.lazy else {name: entries(x) for name, x in leaves.items()}
+            settings = settled(step.survey.settle(settings, {name: seen[name] for name in ordered}))
         plans = {name: settled(step.match(settings[name], leaves[name])) for name in ordered}
-        leaves = {name: settled(step.merge(plans[name], x)) for name, x in leaves.items()}
+        leaves = {name: settled(left(step, plans[name], x)) for name, x in leaves.items()}
         plan.append(plans)
-    return tuple(plan), jax.tree.unflatten(treedef, list(leaves.values()))
+    return tuple(plan), jax.tree.unflatten(treedef, [last(x) for x in leaves.values()])
+
+
+def left(step: Step, plan: Any, x: Entries) -> Entries:
+    """What a step leaves: arithmetic is deferred with what it starts from; random bits and factorisations are made once."""
+    dear = any(need.statistic in ("random", "spectral") for need in step.needs)
+    return step.merge(plan, last(x)) if dear else defer(step.merge, plan, x)
 
 
 def settled(x: Any) -> Any:
@@ -270,8 +282,8 @@ def over(v: Any, x: Array) -> Array:
 def models(x: Array) -> list[Array]:
     """The models of x (K, *shape), one by one.
 
-    What is computed of each by itself and stacked again is one loop to XLA, over arrays of the leaf's own shape: no array of them
-    all is made, and the result may take the place of a leaf that is donated.
+    What is computed of each by itself and stacked again is one loop to XLA, over arrays of the leaf's own shape: no array of
+    them all is made, and the result may take the place of a leaf that is donated.
     """
     return [lax.index_in_dim(x, k, keepdims=False) for k in range(x.shape[0])]
 

@@ -124,8 +124,8 @@ def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
         return {"weight": float32(resolve(weight, name, shape[0], "mean_agreeing: weight"))}
 
     def merge(plan, x):
-        mass = total(each(lambda x, w: jnp.where(x != 0, w, 0), x, plan["weight"]))
-        return total(x) / jnp.where(mass == 0, 1, mass)
+        mass = total(each(lambda x, w: jnp.where(x != 0, w, 0), x, plan["weight"]))[0]
+        return (total(x)[0] / jnp.where(mass == 0, 1, mass))[None]
 
     return atom(Step(settings, lambda settings, x: settings, merge, models=1))
 

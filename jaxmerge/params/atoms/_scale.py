@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxmerge.params._deferred import entries
 from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, resolve
 from jaxmerge.params.order._sums import sums
 
@@ -94,7 +95,8 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        was, left = NORMS[norm](jnp.concatenate([x, step.merge(plan, x)])).reshape(2, -1)
+        y = entries(x)
+        was, left = NORMS[norm](jnp.concatenate([y, step.merge(plan, y)])).reshape(2, -1)
         usable = (was >= 1e-7) & (left >= 1e-7)
         return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
 
@@ -102,7 +104,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
         return _times("factor")(plan, step.merge(plan["mask"], x))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
-    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs))
+    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs, lazy=True))
 
 
 def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:

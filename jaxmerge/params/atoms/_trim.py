@@ -6,8 +6,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
+from jaxmerge.params._deferred import Entries, entries
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, each, over, resolve
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._rows import as_rows, columns, first_in_row, kth_in_row
@@ -153,13 +154,13 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
     def select(settings, x):
         k = tuple(jnp.asarray(settings["count"]))
-        t, *beside = q.place(x, k, q.magnitude_bits)
+        t, *beside = q.place(x, k, _magnitudes)
         return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
         quota = tuple(jnp.asarray(settings["quota"]))
-        return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, q.magnitude_bits), quota, x)
+        return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, _magnitudes), quota, x)
 
     def plan(density, t, beside, quota, x):
         above, tied = beside
@@ -168,7 +169,7 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
             cut = jnp.stack([jnp.where(some, np.uint32(0xFFFFFFFF), 0), jnp.zeros_like(t)])
             kept = jnp.where(some, tied[0], 0), jnp.where(some, tied[1], 0)
         else:
-            cut, kept = q.first_tied(x, t, tied, quota, q.magnitude_bits)
+            cut, kept = q.first_tied(x, t, tied, quota, _magnitudes)
         threshold = lax.bitcast_convert_type(t, jnp.float32)
         kept = q.add(above, kept)
         if cuts > 1:
@@ -214,10 +215,14 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
     needs = (Need("order", scope),)
     if scope == "tensor":
-        return atom(Step(leaf_settings, select, merge, needs=needs))
+        return atom(Step(leaf_settings, select, merge, needs=needs, lazy=True))
     if scope == "row":
         return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
-    return atom(Step(settings, share, merge, survey=_survey(counts, cuts), needs=needs))
+    return atom(Step(settings, share, merge, survey=_survey(counts, cuts), needs=needs, lazy=True))
+
+
+def _magnitudes(x: Entries) -> Array:
+    return each(q.magnitude_bits, entries(x))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
@@ -238,8 +243,8 @@ def _survey(counts: Counts, cuts: int) -> Survey:
     @jax.jit
     def divide(k, leaves):
         k = tuple(k)
-        t = q.kth_largest(list(leaves.values()), k, q.magnitude_bits)
-        beside = {name: q.sides(x, t, q.magnitude_bits) for name, x in leaves.items()}
+        t = q.kth_largest(list(leaves.values()), k, _magnitudes)
+        beside = {name: q.sides(x, t, _magnitudes) for name, x in leaves.items()}
         left = k
         for above, _ in beside.values():
             left = q.subtract(left, q.smaller(above, left))

@@ -141,9 +141,9 @@ def _energy(floor: float, *, erase: bool, density: float = 1.0, delta: bool = Fa
             return total(each(jnp.multiply, x, plan["weight"]))
         sign = jnp.where(total(x)[0] >= 0, 1, -1)
         agrees = lambda x: x * sign > 0
-        mass = total(each(lambda x, w: jnp.where(agrees(x), w, 0), x, plan["weight"]))
+        mass = total(each(lambda x, w: jnp.where(agrees(x), w, 0), x, plan["weight"]))[0]
         left = each(lambda x, w: jnp.where(agrees(x) | jnp.isnan(x), w * x, 0), x, plan["weight"])
-        return total(left) / jnp.where(mass == 0, 1, mass)
+        return (total(left)[0] / jnp.where(mass == 0, 1, mass))[None]
 
     needs = (*((Need("order", "tensor"),) if density < 1 else ()), Need("sum", "tensor"))
     return atom(Step(_selection_settings(density), match, merge, models=1, needs=needs))

@@ -8,6 +8,7 @@ found in the same way; so the choice does not depend on the sharding. Counts and
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, UInt32
 
-from jaxmerge.params._transform import over
+from jaxmerge.params._deferred import Entries
+from jaxmerge.params._transform import each, over
 from jaxmerge.params.order import _search as search
 from jaxmerge.params.order._devices import fastest
 from jaxmerge.params.order._search import Order
@@ -48,7 +50,7 @@ def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
 # --- the k-th largest ------------------------------------------------------------------------------------------------
 
 
-def kth_largest(leaves: list[Array], k: Words, order: Order = lambda x: x, *, bits: int = 31) -> UInt32[Array, "_"]:
+def kth_largest(leaves: list[Entries], k: Words, order: Order = lambda x: x, *, bits: int = 31) -> UInt32[Array, "_"]:
     """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0.
 
     Args:
@@ -61,7 +63,7 @@ def kth_largest(leaves: list[Array], k: Words, order: Order = lambda x: x, *, bi
     return fastest(look, halve)(k, *leaves)
 
 
-def place(x: Array, k: Words, order: Order = lambda x: x) -> tuple[UInt32[Array, "_"], Words, Words]:
+def place(x: Entries, k: Words, order: Order = lambda x: x) -> tuple[UInt32[Array, "_"], Words, Words]:
     """`kth_largest` of one leaf and its `sides`."""
 
     def halve(k, x):
@@ -76,12 +78,12 @@ def place(x: Array, k: Words, order: Order = lambda x: x) -> tuple[UInt32[Array,
     return fastest(look, halve)(k, x)
 
 
-def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[Words, Words]:
+def sides(x: Entries, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[Words, Words]:
     """How many patterns are above t (n K,), and how many are t."""
 
     def reduce(x, t):
         bits = order(x)
-        return count(bits > over(t, bits)), count(bits == over(t, bits))
+        return count(each(jnp.greater, bits, t)), count(each(jnp.equal, bits, t))
 
     def together(x, t):
         (all_of_them, above), _, _ = search.counts(x, [t, t + 1], order)
@@ -92,7 +94,7 @@ def sides(x: Array, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tuple[
     return fastest(together, lambda x, t: _each(lambda t: reduce(x, t), x.shape[0], t))(x, t)
 
 
-def _halve(leaves: list[Array], k: Words, order: Order, bits: int) -> UInt32[Array, "_"]:
+def _halve(leaves: list[Entries], k: Words, order: Order, bits: int) -> UInt32[Array, "_"]:
     def bit(i, t):
         candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
         counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), x.shape[0], candidate) for x in leaves]
@@ -101,7 +103,7 @@ def _halve(leaves: list[Array], k: Words, order: Order, bits: int) -> UInt32[Arr
     return jnp.where((k[0] | k[1]) == 0, INF, lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1])))
 
 
-def _look(leaves: list[Array], k: Words, order: Order, bits: int) -> tuple[UInt32[Array, "_"], Words, Words]:
+def _look(leaves: list[Entries], k: Words, order: Order, bits: int) -> tuple[UInt32[Array, "_"], Words, Words]:
     """With how many are above it and at least it, where k is not 0."""
     none = (k[0] | k[1]) == 0
     some = k[0], jnp.where(none, 1, k[1])
@@ -109,12 +111,12 @@ def _look(leaves: list[Array], k: Words, order: Order, bits: int) -> tuple[UInt3
     return jnp.where(none, INF, t), above, there
 
 
-def typical(leaves: list[Array], k: Words, order: Order) -> UInt32[Array, "4 _"]:
+def typical(leaves: list[Entries], k: Words, order: Order) -> UInt32[Array, "4 _"]:
     """Patterns about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
-    models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
+    models, size = leaves[0].shape[0], max(sum(math.prod(x.shape[1:]) for x in leaves), 1)
     # apart, or XLA keeps an array of patterns for all who ask
-    some = lax.optimization_barrier([_every(x, size // SAMPLE) for x in leaves])
-    values = jnp.sort(jnp.concatenate([order(y).reshape(models, -1) for y in some], axis=1), axis=1)
+    some = [_every(order(x), size // SAMPLE).reshape(models, -1) for x in lax.optimization_barrier(leaves)]
+    values = jnp.sort(jnp.concatenate(some, axis=1), axis=1)
     values, many = jnp.tile(values, (k[0].shape[0] // models, 1)), values.shape[1]
     part = number(k) / size
     deviation = jnp.sqrt(part * (1 - part) * many) + 1
@@ -158,7 +160,7 @@ def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
 
 
 def first(
-    x: Array, quota: Words, choose: Callable[[Array], Array] = lambda x: x, there: Words | None = None
+    x: Entries, quota: Words, choose: Callable[[Any], Array] = lambda x: x, there: Words | None = None
 ) -> tuple[UInt32[Array, "2 K"], Words]:
     """Where to cut so that exactly the first `quota` of the chosen, by flat index, lie before; and how many do.
 
@@ -224,14 +226,14 @@ def first(
 
 
 def first_tied(
-    x: Array, t: UInt32[Array, "_"], tied: Words, quota: Words, order: Order = lambda x: x
+    x: Entries, t: UInt32[Array, "_"], tied: Words, quota: Words, order: Order = lambda x: x
 ) -> tuple[UInt32[Array, "2 _"], Words]:
     """`first` of those whose pattern is t (n K,), for every order statistic; `tied` are how many there are."""
     models = x.shape[0]
     found = []
     for i in range(0, t.shape[0], models):
         part = slice(i, i + models)
-        of_pattern = lambda x, t=t[part]: (b := order(x)) == over(t, b)
+        of_pattern = lambda x, t=t[part]: each(jnp.equal, order(x), t)
         found.append(first(x, (quota[0][part], quota[1][part]), of_pattern, (tied[0][part], tied[1][part])))
     cut = jnp.concatenate([cut for cut, _ in found], axis=1)
     high, low = (jnp.concatenate([kept[i] for _, kept in found]) for i in range(2))

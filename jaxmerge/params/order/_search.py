@@ -8,18 +8,20 @@ and coarse data end the search early. Once few are left in the bracket, hardly a
 of them: one more pass notes the least and the greatest of each run, and the rest is found among those.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import UInt32
 
-from jaxmerge.params._transform import over
+from jaxmerge.params._deferred import Entries
 from jaxmerge.params.order import _words as w
 
-Order = Callable[[Array], Array]
-"""x (K, *shape) -> uint32 patterns that order as its entries are to be ordered."""
+Order = Callable[[Any], Array]
+"""x (K, *shape) -> uint32 patterns that order as its entries are to be ordered, made model by model (`each`)."""
 
 PIVOTS = 4
 RUN = 128
@@ -27,23 +29,27 @@ RUN = 128
 TOP = np.uint32(0xFFFFFFFF)
 
 
-def counts(x: Array, pivots: list[Array], order: Order) -> tuple[list[w.Words], list[Array], list[Array]]:
+def counts(x: Entries, pivots: list[Array], order: Order) -> tuple[list[w.Words], list[Array], list[Array]]:
     """At each pivot (n K,): how many patterns are at least it; the least of those; the greatest of the others."""
     bits = order(x)
     models = bits.shape[0]
     inner, most = w.inner_axes(bits.shape)
-    operands = []
-    for t in (p[i : i + models] for p in pivots for i in range(0, p.shape[0], models)):
-        there = bits >= over(t, bits)
-        operands += [there.astype(jnp.uint32), jnp.where(there, bits, TOP), jnp.where(there, np.uint32(0), bits)]
-    found = _reduce(operands, inner)
-    outer = tuple(range(1, found[0].ndim))
-    many = pivots[0].shape[0] // models
+    found = []
+    for k in range(models):  # each in a loop of its own
+        one, operands = bits[k : k + 1], []
+        for t in (p[i] for p in pivots for i in range(k, p.shape[0], models)):
+            there = one >= t
+            operands += [there.astype(jnp.uint32), jnp.where(there, one, TOP), jnp.where(there, np.uint32(0), one)]
+        found.append(_reduce(operands, inner))
+    by_pivot = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
+    n, up, down = ([v for i, v in enumerate(by_pivot) if i // models % 3 == which] for which in range(3))
+    outer = tuple(range(1, n[0].ndim))
+    many = pivots[0].shape[0]
     together = lambda parts: [jnp.concatenate(parts[i : i + many]) for i in range(0, len(parts), many)]
     return (
-        [w.widened(n, bits.shape, most) for n in together(found[::3])],
-        together([jnp.min(v, axis=outer) for v in found[1::3]]),
-        together([jnp.max(v, axis=outer) for v in found[2::3]]),
+        [w.widened(v, bits.shape, most) for v in together(n)],
+        together([jnp.min(v, axis=outer) for v in up]),
+        together([jnp.max(v, axis=outer) for v in down]),
     )
 
 
@@ -57,7 +63,7 @@ def _reduce(operands: list[Array], axes: tuple[int, ...]) -> list[Array]:
 
 
 def kth_largest(
-    leaves: list[Array],
+    leaves: list[Entries],
     k: w.Words,
     order: Order,
     *,
@@ -74,7 +80,7 @@ def kth_largest(
       there: how many patterns are not 0, where that is known; k is at most as large.
     """
     nothing = jnp.zeros_like(k[1])
-    runs = sum(x[0].size // _run(x) for x in leaves)
+    runs = sum(math.prod(x.shape[1:]) // _run(x) for x in leaves)
     few = max(round((runs * runs / 8) ** (1 / 3)), 1)  # at random, one in fifty times three of them fall into one run
 
     def left(lo, hi, below, above):
@@ -133,7 +139,7 @@ def kth_largest(
     if there is not None:
         lo, everything = lo + 1, there
     else:
-        high, low = w.to_words([sum(x[0].size for x in leaves)])
+        high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
         everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
     bracket = lo, hi, everything, (nothing, nothing)
     start = _between(*bracket, k=k, stalled=~never) if start is None else jnp.clip(start, 1, hi[None])
@@ -142,22 +148,24 @@ def kth_largest(
     return found, above, below
 
 
-def _run(x: Array) -> int:
+def _run(x: Entries) -> int:
     """How many neighbours along the last axis make a run: as many as divide it, or all of it."""
     n = x.shape[-1] if x.ndim > 1 else 1
     return next((r for r in range(min(RUN, n), 31, -1) if n % r == 0), n)
 
 
-def _ends(x: Array, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array, "_ runs"], ...]:
+def _ends(x: Entries, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array, "_ runs"], ...]:
     """How many patterns of each run are in the bracket (n K,), the least and the greatest of them."""
     models, bits = x.shape[0], order(x)
-    bits = bits.reshape(*bits.shape[:-1], -1, _run(x)) if x.ndim > 1 else bits[:, None]
-    operands = []
-    for i in range(0, lo.shape[0], models):
-        inside = (bits >= over(lo[i : i + models], bits)) & (bits <= over(hi[i : i + models], bits))
-        operands += [inside.astype(jnp.uint32), jnp.where(inside, bits, TOP), jnp.where(inside, bits, np.uint32(0))]
-    found = [v.reshape(models, -1) for v in _reduce(operands, (bits.ndim - 1,))]
-    return tuple(jnp.concatenate(found[i::3]) for i in range(3))
+    found = []
+    for k in range(models):
+        one, operands = bits[k].reshape(*bits.shape[1:-1], -1, _run(x)), []
+        for i in range(k, lo.shape[0], models):
+            inside = (one >= lo[i]) & (one <= hi[i])
+            operands += [inside.astype(jnp.uint32), jnp.where(inside, one, TOP), jnp.where(inside, one, np.uint32(0))]
+        found.append([v.reshape(-1) for v in _reduce(operands, (one.ndim - 1,))])
+    by_bracket = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
+    return tuple(jnp.stack([v for i, v in enumerate(by_bracket) if i // models % 3 == which]) for which in range(3))
 
 
 def _counted(a: Array, b: Array) -> UInt32[Array, "_"]:

@@ -21,9 +21,10 @@ def count(mask: Bool[Array, "K ..."], word: int = 32) -> Words:
         return jnp.sum(mask, axis=inner, dtype=jnp.uint32)
 
     def together(mask):  # XLA writes an array for a single reduction on the CPU, but makes two a loop
-        one = mask.astype(jnp.uint32)
         both = lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1]))
-        return lax.optimization_barrier(lax.reduce((one, one), (np.uint32(0), np.uint32(0)), both, inner))[0]
+        ones = [mask[k : k + 1].astype(jnp.uint32) for k in range(mask.shape[0])]
+        sums = [lax.optimization_barrier(lax.reduce((v, v), (np.uint32(0), np.uint32(0)), both, inner)) for v in ones]
+        return jnp.concatenate([n for n, _ in sums])
 
     return widened(fastest(together, reduce)(mask), mask.shape, most, word)
 
