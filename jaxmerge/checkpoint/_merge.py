@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 from jaxmerge.checkpoint import _orbax
 from jaxmerge.checkpoint._plan import BATCH_BYTES, CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._sharding import Rule
+from jaxmerge.params._deferred import Entries, defer, last
 from jaxmerge.params._stack import Integers, add_leaf, reduced, stack_leaf
-from jaxmerge.params._transform import MergeTransform, Step, settled
+from jaxmerge.params._transform import MergeTransform, Step, left, settled
 
 
 class Progress(NamedTuple):
@@ -173,8 +174,8 @@ def merge(
 # Cached, so that leaves of one shape, dtype and sharding share a compilation; what differs by name is in the settings.
 
 
-def _stack(arrays: Sequence[jax.Array], has_base: bool) -> jax.Array:
-    return stack_leaf(arrays[0], arrays[1:]) if has_base else stack_leaf(None, arrays)
+def _stack(arrays: Sequence[jax.Array], has_base: bool) -> Entries:
+    return defer(stack_leaf, arrays[0], arrays[1:]) if has_base else defer(stack_leaf, None, arrays)
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,7 +194,8 @@ def _reader(steps: tuple[Step, ...], read: Callable, sharding: Sharding, has_bas
     def survey(query, settings, arrays):
         x = _stack(arrays, has_base)
         for step, s in zip(steps, settings, strict=True):
-            x = step.merge(step.match(s, x), x)
+            x = left(step, step.match(s, x), x)
+        x = last(x)
         if not axes:
             return block(query, x)
         return jax.shard_map(block, mesh=mesh, in_specs=(P(), P(None, *spec)), out_specs=P())(query, x)
@@ -210,7 +212,8 @@ def _merger(steps: tuple[Step, ...], sharding: Sharding, has_base: bool) -> Call
         plans = []
         for step, s in zip(steps, settings, strict=True):
             plans.append(step.match(s, x))
-            x = step.merge(plans[-1], x)
+            x = left(step, plans[-1], x)
+        x = last(x)
         leaf = add_leaf(arrays[0], x) if has_base else reduced(x).astype(arrays[0].dtype)
         strange = jnp.stack([jnp.sum(~jnp.isfinite(a), dtype=jnp.uint32) for a in arrays])
         return leaf, plans, strange

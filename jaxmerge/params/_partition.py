@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmerge.params._deferred import last
 from jaxmerge.params._names import by_name
-from jaxmerge.params._transform import Match, MergeTransform, Step, Survey, atom, chain
+from jaxmerge.params._transform import Match, MergeTransform, Step, Survey, atom, chain, left
 
 
 def partition(transforms: Mapping[str, MergeTransform], label: Callable[[str], str]) -> MergeTransform:
@@ -148,8 +149,8 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
 
     def merge(plan, x):
         for key, p in plan.items():
-            x = steps[key].merge(p, x)
-        return x
+            x = left(steps[key], p, x)
+        return last(x)
 
     models = {step.models for step in steps.values()} - {None}
     needs = tuple(dict.fromkeys(need for step in steps.values() for need in step.needs))
@@ -219,5 +220,5 @@ def models_left(steps: tuple[Step, ...]) -> int | None:
 def run(steps: tuple[Step, ...], settings: tuple[Any, ...], x: Array) -> Array:
     """Match and merge one leaf, step by step."""
     for step, s in zip(steps, settings, strict=True):
-        x = step.merge(step.match(s, x), x)
-    return x
+        x = left(step, step.match(s, x), x)
+    return last(x)

@@ -71,7 +71,8 @@ class Step(NamedTuple):
       models: how many models are left; None = as many as came.
       survey: a statistic of the whole model that completes the settings, or None.
       needs: what it looks at; nothing for an atom that is pointwise.
-      lazy: `match` and `survey.settle` take leaves `Deferred` as they may be, and read them (`entries`) where they look.
+      lazy: `match`, `survey.settle`, and `merge` where it draws or factors, take leaves `Deferred` as they may be, and read
+        them (`entries`) where they look; what they leave may be deferred too.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -199,11 +200,11 @@ def _transform(steps: tuple[Step, ...]) -> MergeTransform:
 def _merge(steps: tuple[Step, ...], plan: Plan, stacked: Stacked) -> Stacked:
     leaves, treedef = named_leaves(stacked)
     for step, plans in zip(steps, plan, strict=True):
-        leaves = {name: settled(step.merge(plans[name], x)) for name, x in leaves.items()}
-    return jax.tree.unflatten(treedef, list(leaves.values()))
+        leaves = {name: settled(left(step, plans[name], x)) for name, x in leaves.items()}
+    return jax.tree.unflatten(treedef, [last(x) for x in leaves.values()])
 
 
-def fold(steps: tuple[Step, ...], stacked: Stacked) -> tuple[Plan, Stacked]:
+def fold(steps: tuple[Step, ...], stacked: PyTree[Entries]) -> tuple[Plan, Stacked]:
     """Match and merge in one go: each step sees what the steps before it left. The stacked leaves may be `Deferred`."""
     leaves, treedef = named_leaves(stacked, is_leaf=lambda x: isinstance(x, Deferred))
     ordered = sorted(leaves)
@@ -222,7 +223,9 @@ def fold(steps: tuple[Step, ...], stacked: Stacked) -> tuple[Plan, Stacked]:
 def left(step: Step, plan: Any, x: Entries) -> Entries:
     """What a step leaves: arithmetic is deferred with what it starts from; random bits and factorisations are made once."""
     dear = any(need.statistic in ("random", "spectral") for need in step.needs)
-    return step.merge(plan, last(x)) if dear else defer(step.merge, plan, x)
+    if dear:
+        return step.merge(plan, x if step.lazy else last(x))
+    return defer(step.merge, plan, x)
 
 
 def settled(x: Any) -> Any:

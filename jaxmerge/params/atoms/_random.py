@@ -1,18 +1,22 @@
 """Random masks that are the same on one device, on eight, and on many hosts."""
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jaxtyping import Bool, UInt32
+from jax import Array
+from jaxtyping import UInt8, UInt32
 
+from jaxmerge.params._deferred import Entries, defer, entries
 from jaxmerge.params._layout import like
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, models, over, resolve
 from jaxmerge.params.atoms._trim import _density
+from jaxmerge.params.order._blocks import by_rows
 from jaxmerge.params.order._quantile import coordinates, magnitude_bits
 from jaxmerge.params.order._rows import as_rows, columns, outranks, rank_in_row
-from jaxmerge.params.order._words import high_product
+from jaxmerge.params.order._words import quotient
 
 
 def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
@@ -50,19 +54,24 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         }
 
     def merge(plan, x):
-        keep = (_words(plan["key"], x)[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
-        return _masked(keep, x)
+        below, everything = jnp.asarray(plan["below"]), jnp.asarray(plan["density"]) >= 1
 
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
+        def keep(x, start):
+            return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x))]
+
+        return _masked(x, keep)
+
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), lazy=True))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
     """Keep each entry with a probability that grows with its magnitude's rank in its row: MAGPRUNE.
 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
-    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. What the
-    first random word leaves open depends on another entry of the row, which the second word draws: whether that ranks lower has
-    just this probability. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out anew.
+    rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. Where the
+    random word falls between the two, its place there names another entry of the row: whether that ranks lower has just the
+    probability that is left. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out
+    anew.
 
     Args:
       density: the share to keep; 1 keeps everything, 0 nothing.
@@ -108,34 +117,39 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
         }
 
     def drawn(plan, x):
-        """Kept below low; in the 2 epsilon above it, where another entry of the row, drawn at random, ranks lower."""
-        first, second = _words(plan["key"], x)
-        low, step, d = (over(plan[name], x) for name in ("low", "step", "density"))
-        sure = (first < low) & (d > 0) | (d >= 1)
-        n = as_rows(x).shape[-1]
-        if n == 1:
-            return jnp.where(sure, x, 0)
-        rival = as_rows(high_product(second, jnp.uint32(n - 1)))
-        rival = rival + (rival >= columns(rival))
-        open_ = (first - low < step * np.uint32(n - 1)) & (first >= low) & (d > 0)
-        rival = jnp.where(as_rows(sure), np.uint32(n), jnp.where(as_rows(open_), rival, np.uint32(n + 1)))
-        rival = rival.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
+        """Kept below low; in the 2 epsilon above it, where the entry of the row that the place there names ranks lower."""
 
-        def keep(model):
-            x, rival = model[0][None], model[1][None].astype(jnp.uint32)
-            return like(outranks(as_rows(x), rival).reshape(x.shape), x)[0]
+        chances = [jnp.asarray(plan[name]) for name in ("low", "step", "density")]
+        n = x.shape[-1] if x.ndim > 1 else 1
 
-        # a loop by itself, on the CPU: one that gathers does nothing else well
-        return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.map(keep, (x, rival)))
+        def rival(u, low, step, density):
+            """The entry of its row that each has to outrank; n where it is kept anyway, n + 1 where it is not."""
+            place = u - low
+            other = jnp.minimum(quotient(place, jnp.maximum(step, 1)), np.uint32(max(n - 2, 0)))
+            other = other + (other >= columns(other))
+            open_ = (u >= low) & (place < step * np.uint32(n - 1))
+            found = jnp.where(u < low, np.uint32(n), jnp.where(open_, other, np.uint32(n + 1)))
+            found = jnp.where(density >= 1, np.uint32(n), jnp.where(density > 0, found, np.uint32(n + 1)))
+            return found.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
+
+        def draw(x, start):
+            words = map(jnp.atleast_1d, _words(plan["key"], start, x))
+            return [(m, rival(u, *chance)) for m, u, *chance in zip(models(x), words, *chances, strict=True)]
+
+        def keep(drawn):
+            return [like(outranks(jnp.atleast_1d(m), rival).reshape(m.shape), m) for m, rival in drawn]
+
+        return _masked(x, draw, keep)
 
     def divided(plan, x):
+        x = entries(x)
         below, d = _chances(plan, x), over(plan["density"], x)
-        keep = (_words(plan["key"], x)[0] < below) & (d > 0)
+        keep = (jnp.stack(_words(plan["key"], np.uint32(0), x)) < below) & (d > 0)
         rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
         return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
 
     needs = (Need("order", "row"), Need("random", "entry"))
-    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs))
+    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs, lazy=True))
 
 
 def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
@@ -144,21 +158,37 @@ def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
     return over(plan["low"], x) + over(plan["step"], x) * like(rank, x)
 
 
-def _keys(seed: int, name: str, models: int) -> np.ndarray:
-    keys = [hashlib.sha256(f"{int(seed)}/{k}/{name}".encode()).digest()[:8] for k in range(models)]
+def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
+    """One for every two models."""
+    keys = [hashlib.sha256(f"{int(seed)}/{pair}/{name}".encode()).digest()[:8] for pair in range((models + 1) // 2)]
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
-def _masked(keep: Bool[Array, "K ..."], x: Array) -> Array:
-    """x where it is kept, else 0. The mask is written down once, not drawn anew for all who look at what is left."""
-    return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.optimization_barrier(keep))
-
-
-def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-    """Two random words for every entry of x (K, *shape)."""
+def _words(keys: Array, start: Array, x: Array) -> list[UInt32[Array, "..."]]:
+    """A random word of each model for every entry of x (K, *shape), whose flat indices begin with start."""
     _, _, row, column = coordinates(x.shape[1:])
-    key = jnp.asarray(key)
-    return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
+    words = [word for a, b in jnp.asarray(keys) for word in threefry((a, b), (row, column + start))]
+    return words[: x.shape[0]]
+
+
+def _masked(x: Entries, *draw: Callable) -> Entries:
+    """x where it is kept, else 0. What is kept of eight models is written down as the bits of a byte: who looks at what is left
+    need not draw anew.
+
+    Args:
+      draw: functions for `by_rows`; the last returns for each model what is kept.
+    """
+    *begin, keep = draw
+
+    def byte(models):
+        bits = lambda *args: [kept.astype(jnp.uint8) << i for i, kept in enumerate(keep(*args)[models])]
+        return by_rows(x, *begin, lambda *args: functools.reduce(jnp.bitwise_or, bits(*args)))
+
+    return defer(_where, [byte(slice(k, k + 8)) for k in range(0, x.shape[0], 8)], x)
+
+
+def _where(kept: list[UInt8[Array, "..."]], x: Array) -> Array:
+    return jnp.stack([jnp.where(kept[k // 8] >> (k % 8) & 1, one, 0) for k, one in enumerate(models(x))])
 
 
 def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmerge.params._deferred import entries
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, resolve
+from jaxmerge.params._deferred import entries, last
+from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, left, resolve
 from jaxmerge.params.order._sums import sums
 
 
@@ -95,13 +95,12 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        y = entries(x)
-        was, left = NORMS[norm](jnp.concatenate([y, step.merge(plan, y)])).reshape(2, -1)
-        usable = (was >= 1e-7) & (left >= 1e-7)
-        return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
+        was, now = NORMS[norm](jnp.concatenate([entries(x), entries(left(step, plan, x))])).reshape(2, -1)
+        usable = (was >= 1e-7) & (now >= 1e-7)
+        return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, now, 1), 1)}
 
     def merge(plan, x):
-        return _times("factor")(plan, step.merge(plan["mask"], x))
+        return _times("factor")(plan, last(left(step, plan["mask"], x)))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
     return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs, lazy=True))

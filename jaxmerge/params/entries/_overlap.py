@@ -52,9 +52,7 @@ def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
         if not boost:
             return {"factor": jnp.ones(x.shape[0])}
         several = _how_many(x) > 1
-        shared, unique = (
-            q.number(q.count(each(lambda x, mask=mask: _changed(x) & mask, x))) for mask in (several, ~several)
-        )
+        shared, unique = (q.number(q.count(each(lambda x, mask=mask: _changed(x) & mask, x))) for mask in (several, ~several))
         ratio = shared / jnp.maximum(unique, threshold)
         return {"factor": 1 + boost * jnp.clip(ratio, 0, limit)}
 

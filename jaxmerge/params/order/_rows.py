@@ -5,7 +5,7 @@ A row has fewer than 2^32 entries, so that one word counts it. A vector is one r
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int, UInt32
+from jaxtyping import Bool, Int, UInt, UInt32
 
 from jaxmerge.params._layout import whole
 from jaxmerge.params.order import _quantile as q
@@ -60,7 +60,7 @@ def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
     return fastest(invert, sort)(order)
 
 
-def outranks(x: Array, rival: UInt32[Array, "K *rows n"]) -> Bool[Array, "K *rows n"]:
+def outranks(x: Array, rival: UInt[Array, "*rows n"]) -> Bool[Array, "*rows n"]:
     """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no."""
     n = x.shape[-1]
     x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.int32)

@@ -86,6 +86,12 @@ def high_product(a: Array, b: Array) -> Array:
     return a1 * b1 + (a1 * b0 >> 16) + (middle >> 16)
 
 
+def quotient(a: Array, b: Array) -> Array:
+    """a // b, of one b for all; by multiplication, since processors divide integers one by one."""
+    part = high_product(a, np.uint32(0xFFFFFFFF) // b)  # a // b, or one less
+    return part + (a - part * b >= b).astype(jnp.uint32)
+
+
 def to_words(counts) -> UInt32[np.ndarray, "2 K"]:
     """Python integers, or uint64, as (high, low)."""
     counts = np.asarray(counts, np.uint64)
