@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, float32, over, resolve
+from jaxmerge.params._deferred import defer, entries
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, float32, models, resolve
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.order import _quantile as q
-from jaxmerge.params.order._rows import as_rows
+from jaxmerge.params.order._blocks import by_rows
 
 
 def one_model(what: str) -> MergeTransform:
@@ -96,21 +97,27 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
         n = int(np.prod(shape[1:], dtype=object))
         return {"ranks": q.to_words([n - (n - 1) * quarter // 4 for quarter in (1, 2, 3)])}  # from the largest
 
-    def importance(x):
-        rows = as_rows(x)
-        softmax = lambda v: jax.nn.softmax(v, axis=-1) + floor
-        p, base = softmax(rows[1:]), softmax(rows[:1])
-        divergence = jnp.sum(p * jnp.log(p / base), axis=-1, keepdims=True)
+    def divergence(x, start):
+        base, p = (jax.nn.softmax(jnp.atleast_1d(v), axis=-1) + floor for v in models(x))
         # not negative but for rounding, which is as good as 0
-        return jnp.maximum(jnp.abs(rows[1:] - rows[:1]) * divergence, 0).reshape(1, *x.shape[1:])
+        return jnp.maximum(jnp.sum(p * jnp.log(p / base), axis=-1, keepdims=True), 0)
 
     def match(settings, x):
-        quartiles = q.kth_largest([q.magnitude_bits(importance(x))], tuple(jnp.asarray(settings["ranks"])))
+        moved = by_rows(x, divergence)
+        order = lambda importance: q.magnitude_bits(entries(importance))
+        quartiles = q.kth_largest([defer(_importance, moved, x)], tuple(jnp.asarray(settings["ranks"])), order)
         low, median, high = lax.bitcast_convert_type(quartiles, jnp.float32)
-        return {"threshold": (median + spread * (high - low))[None]}
+        return {"threshold": median + spread * (high - low), "divergence": moved}
 
     def merge(plan, x):
+        base, model = models(x)
         # not the other way round: a row with a NaN is taken over, to be seen
-        return jnp.where(importance(x) < over(plan["threshold"], x[:1]), x[:1], x[1:])
+        return jnp.where(_importance(plan["divergence"], x)[0] < plan["threshold"], base, model)[None]
 
-    return atom(Step(settings, match, merge, models=1, needs=(Need("sum", "row"), Need("order", "tensor"))))
+    return atom(Step(settings, match, merge, models=1, needs=(Need("sum", "row"), Need("order", "tensor")), lazy=True))
+
+
+def _importance(divergence: Array, x: Array) -> Array:
+    """(1, *shape): the change of each entry, times how far its row has moved."""
+    base, model = models(x)
+    return (jnp.abs(model - base) * divergence).reshape(1, *base.shape)

@@ -47,9 +47,10 @@ def by_rows(x: Entries, first: Callable[[Array, Array], Any], *then: Callable[[A
             made, f = here, begin
             for then_ in then:
                 made, f = _written(f, made, i), then_
-            return f(made)
+            return _written(f, made, i)
 
-        return lax.map(block, jnp.arange(many)).reshape(rows, *inner)
+        made = lax.map(block, jnp.arange(many))
+        return made.reshape(rows, *made.shape[2:])
 
     split = x.ndim > 2 and math.prod(x.shape[1:]) < 1 << 32  # a vector is one row
     return fastest(blocks, whole)(x) if split else whole(x)
