@@ -164,7 +164,7 @@ def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
-def _words(keys: Array, start: Array, x: Array) -> list[UInt32[Array, "..."]]:
+def _words(keys: Array, start: Array | np.uint32, x: Array) -> list[UInt32[Array, "..."]]:
     """A random word of each model for every entry of x (K, *shape), whose flat indices begin with start."""
     _, _, row, column = coordinates(x.shape[1:])
     words = [word for a, b in jnp.asarray(keys) for word in threefry((a, b), (row, column + start))]

@@ -42,7 +42,7 @@ SAMPLE = 1 << 14
 """Entries of a model that say where to look first."""
 
 
-def magnitude_bits(x: Float[Array, "K ..."]) -> UInt32[Array, "K ..."]:
+def magnitude_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """|x| as an integer of the same order; a NaN is larger than any number."""
     return lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
