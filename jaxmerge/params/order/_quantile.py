@@ -17,7 +17,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, UInt32
 
 from jaxmerge.params._deferred import Entries
-from jaxmerge.params._transform import each, over
+from jaxmerge.params._transform import each, models, over
 from jaxmerge.params.order import _search as search
 from jaxmerge.params.order._devices import fastest
 from jaxmerge.params.order._search import Order
@@ -32,6 +32,7 @@ from jaxmerge.params.order._words import (
     smaller as smaller,
     subtract as subtract,
     to_words as to_words,
+    together as together,
 )
 
 INF = np.uint32(0x7F800000)
@@ -120,9 +121,11 @@ def typical(leaves: list[Entries], k: Words, order: Order) -> UInt32[Array, "4 _
     values, many = jnp.tile(values, (k[0].shape[0] // models, 1)), values.shape[1]
     part = number(k) / size
     deviation = jnp.sqrt(part * (1 - part) * many) + 1
-    place = ((1 - part) * many)[None] + np.array([[-4.5], [-1.5], [1.5], [4.5]], np.float32) * deviation[None]
-    place = jnp.clip(place, 0, many - 1).astype(jnp.int32)
-    return jnp.take_along_axis(values, place.T, axis=1, mode="promise_in_bounds").T
+    at = lambda d: jnp.take_along_axis(values, place(d)[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+    place = lambda d: jnp.clip((1 - part) * many + d * deviation, 0, many - 1).astype(jnp.int32)
+    middle = at(0.0)
+    tied = (at(-1.5) == middle) | (middle == at(1.5))  # many tie: is it that value, or are more than k above it?
+    return jnp.stack([at(-4.5), jnp.where(tied, middle, at(-1.5)), jnp.where(tied, middle + 1, at(1.5)), at(4.5)])
 
 
 def _every(x: Array, step: int) -> Array:
@@ -201,20 +204,19 @@ def first(
         return jnp.stack([r, c])
 
     def look(x, there, kept):
-        """The last one kept is the `kept`-th largest of the indices, counted from the end."""
+        """Count the chosen in each run of neighbours: in the run where the quota is reached, entry by entry."""
+        in_runs = lambda x: [chosen.reshape(-1, search.run(x)) for chosen in models(choose(x))]
+        reached = [jnp.cumsum(together(runs, (1,))) for runs in in_runs(x)]
+        run = [jnp.sum(n < k, dtype=jnp.int32) for n, k in zip(reached, kept[1], strict=True)]
+        run, x = lax.optimization_barrier((run, x))  # read again, or XLA keeps what was chosen
+        cuts = []
+        for k, runs in enumerate(in_runs(x)):
+            here = lax.dynamic_index_in_dim(runs, run[k], keepdims=False)
+            left = kept[1][k] - jnp.where(run[k] > 0, reached[k][run[k] - 1], 0)
+            cuts.append(run[k].astype(jnp.uint32) * runs.shape[1] + 1 + jnp.sum(jnp.cumsum(here, dtype=jnp.uint32) < left))
         all_of_them = at_least(kept, there)
-
-        def from_end(x):
-            return jnp.where(choose(x), np.uint32(columns) - coordinates(x.shape[1:])[3][None], 0)
-
-        at_least_one = kept[0], jnp.maximum(kept[1], 1)
-        some = there[0], jnp.maximum(there[1], 1)
-        part = number(kept) / number(some)
-        about = jnp.array([0.01, 0.002, -0.002, -0.01])[:, None] + (1 - part)[None]
-        about = (jnp.clip(about, 0, 1) * np.float32(columns * (1 - 2**-20))).astype(jnp.uint32)
-        last, _, _ = search.kth_largest([x], at_least_one, from_end, bits=columns.bit_length(), start=about, there=some)
         none = (kept[0] | kept[1]) == 0
-        cut = jnp.where(all_of_them | none, 0, np.uint32(columns + 1) - last)
+        cut = jnp.where(all_of_them | none, 0, jnp.stack(cuts).astype(jnp.uint32))
         return jnp.stack([(all_of_them & ~none).astype(jnp.uint32), cut])
 
     def whole(x, there, kept):  # all or none: nearly always, and then no further pass over the leaf

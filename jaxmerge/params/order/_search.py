@@ -69,7 +69,6 @@ def kth_largest(
     *,
     bits: int,
     start: UInt32[Array, "pivots _"] | None = None,
-    there: w.Words | None = None,
 ) -> tuple[UInt32[Array, "_"], w.Words, w.Words]:
     """The k-th largest pattern (of so many bits) of each model over all the leaves, and how many are above it and at least it.
 
@@ -77,10 +76,9 @@ def kth_largest(
       leaves: (K, *shape) each.
       k: (n K,), from 1: the first order statistic of every model, the second, ...
       start: the first pivots.
-      there: how many patterns are not 0, where that is known; k is at most as large.
     """
     nothing = jnp.zeros_like(k[1])
-    runs = sum(math.prod(x.shape[1:]) // _run(x) for x in leaves)
+    runs = sum(math.prod(x.shape[1:]) // run(x) for x in leaves)
     few = max(round((runs * runs / 8) ** (1 / 3)), 1)  # at random, one in fifty times three of them fall into one run
 
     def left(lo, hi, below, above):
@@ -136,11 +134,8 @@ def kth_largest(
 
     lo, hi = nothing, jnp.full_like(nothing, (1 << bits) - 1)
     never = jnp.zeros(nothing.shape, bool)
-    if there is not None:
-        lo, everything = lo + 1, there
-    else:
-        high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
-        everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
+    high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
+    everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
     bracket = lo, hi, everything, (nothing, nothing)
     start = _between(*bracket, k=k, stalled=~never) if start is None else jnp.clip(start, 1, hi[None])
     state = (*bracket, start, never, jnp.bool_(False))
@@ -148,7 +143,7 @@ def kth_largest(
     return found, above, below
 
 
-def _run(x: Entries) -> int:
+def run(x: Entries) -> int:
     """How many neighbours along the last axis make a run: as many as divide it, or all of it."""
     n = x.shape[-1] if x.ndim > 1 else 1
     return next((r for r in range(min(RUN, n), 31, -1) if n % r == 0), n)
@@ -159,7 +154,7 @@ def _ends(x: Entries, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array,
     models, bits = x.shape[0], order(x)
     found = []
     for k in range(models):
-        one, operands = bits[k].reshape(*bits.shape[1:-1], -1, _run(x)), []
+        one, operands = bits[k].reshape(*bits.shape[1:-1], -1, run(x)), []
         for i in range(k, lo.shape[0], models):
             inside = (one >= lo[i]) & (one <= hi[i])
             operands += [inside.astype(jnp.uint32), jnp.where(inside, one, TOP), jnp.where(inside, one, np.uint32(0))]
@@ -181,7 +176,8 @@ def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
 
 def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, stalled: Array) -> UInt32[Array, "pivots _"]:
     """Pivots above lo and up to hi: about the k-th, give or take what a sample of as many scatters, on a line of the logarithm
-    of the rank, as tails are; or evenly, where that did not narrow the bracket enough the last time."""
+    of the rank, as tails are. Where that did not narrow the bracket enough, many may tie: at an end, or at the roundest pattern
+    between, as they do in coarse data."""
     inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
     deviation = jnp.sqrt(rank / inside * (inside - rank))
     near, far = 1.5 * deviation + 1, 4.5 * deviation + 3
@@ -193,9 +189,12 @@ def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words
     ]
     whole = jnp.log1p(inside / start)
     wide = hi - lo
+    differing = jnp.minimum(31 - lax.clz(lo ^ hi), 31)  # the highest bit: 1 in hi
+    round_ = hi >> differing << differing
     pivots = []
-    for i, r in enumerate(ranks):
-        place = jnp.where(stalled, (i + 1) / (PIVOTS + 1), jnp.log1p(r / (inside - r + start)) / whole)
+    for r, coarse in zip(ranks, (lo + 1, round_, round_ + 1, hi), strict=True):
+        place = jnp.log1p(r / (inside - r + start)) / whole
         step = jnp.clip(place * wide.astype(jnp.float32), 0, 2.0**32 - 256).astype(jnp.uint32)
-        pivots.append(lo + jnp.minimum(step, jnp.maximum(wide, 1) - 1) + 1)
+        pivot = lo + jnp.minimum(step, jnp.maximum(wide, 1) - 1) + 1
+        pivots.append(jnp.where(stalled, jnp.minimum(coarse, jnp.maximum(hi, 1)), pivot))
     return jnp.stack(pivots)

@@ -20,13 +20,17 @@ def count(mask: Bool[Array, "K ..."], word: int = 32) -> Words:
     def reduce(mask):
         return jnp.sum(mask, axis=inner, dtype=jnp.uint32)
 
-    def together(mask):  # XLA writes an array for a single reduction on the CPU, but makes two a loop
-        both = lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1]))
-        ones = [mask[k : k + 1].astype(jnp.uint32) for k in range(mask.shape[0])]
-        sums = [lax.optimization_barrier(lax.reduce((v, v), (np.uint32(0), np.uint32(0)), both, inner)) for v in ones]
-        return jnp.concatenate([n for n, _ in sums])
+    def by_model(mask):
+        return jnp.concatenate([together(mask[k : k + 1], inner) for k in range(mask.shape[0])])
 
-    return widened(fastest(together, reduce)(mask), mask.shape, most, word)
+    return widened(fastest(by_model, reduce)(mask), mask.shape, most, word)
+
+
+def together(mask: Bool[Array, "..."], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """How many are true over the axes. XLA writes an array for a single reduction on the CPU, but makes two a loop."""
+    one = mask.astype(jnp.uint32)
+    both = lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1]))
+    return lax.optimization_barrier(lax.reduce((one, one), (np.uint32(0), np.uint32(0)), both, axes))[0]
 
 
 def inner_axes(shape: tuple[int, ...], word: int = 32) -> tuple[tuple[int, ...], int]:
