@@ -101,14 +101,7 @@ def step(
             else:
                 v = plgpu.load(here, optimized=False)
             v = plgpu.layout_cast(v, plgpu.Layout.WGMMA)
-            peak = jnp.max(jnp.abs(v), axis=1)
-            exponent = lax.bitcast_convert_type(peak, jnp.int32) & 0x7F800000
-            sound = (peak > 0) & (exponent < 0x7F800000)
-            scale = lax.bitcast_convert_type(jnp.maximum(0x7F000000 - exponent, 0x00800000), jnp.float32)
-            wide = lambda c: lax.broadcast_in_dim(c, v.shape, (0,))
-            v = jnp.where(wide(sound), v * wide(scale), 0.0)
-            square = jnp.sum(v * v, axis=1)
-            inverse[rows(tile)] = jnp.where(sound, lax.rsqrt(square), 0.0)
+            v, inverse[rows(tile)] = mgpu.unit(v)
             for p in range(parts):
                 part = v.astype(jnp.bfloat16)
                 tiles[p * (ta + tb) + tile] = part
@@ -136,7 +129,7 @@ def step(
 
                 score = pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))
                 at = rows(ta + other)
-                score = score * wide(_columns(inverse.at[at])) + wide(_columns(open_b.at[rows(other)]))
+                score = score * wide(mgpu.columns(inverse.at[at])) + wide(mgpu.columns(open_b.at[rows(other)]))
                 high = jnp.max(score, axis=1)
                 where = jnp.min(jnp.where(score == tall(high), column, NONE), axis=1) + other * TILE
                 better = high > highest
@@ -144,7 +137,7 @@ def step(
 
             none = _row(jnp.full((TILE,), -jnp.inf, jnp.float32)), _row(jnp.full((TILE,), 0, jnp.int32))
             highest, index = lax.fori_loop(0, tb, against, none)
-            best[rows(tile)] = highest * _rows(inverse.at[rows(tile)]) + _rows(open_a.at[rows(tile)])
+            best[rows(tile)] = highest * mgpu.rows(inverse.at[rows(tile)]) + mgpu.rows(open_a.at[rows(tile)])
             to[rows(tile)] = index
 
         each(ta, match)
@@ -158,10 +151,10 @@ def step(
         zero = lambda: _row(jnp.full((TILE,), 0, jnp.int32))
 
         def order(tile):
-            mine = tall(_rows(best.at[rows(tile)]))
+            mine = tall(mgpu.rows(best.at[rows(tile)]))
 
             def against(other, sum):
-                theirs = wide(_columns(best.at[rows(other)]))
+                theirs = wide(mgpu.columns(best.at[rows(other)]))
                 before = iota(1) + other * TILE < iota(0) + tile * TILE
                 return sum + count((theirs > mine) | ((theirs == mine) & before))
 
@@ -173,17 +166,17 @@ def step(
         # -- how many stay up to each source; the edges, by rank
         def number(tile):
             def against(other, sum):
-                stays = wide(_columns(rank.at[rows(other)])) >= r
+                stays = wide(mgpu.columns(rank.at[rows(other)])) >= r
                 return sum + count(stays & (iota(1) + other * TILE <= iota(0) + tile * TILE))
 
             stay[rows(tile)] = lax.fori_loop(0, tile + 1, against, zero())
 
         def compact(tile):
             def against(other, sums):
-                here = wide(_columns(rank.at[rows(other)])) == iota(0) + tile * TILE
+                here = wide(mgpu.columns(rank.at[rows(other)])) == iota(0) + tile * TILE
                 source, destination = sums
                 source += jnp.sum(jnp.where(here, iota(1) + other * TILE, 0), axis=1)
-                destination += jnp.sum(jnp.where(here, wide(_columns(to.at[rows(other)])), 0), axis=1)
+                destination += jnp.sum(jnp.where(here, wide(mgpu.columns(to.at[rows(other)])), 0), axis=1)
                 return source, destination
 
             source, destination = lax.fori_loop(0, ta, against, (zero(), zero()))
@@ -196,10 +189,10 @@ def step(
 
         # -- chains of edges with one destination
         def link(tile):
-            mine = tall(_rows(edge.at[1, rows(tile)]))
+            mine = tall(mgpu.rows(edge.at[1, rows(tile)]))
 
             def against(other, least):
-                same = wide(_columns(edge.at[1, rows(other)])) == mine
+                same = wide(mgpu.columns(edge.at[1, rows(other)])) == mine
                 at = iota(1) + other * TILE
                 later = same & (at > iota(0) + tile * TILE) & (at < r)
                 return jnp.minimum(least, jnp.min(jnp.where(later, at, NONE), axis=1))
@@ -209,7 +202,7 @@ def step(
         def begin(tile):
             def against(other, least):
                 at = iota(1) + other * TILE
-                here = (wide(_columns(edge.at[1, rows(other)])) == iota(0) + tile * TILE) & (at < r)
+                here = (wide(mgpu.columns(edge.at[1, rows(other)])) == iota(0) + tile * TILE) & (at < r)
                 return jnp.minimum(least, jnp.min(jnp.where(here, at, NONE), axis=1))
 
             first[rows(tile)] = lax.fori_loop(0, tr, against, zero() + NONE)
@@ -275,11 +268,9 @@ def step(
                         y[b, at, :] = (sum * (1 / mass)).astype(x.dtype)
                         y_size[b, at] = mass
 
-    swizzle = plgpu.find_swizzle(k * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
     scratch = dict(
         raw=plgpu.SMEM((threads, TILE, k), metric.dtype) if parts == 1 else None,
-        tiles=plgpu.SMEM((parts * (ta + tb), TILE, k), jnp.bfloat16, transforms=transforms),
+        tiles=plgpu.SMEM((parts * (ta + tb), TILE, k), jnp.bfloat16, transforms=mgpu.tiled(k)),
         inverse=plgpu.SMEM(((ta + tb) * TILE,), jnp.float32),
         best=plgpu.SMEM((ta * TILE,), jnp.float32),
         to=plgpu.SMEM((ta * TILE,), jnp.int32),
@@ -316,5 +307,3 @@ def _splits(B, na, threads):
 
 
 _row = lambda v: plgpu.layout_cast(v, plgpu.Layout.WGMMA.reduce(1))
-_rows = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-_columns = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
