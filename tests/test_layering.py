@@ -24,15 +24,17 @@ ALLOWED = {
 BELOW = {
     "_segments": set(),
     "_collectives": set(),
-    "_plan": {"_segments"},
+    "_rank": {"_segments"},
+    "_kernels": {"_segments", "_rank"},
+    "_plan": {"_segments", "_kernels"},
     "attention": {"_plan"},
-    "tokens": {"_plan", "_segments", "attention"},
+    "tokens": {"_plan", "_segments", "_rank", "_kernels", "attention"},
     "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
     "params": {"_plan", "_collectives"},
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
-    "cli": {"_plan", "params", "checkpoint"},
+    "cli": {"_plan", "_kernels", "params", "checkpoint"},
 }
 
 

@@ -66,9 +66,9 @@ What carries weights (FcaFormer, TokenFLEX, Token-Shuffle, FlexDiT, CrossLMM, AR
 rates) is in `models.reducers`; attention over tokens that were merged, as if they were not (DyMU, 22), in `jaxmerge.virtual`.
 """
 
+from jaxmerge._rank import ranks as ranks
 from jaxmerge.tokens._guide import negative_merge as negative_merge
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
-from jaxmerge.tokens._rank import ranks as ranks
 from jaxmerge.tokens.clustering import (
     Weighted as Weighted,
     Windows as Windows,

@@ -2,15 +2,12 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
-
-AT_ONCE = 256
-"""Queries whose scores stand in memory at the same time: few enough for a cache, many enough for the matrix unit."""
+from jaxmerge._kernels.match.ref import cosine as cosine, search, unit as unit
 
 
 class Nearest(NamedTuple):
@@ -55,46 +52,7 @@ def nearest(
         raise ValueError("nearest: there must be at least one key.")
     batch, n, m = queries.shape[:-2], queries.shape[-2], keys.shape[-2]
     if mask is not None:
-        rows = jnp.zeros_like(queries, bool).any(axis=-1, keepdims=True)  # no row is read: for the queries' layout
-        mask = jnp.broadcast_to(mask, (*batch, n, m)) | rows
-    search = segments.batched(_search, len(batch))
-    return Nearest(*search(unit(lax.stop_gradient(queries)), unit(lax.stop_gradient(keys)), mask))
-
-
-def _search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[Array, "n m"] | None) -> tuple[Array, Array]:
-    """For each unit query the largest cosine, and the first key that has it.
-
-    Many queries are taken some at a time, so that their scores are still near when they are read again. Keys come first in
-    the scores, so that both reductions run over whole vectors of queries; an arg-max runs over single numbers.
-    """
-
-    def best(some):
-        queries, mask = some
-        score = segments.matmul(keys, queries.T)
-        if mask is not None:
-            score = jnp.where(mask.T, score, -jnp.inf)
-        highest = score.max(axis=0)
-        position = lax.broadcasted_iota(jnp.int32, score.shape, 0)
-        return highest, jnp.min(jnp.where(score == highest[None, :], position, len(keys)), axis=0)
-
-    n = len(queries)
-    if n <= 2 * AT_ONCE:
-        return best((queries, mask))
-    rounds = -(-n // AT_ONCE)
-    split = lambda x: jnp.pad(x, ((0, -n % rounds), (0, 0))).reshape(rounds, -1, x.shape[-1])
-    found = lax.map(best, jax.tree.map(split, (queries, mask)))
-    return jax.tree.map(lambda x: x.reshape(-1)[:n], found)
-
-
-def cosine(a: Float[Array, "*batch n d"], b: Float[Array, "*batch m d"]) -> Float[Array, "*batch n m"]:
-    """All cosines, in float32: "highest", because one bfloat16 pass would order near-equal pairs unlike other machines."""
-    return segments.matmul(unit(a), jnp.swapaxes(unit(b), -1, -2))
-
-
-def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
-    """Rows of length 1, in float32. Scaled by their largest entry first, so that no square overflows or vanishes."""
-    x = x.astype(segments.accumulator(x.dtype))
-    peak = jnp.abs(x).max(axis=-1, keepdims=True)
-    sound = (peak > 0) & jnp.isfinite(peak)
-    x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
-    return x / jnp.sqrt(jnp.where(sound, jnp.sum(x * x, axis=-1, keepdims=True), 1))  # the root of 0 has no gradient
+        row = jnp.zeros_like(queries, bool).any(axis=-1, keepdims=True)  # no row is read: for the queries' layout
+        mask = jnp.broadcast_to(mask, (*batch, n, m)) | row
+    rows = segments.batched(search, len(batch))
+    return Nearest(*rows(unit(lax.stop_gradient(queries)), unit(lax.stop_gradient(keys)), mask))

@@ -3,16 +3,13 @@
 import operator
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import ArrayLike, Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.step.ref import segment_ids
 from jaxmerge._plan import Plan, identity
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
-from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import highest
 
 
 def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
@@ -61,7 +58,7 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
     r = checked_r(name, r, _largest(n, fixed), why)
     if r == 0:
         return identity(n, like=metric)
-    match = segments.batched(lambda x: _match(x, r, fixed), metric.ndim - 2)
+    match = segments.batched(lambda x: segment_ids(x, r, fixed), metric.ndim - 2)
     return Plan(match(metric), n - r)
 
 
@@ -120,21 +117,3 @@ def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int |
 def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
     """The most that can merge: ToMe's (n - protected) // 2 where the protected tokens come first."""
     return min((~protected[::2]).sum().item(), (~protected[1::2]).sum().item())
-
-
-def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
-    """Segment ids of one row of the batch."""
-    a, b = x[::2], x[1::2]
-    closed = np.flatnonzero(protected[1::2])
-    best, to = nearest(a, b if len(closed) == 0 else b[np.flatnonzero(~protected[1::2])])
-    before = closed - np.arange(len(closed))  # protected destinations were left out: count them in again
-    to = to + (to[:, None] >= before[None, :]).sum(axis=-1, dtype=jnp.int32)
-    source = highest(jnp.where(protected[::2], -jnp.inf, best), r)
-
-    # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
-    i = jnp.arange(len(a))
-    stay = jnp.cumsum(~source, dtype=jnp.int32)
-    odd = stay[: len(b)] + i[: len(b)].astype(jnp.int32)
-    even = jnp.where(source, odd.at[to].get(mode="promise_in_bounds"), stay - 1 + i.astype(jnp.int32))
-    odd = jnp.concatenate([odd, odd[:1]]) if len(a) > len(b) else odd
-    return jnp.stack([even, odd], axis=-1).reshape(-1)[: len(x)]

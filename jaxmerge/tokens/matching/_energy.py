@@ -1,23 +1,21 @@
 """PiToMe: tokens that resemble many others have high energy and merge; the rare ones are protected."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match.ref import Kernel, resemblance
 from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge._rank import highest, ranks
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import cosine
-from jaxmerge.tokens._rank import highest, ranks
 from jaxmerge.tokens.matching._two_sided import look, per_row, sent
 
-Kernel = Literal["shifted", "paper", "gaussian"]
 Split = Literal["alternate", "halves", "all"]
 
 
@@ -48,19 +46,12 @@ def energy(
     Source: PiToMe (arXiv:2405.16148).
     """
     metric = checked_metric("energy", metric)
-    w = cosine(metric, metric)
-    if kernel == "shifted":
-        f = jax.nn.elu(w - margin, alpha)
-    elif kernel == "paper":
-        f = jnp.where(w >= margin, w, alpha * jnp.expm1(jnp.minimum(w - margin, 0)))
-    elif kernel == "gaussian":
-        s = 1 - margin
-        if s <= 0:
-            raise ValueError(f'energy: kernel="gaussian" has width 1 - margin, so margin must be below 1; got {margin}.')
-        f = jnp.exp(-(((1 - w) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
-    else:
+    if kernel not in ("shifted", "paper", "gaussian"):
         raise ValueError(f'energy: kernel must be "shifted", "paper" or "gaussian", got {kernel!r}.')
-    return f.mean(axis=-1)
+    if kernel == "gaussian" and margin >= 1:
+        raise ValueError(f'energy: kernel="gaussian" has width 1 - margin, so margin must be below 1; got {margin}.')
+    w = cosine(metric, metric)
+    return resemblance(w, margin, kernel, alpha).mean(axis=-1)
 
 
 def energy_matching(

@@ -1,0 +1,1 @@
+"""Segment sums and means of a plan, and their transpose."""

@@ -1,0 +1,1 @@
+"""A whole step of Token Merging: match, choose, merge."""
