@@ -8,6 +8,7 @@ At this level there is one batch axis B, and nothing is checked: the public func
     step(metric, x, sizes) (B n k), (B n d)  ->  x (B n-r d), sizes (B n-r), ids (B n) a whole step of Token Merging
     pack(keep, x)          (B n), (B n d)    ->  x (B c d), positions (B c), count (B) the kept rows, to the left
 
-An implementation module offers the functions of its `ref` with the same arguments, and two more that take the same
-arguments as shapes: `refusals(...)`, every reason why it cannot, and `faster(..., kind=)`, whether it is worth it on a device.
+An implementation module offers the functions of its `ref` with the same arguments, and `refusals(op, ...)`, every reason why
+it cannot, and `faster(op, ..., kind=)`, whether it is worth it on a kind of device: `op` is the function's name, the rest its
+arguments as shapes. Derivatives are taken once for all implementations, in the `__init__` of each folder.
 """

@@ -17,10 +17,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType, PartitionSpec as P
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
-OPS = ("match", "merge", "step", "pack")
+FOLDERS = {
+    "match": "match",
+    "energy": "match",
+    "nearest_k": "match",
+    "merge": "merge",
+    "unmerge": "merge",
+    "step": "step",
+    "pack": "pack",
+}
+"""Each operation, and the folder of its implementations."""
 KERNELS: dict[str, str] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 """Kernel implementations, and the platform that each is for."""
 AUTO = (
@@ -93,7 +103,7 @@ def run(
     chosen, layout = choose(op, arrays, roles, implementation=implementation, **static)
     if chosen == "xla":
         return xla()
-    module, rank = importlib.import_module(f"jaxmerge._kernels.{op}.{chosen}"), _rank(arrays, roles)
+    module, rank = _module(op, chosen), _rank(arrays, roles)
     given = [i for i, x in enumerate(arrays) if x is not None]
 
     def flat(*some):
@@ -155,19 +165,19 @@ def refusals(op: str, implementation: str, shapes: Sequence[Any] | None = None, 
         return [*why, module]
     if hasattr(module, "device_refusals"):
         why += module.device_refusals(here.kind)
-    return why if shapes is None else why + module.refusals(*shapes, **static)
+    return why if shapes is None else why + module.refusals(op, *shapes, **static)
 
 
 def faster(op: str, implementation: str, shapes: Sequence[Any], *, kind: str, **static: Any) -> bool:
     """Whether a kernel that can run is believed to beat XLA on this kind of device."""
-    return importlib.import_module(f"jaxmerge._kernels.{op}.{implementation}").faster(*shapes, kind=kind, **static)
+    return _module(op, implementation).faster(op, *shapes, kind=kind, **static)
 
 
 def layout_of(arrays: Sequence[Any], roles: Sequence[str]) -> tuple[Layout, list[str]]:
     """Where the arrays lie, and every reason why a kernel cannot run there."""
     alone = Layout(None, (), None)
     given = [(x, role) for x, role in zip(arrays, roles, strict=True) if x is not None]
-    traced = any(isinstance(x, jax.core.Tracer) for x, _ in given)
+    traced = any(isinstance(x, Tracer) for x, _ in given)
     shardings = [jax.typeof(x).sharding for x, _ in given]
     mesh = next((s.mesh for s in shardings if not s.mesh.empty), jax.sharding.get_abstract_mesh())
     kinds = set(mesh.axis_types) if not mesh.empty else set()
@@ -176,7 +186,7 @@ def layout_of(arrays: Sequence[Any], roles: Sequence[str]) -> tuple[Layout, list
     if AxisType.Auto in kinds:
         return alone, [AUTO]
     if not kinds:
-        several = {len(x.sharding.device_set) for x, _ in given if not isinstance(x, jax.core.Tracer)} - {1}
+        several = {len(x.sharding.device_set) for x, _ in given if not isinstance(x, Tracer)} - {1}
         if several or (traced and _target.get() is None and jax.device_count() > 1):
             return alone, [UNSEEN.format(jax.device_count())]
         return alone, []
@@ -224,7 +234,7 @@ def _rank(arrays: Sequence[Any], roles: Sequence[str]) -> int:
 
 def _module(op: str, implementation: str) -> Any:
     """The module, or the reason why there is none."""
-    name = f"jaxmerge._kernels.{op}.{implementation}"
+    name = f"jaxmerge._kernels.{FOLDERS[op]}.{implementation}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
