@@ -169,7 +169,10 @@ def refusals(op: str, implementation: str, shapes: Sequence[Any] | None = None, 
 
 
 def faster(op: str, implementation: str, shapes: Sequence[Any], *, kind: str, **static: Any) -> bool:
-    """Whether a kernel that can run is believed to beat XLA on this kind of device."""
+    """Whether a kernel that can run beats XLA on this kind of device: as measured, or else as its model of the chip says."""
+    measured = tuned(op, implementation, kind, shapes, **static)
+    if "us" in measured:
+        return measured["us"] < measured["xla_us"]
     return _module(op, implementation).faster(op, *shapes, kind=kind, **static)
 
 
@@ -220,12 +223,27 @@ def flat_shapes(arrays: Sequence[Any], roles: Sequence[str]) -> list[Any]:
     return shapes
 
 
+def tuned(op: str, implementation: str, kind: str, shapes: Sequence[Any], **static: Any) -> dict[str, Any]:
+    """What `scripts.tune` found for these shapes on a kind of device: the options of the fastest call, "us" that it takes and
+    "xla_us" that XLA does. Empty where it never ran."""
+    return _table(kind).get(f"{op}.{implementation}", {}).get(shape_key(shapes, **static), {})
+
+
+def shape_key(shapes: Sequence[Any], **static: Any) -> str:
+    """The name of a case in the tables: shapes without the batch, dtypes, and the numbers that are compiled in."""
+    arrays = ["x".join(map(str, x.shape[1:])) + f":{x.dtype}" for x in shapes if x is not None]
+    return " ".join(arrays + [f"{k}={v}" for k, v in sorted(static.items()) if isinstance(v, int | float | str)])
+
+
+def table_path(kind: str) -> pathlib.Path:
+    """Where what was measured on a kind of device is kept."""
+    return pathlib.Path(__file__).parent / "tuned" / f"{kind.replace(' ', '_').lower()}.json"
+
+
 @functools.cache
-def tuned(op: str, implementation: str, kind: str) -> dict[str, Any]:
-    """What `scripts.tune` measured for a kind of device: `{"key of the shapes": {"block": ...}}`; empty where it never ran."""
-    name = kind.replace(" ", "_").lower() or "none"
-    path = pathlib.Path(__file__).parent / "tuned" / f"{name}.json"
-    return json.loads(path.read_text()).get(f"{op}.{implementation}", {}) if path.exists() else {}
+def _table(kind: str) -> dict[str, Any]:
+    path = table_path(kind)
+    return json.loads(path.read_text()) if kind and path.exists() else {}
 
 
 def _rank(arrays: Sequence[Any], roles: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels._dispatch import Implementation
+from jaxmerge._kernels.match import match
 from jaxmerge._kernels.match.ref import cosine as cosine, search, unit as unit
 
 
@@ -22,6 +24,7 @@ def nearest(
     keys: Float[ArrayLike, "*batch m d"],
     *,
     mask: Bool[ArrayLike, "*#batch n m"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Nearest:
     """For each query the key of largest cosine; of equal ones the first.
 
@@ -30,12 +33,14 @@ def nearest(
         to every other.
       mask: True where a query may look at a key; broadcasts over the batch. A query that may look at none has similarity
         -inf, index 0.
+      implementation: "xla", or a kernel ("mosaic_tpu", "mosaic_gpu"), in which no score reaches memory. None takes the kernel
+        where it is known to run and believed to be faster; `jaxmerge doctor` says where. None of them knows a mask.
 
     Law:
       the answer does not change when rows are scaled by powers of two; nearest(x, x) is the identity on distinct directions.
 
     Raises:
-      ValueError: no keys; batch shapes or d differ.
+      ValueError: no keys; batch shapes or d differ; the implementation cannot run here (all reasons are named).
 
     No gradient flows through it: take rows of `keys` by `index` where you need one.
 
@@ -51,8 +56,13 @@ def nearest(
     if keys.shape[-2] == 0:
         raise ValueError("nearest: there must be at least one key.")
     batch, n, m = queries.shape[:-2], queries.shape[-2], keys.shape[-2]
+    queries, keys = lax.stop_gradient(queries), lax.stop_gradient(keys)
     if mask is not None:
+        if implementation not in (None, "xla"):
+            raise ValueError(f'nearest: {implementation} takes no mask; leave it out, or use implementation="xla".')
         row = jnp.zeros_like(queries, bool).any(axis=-1, keepdims=True)  # no row is read: for the queries' layout
         mask = jnp.broadcast_to(mask, (*batch, n, m)) | row
-    rows = segments.batched(search, len(batch))
-    return Nearest(*rows(unit(lax.stop_gradient(queries)), unit(lax.stop_gradient(keys)), mask))
+    xla = lambda: segments.batched(search, len(batch))(unit(queries), unit(keys), mask)
+    if mask is not None:
+        return Nearest(*xla())
+    return Nearest(*match(queries, keys, implementation=implementation, xla=xla))

@@ -22,6 +22,7 @@ from jaxmerge._kernels._dispatch import target, tuned
 BLOCKS = {16384: (512, 512), 2**31: (256, 128)}
 """Positions in a block, segments in a tile, up to so many positions: many steps cost time where all meet, large ones where few
 do, and beyond some length only plans that keep the order are worth it."""
+CANDIDATES = {op: tuple({"block": (a, b)} for a in (256, 512, 1024) for b in (128, 256, 512)) for op in ("merge", "unmerge")}
 MOST_PAIRS = 2**17
 """Pairs are listed in scalar memory."""
 
@@ -38,7 +39,7 @@ def merge(
 ) -> tuple[Array, Array]:
     """`ref.merge`."""
     batch, n, d = x.shape
-    cut = _Cut(n, m, _block("merge", n, m, d, block))
+    cut = _Cut(n, m, _block("merge", (ids, x, weight), n, block, m=m, mean=mean))
     ids, positions = cut.ids(ids), [] if weight is None else [cut.padded(weight, 0.0)]
     pairs, count = cut.pairs(ids, outer="tile")
 
@@ -84,7 +85,7 @@ def unmerge(
     """`ref.unmerge`."""
     batch, m, d = y.shape
     n = ids.shape[1]
-    cut = _Cut(n, m, _block("unmerge", n, m, d, block))
+    cut = _Cut(n, m, _block("unmerge", (ids, y, before, after), n, block))
     ids, positions = cut.ids(ids), [] if after is None else [cut.padded(after, 0.0)]
     segments = [] if before is None else [before.astype(jnp.float32)[:, None, :]]
     pairs, count = cut.pairs(ids, outer="block")
@@ -124,14 +125,15 @@ def unmerge(
 def refusals(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False) -> list[str]:
     """Why this merge or unmerge cannot be a kernel."""
     n, d = ids.shape[1], x.shape[2]
-    m = x.shape[1] if m is None else m
+    m = x.shape[1] if op == "unmerge" else m or 0
     why = []
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         why.append(f"rows are {x.dtype}: bfloat16 or float32")
     if min(n, m, d) == 0:
         why.append(f"n={n}, m={m}, d={d}: there is nothing to do")
         return why
-    cut = _Cut(n, m, _block(op, n, m, d, None))
+    static = {"m": m, "mean": mean} if op == "merge" else {}
+    cut = _Cut(n, m, _block(op, (ids, x, *rest), n, None, **static))
     if (pairs := x.shape[0] * cut.blocks * cut.tiles) > MOST_PAIRS:
         why.append(
             f"up to {pairs} pairs of blocks, more than the {MOST_PAIRS} that scalar memory lists: merge fewer rows at once"
@@ -285,8 +287,8 @@ def _call(
     )(pairs, count, ids, x, *(p.astype(jnp.float32) for p in positions), *segments)
 
 
-def _block(op: str, n: int, m: int, d: int, block: tuple[int, int] | None) -> tuple[int, int]:
-    measured = tuned(op, "mosaic_tpu", target().kind).get(f"n={n} m={m} d={d}", {}).get("block")
+def _block(op: str, shapes: tuple, n: int, block: tuple[int, int] | None, **static: Any) -> tuple[int, int]:
+    measured = tuned(op, "mosaic_tpu", target().kind, shapes, **static).get("block")
     return block or measured or next(block for most, block in BLOCKS.items() if n <= most)
 
 

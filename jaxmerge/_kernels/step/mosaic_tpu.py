@@ -18,6 +18,7 @@ from jaxtyping import Float
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target, tuned
 
+CANDIDATES = {"step": ({"rows": 1}, {"rows": 2}, {"rows": 4}, {"rows": 8})}
 MOST_TOKENS = 2048
 MOST_RUNS = 16
 
@@ -36,7 +37,7 @@ def step(
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
-    rows = rows or tuned("step", "mosaic_tpu", here.kind).get(f"n={n} d={d}", {}).get("rows")
+    rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes), r=r).get("rows")
     rows = tpu.divisor(batch, rows or max(1, tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
     moved = metric.size * item(metric) + (x.size + batch * m * d) * item(x) + 4 * batch * (n * (1 + (sizes is not None)) + m)
@@ -55,7 +56,7 @@ def step(
             tpu.out((batch, 1, m), jnp.float32, x),
             tpu.out((batch, 1, n), jnp.int32, x),
         ],
-        compiler_params=tpu.params(("parallel",), _need(rows, n, k, d, r, metric.dtype, x.dtype)),
+        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, r)),
         cost_estimate=tpu.cost(flops, moved, batch * (n + m)),
         interpret=interpret,
         name="token_merge_step",
@@ -72,7 +73,7 @@ def refusals(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tup
             why.append(f"{name} is {a.dtype}: bfloat16 or float32")
     if n > MOST_TOKENS:
         why.append(f"{n} tokens: all n x n comparisons are held on chip, for at most {MOST_TOKENS}")
-    elif (need := _need(1, n, metric.shape[-1], d, r, metric.dtype, x.dtype)) > 0.9 * tpu.vmem(target().kind):
+    elif (need := _need(1, metric, x, r)) > 0.9 * tpu.vmem(target().kind):
         why.append(f"a row takes {need >> 20} MiB on chip, more than the {tpu.vmem(target().kind) >> 20} MiB there are")
     if not 0 < r < n:
         why.append(f"r={r}: there is nothing to do")
@@ -140,10 +141,11 @@ def _passes(dtype: Any, weighted: bool) -> int:
     return 3 if dtype == jnp.float32 else 2 if weighted else 1
 
 
-def _need(rows: int, n: int, k: int, d: int, r: int, metric_dtype: Any, dtype: Any) -> int:
+def _need(rows: int, metric: Any, x: Any, r: int) -> int:
     """Bytes of VMEM: both buffers of each block, and what one row holds while it is worked on."""
+    n, d = x.shape[1:]
     m = n - r
-    blocks = tpu.nbytes((n, k), metric_dtype) + tpu.nbytes((n, d), dtype) + tpu.nbytes((m, d), dtype)
+    blocks = tpu.nbytes(metric.shape[1:], metric.dtype) + tpu.nbytes((n, d), x.dtype) + tpu.nbytes((m, d), x.dtype)
     small = 3 * tpu.nbytes((1, n), jnp.float32)
     live = 6 * tpu.nbytes((n, n), jnp.float32) + 2 * tpu.nbytes((n, d), jnp.float32) + tpu.nbytes((m, d), jnp.float32)
     return 2 * rows * (blocks + small) + live + 2 * tpu.MIB

@@ -9,6 +9,8 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels import match as kernels
+from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 from jaxmerge._plan import Plan, from_parents, identity
 from jaxmerge._rank import highest, ranks
@@ -20,7 +22,12 @@ Split = Literal["alternate", "halves", "all"]
 
 
 def energy(
-    metric: Float[ArrayLike, "*batch n d"], margin: float, *, kernel: Kernel = "shifted", alpha: float = 1.0
+    metric: Float[ArrayLike, "*batch n d"],
+    margin: float,
+    *,
+    kernel: Kernel = "shifted",
+    alpha: float = 1.0,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*batch n"]:
     """How much each token resembles all tokens: E_i = mean_j f(cos(i, j)), itself included.
 
@@ -31,9 +38,10 @@ def energy(
         f(w) = w where w >= m, else alpha (exp(w - m) - 1)                      "paper", equation 4;
         f(w) = exp(-((1 - w) / s)² / 2) / (s √(2 pi)), s = 1 - m                "gaussian", the released text code.
       alpha: depth of the negative part.
+      implementation: see `nearest`; in a kernel no similarity reaches memory.
 
     Raises:
-      ValueError: an unknown kernel; "gaussian" with a margin of 1 or more.
+      ValueError: an unknown kernel; "gaussian" with a margin of 1 or more; the implementation cannot run here.
 
     Cost: all n² similarities.
 
@@ -50,8 +58,9 @@ def energy(
         raise ValueError(f'energy: kernel must be "shifted", "paper" or "gaussian", got {kernel!r}.')
     if kernel == "gaussian" and margin >= 1:
         raise ValueError(f'energy: kernel="gaussian" has width 1 - margin, so margin must be below 1; got {margin}.')
-    w = cosine(metric, metric)
-    return resemblance(w, margin, kernel, alpha).mean(axis=-1)
+    xla = lambda: resemblance(cosine(metric, metric), margin, kernel, alpha).sum(axis=-1)
+    total = kernels.energy(metric, margin=margin, kernel=kernel, alpha=alpha, implementation=implementation, xla=xla)
+    return total / metric.shape[-2]
 
 
 def energy_matching(
