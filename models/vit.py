@@ -166,9 +166,13 @@ class Block(nnx.Module):
         y, qkv = self.attn(self.norm1(x), bias)
         x = x + y
         if r:
-            step = planner(Seen(x, *qkv, bias, self.protect, plan), r)
+            seen = Seen(x, *qkv, bias, self.protect, plan)
             sizes = plan.sizes if plan is not None and reduce == "mean" else None
-            x = jm.merge(step, x, weight=sizes, reduce=reduce)
+            if planner is token_merging and reduce == "mean":  # one kernel where there is one
+                x, _, step = jm.tokens.merge_step(seen.keys, x, r, sizes=sizes, protect=self.protect)
+            else:
+                step = planner(seen, r)
+                x = jm.merge(step, x, weight=sizes, reduce=reduce)
             plan = step if plan is None else jm.compose(step, plan)
         return x + self.mlp(self.norm2(x)), plan
 

@@ -9,6 +9,7 @@ tests/golden/tokens, outputs of the official code, or what stands in for it. Eac
     matching
       bipartite_matching           ToMe; TinyChart (44),        keys, mean over heads    n - r   n²/4        tome, tome_vit
                                    AuroraCap (47), SimVLG (50)  r: schedule, keep_schedule                   their published r
+        merge_step                 the same and its merge, one kernel where there is one
       kth_bipartite_matching       ToMe, every k-th             keys                     n / k   n² (k-1)/k² tome
       random_bipartite_matching    ToMe, random sources         keys, a key              n - r   r (n - r)   tome
       two_sided_matching           any two lists of positions   any metric               n - r   a b         bipartite_matching
@@ -66,9 +67,9 @@ What carries weights (FcaFormer, TokenFLEX, Token-Shuffle, FlexDiT, CrossLMM, AR
 rates) is in `models.reducers`; attention over tokens that were merged, as if they were not (DyMU, 22), in `jaxmerge.virtual`.
 """
 
+from jaxmerge._rank import ranks as ranks
 from jaxmerge.tokens._guide import negative_merge as negative_merge
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
-from jaxmerge.tokens._rank import ranks as ranks
 from jaxmerge.tokens.clustering import (
     Weighted as Weighted,
     Windows as Windows,
@@ -106,6 +107,7 @@ from jaxmerge.tokens.given import (
     temporal_pairs as temporal_pairs,
 )
 from jaxmerge.tokens.matching import (
+    MergeStep as MergeStep,
     RunningThreshold as RunningThreshold,
     adjacent_matching as adjacent_matching,
     bipartite_matching as bipartite_matching,
@@ -123,6 +125,7 @@ from jaxmerge.tokens.matching import (
     local_matching as local_matching,
     margins as margins,
     matching_threshold as matching_threshold,
+    merge_step as merge_step,
     random_bipartite_matching as random_bipartite_matching,
     schedule as schedule,
     threshold_matching as threshold_matching,

@@ -1,6 +1,7 @@
 """The spec of `match` in plain XLA."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -64,14 +65,15 @@ def nearest_k(
     return smallest(squared, count)
 
 
-def resemblance(w: Float[Array, "..."], margin: float, kernel: Kernel, alpha: float) -> Float[Array, "..."]:
-    """PiToMe's f of a cosine w."""
-    if kernel == "shifted":
-        return jax.nn.elu(w - margin, alpha)
-    if kernel == "paper":
-        return jnp.where(w >= margin, w, alpha * jnp.expm1(jnp.minimum(w - margin, 0)))
-    s = 1 - margin
-    return jnp.exp(-(((1 - w) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
+def resemblance(
+    w: Float[Array, "..."], margin: float, kernel: Kernel, alpha: float, expm1: Callable[[Array], Array] = jnp.expm1
+) -> Float[Array, "..."]:
+    """PiToMe's f of a cosine w; kernels bring an expm1 that their compiler knows."""
+    if kernel == "gaussian":
+        s = 1 - margin
+        return jnp.exp(-(((1 - w) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
+    below = alpha * expm1(jnp.minimum(w - margin, 0))
+    return jnp.where(w > margin, w - margin, below) if kernel == "shifted" else jnp.where(w >= margin, w, below)
 
 
 def search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[Array, "n m"] | None) -> tuple[Array, Array]:

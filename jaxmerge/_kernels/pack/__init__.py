@@ -1,0 +1,1 @@
+"""Hard deletion: the kept rows, packed to the left."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import highest
+from jaxmerge._rank import highest
 
 
 def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:

@@ -1,0 +1,41 @@
+"""Shapes of real models, where kernels are proved, compiled and measured: one row, to be given a batch."""
+
+from typing import NamedTuple
+
+
+class Tokens(NamedTuple):
+    """One layer of a model that merges tokens: n of width d, compared by k features; r leave, the first `prefix` never."""
+
+    name: str
+    n: int
+    k: int
+    d: int
+    r: int
+    prefix: int = 0
+
+
+VIT = (
+    Tokens("ViT-S/16@224", 197, 64, 384, 13, 1),
+    Tokens("ViT-S/16@384", 577, 64, 384, 40, 1),
+    Tokens("ViT-B/16@224", 197, 64, 768, 13, 1),
+    Tokens("ViT-B/16@384", 577, 64, 768, 40, 1),
+    Tokens("ViT-L/16@224", 197, 64, 1024, 8, 1),
+    Tokens("ViT-L/16@384", 577, 64, 1024, 23, 1),
+    Tokens("ViT-H/14@224", 257, 80, 1280, 8, 1),
+    Tokens("ViT-H/14@378", 730, 80, 1280, 40, 1),
+    Tokens("SigLIP-SO400M@384", 729, 72, 1152, 64),
+)
+"""Sequences whose rows fit on chip: the whole step is one kernel."""
+
+LONG = (
+    Tokens("video 8x196", 1568, 64, 1024, 65),
+    Tokens("SD 64x64", 4096, 320, 320, 2048),
+    Tokens("SD 128x128", 16384, 320, 320, 8192),
+)
+"""Sequences whose scores do not."""
+
+BYTES = (
+    Tokens("ByT5-small 1024", 1024, 64, 1472, 768),
+    Tokens("ByT5-small 4096", 4096, 64, 1472, 3072),
+)
+"""Bytes: r of n are deleted or pooled, in order."""
