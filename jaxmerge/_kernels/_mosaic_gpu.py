@@ -1,11 +1,42 @@
 """What the Hopper kernels share: how they are launched, and rows made ready for wgmma."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmerge._kernels._dispatch import target
+
+_idx = inspect.signature(plgpu.load).parameters.get("idx")
+EVERYTHING = (...,) if _idx is not None and _idx.default is inspect.Parameter.empty else ()
+"""The index that `plgpu.load` demands in jax 0.10, and no longer has in 0.12."""
+
+LANES = 128
+"""Of a warpgroup, which is one thread in Pallas."""
+SHARED = 200 * 1024
+"""Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def device_refusals(kind: str) -> list[str]:
+    """Why these kernels cannot run on a kind of device: wgmma is Hopper's alone."""
+    return [] if any(name in kind.split() or name in kind.split("-") for name in HOPPER) else [f"{kind or 'an unnamed device'} is no Hopper"]
+
+
+def row_refusals(x: Any) -> list[str]:
+    """Why rows of x cannot be moved."""
+    why = []
+    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float16):
+        why.append(f"rows are {x.dtype}: bfloat16, float16 or float32")
+    if x.shape[2] % LANES or not x.shape[2]:
+        why.append(f"rows have {x.shape[2]} features: a multiple of {LANES}, the lanes of a thread")
+    if math.prod(x.shape) >= 2**31:
+        why.append(f"{math.prod(x.shape)} numbers: fewer than 2^31")
+    return why
 
 
 def kernel(
@@ -40,7 +71,7 @@ def kernel(
         grid_names=tuple(grid),
         num_threads=threads,
         thread_name="thread",
-        interpret=interpret,
+        interpret=target().interpret or None if interpret is None else interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
     )(*[operands[i] for i in given])
 
@@ -62,14 +93,19 @@ def tiled(width: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
+def load(ref: Any, layout: Any = None) -> Array:
+    """A whole reference into registers, by whatever instructions there are for its layout."""
+    return plgpu.load(ref, *EVERYTHING, layout=layout, optimized=False)
+
+
 def rows(ref: Any) -> Array:
     """One number for each row of a wgmma accumulator."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return load(ref, plgpu.Layout.WGMMA.reduce(1))
 
 
 def columns(ref: Any) -> Array:
     """One number for each of its columns."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return load(ref, plgpu.Layout.WGMMA.reduce(0))
 
 
 def iota(shape: tuple[int, int], axis: int) -> Array:

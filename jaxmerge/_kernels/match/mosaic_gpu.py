@@ -38,17 +38,23 @@ def match(
     stages: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    n, m = a.shape[1], b.shape[1]
+    n = a.shape[1]
+    similarity, index = best(a, b, b_ok=b_ok, window=window, slots=slots, stages=stages, interpret=interpret)
+    similarity, index = similarity[:, :n], index[:, :n]
+    if a_ok is not None:
+        similarity, index = jnp.where(a_ok, similarity, -jnp.inf), jnp.where(a_ok, index, 0)
+    return similarity, index
+
+
+def best(a, b, *, b_ok=None, window=None, slots=64, stages=None, interpret=None):
+    """`match` of queries padded to whole blocks."""
+    m = b.shape[1]
     (a, inverse_a), (b, inverse_b) = prepare((a, b), interpret=interpret)
     bias = None
     if b_ok is not None or m % KEYS:
         bias = jnp.zeros((1, m), jnp.float32) if b_ok is None else jnp.where(b_ok, 0.0, -jnp.inf).astype(jnp.float32)
         bias = jnp.pad(bias, ((0, 0), (0, -m % KEYS)), constant_values=-jnp.inf)
-    similarity, index = search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret)
-    similarity, index = similarity[:, :n], index[:, :n]
-    if a_ok is not None:
-        similarity, index = jnp.where(a_ok, similarity, -jnp.inf), jnp.where(a_ok, index, 0)
-    return similarity, index
+    return search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret)
 
 
 def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array]]:
@@ -78,7 +84,7 @@ def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array
                 here = pl.ds((tile - before) * TILE, TILE)
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(row * rows[i] + (tile - before) * TILE, TILE)], raw, loaded)
                 plgpu.barrier_wait(loaded)
-                v = plgpu.layout_cast(plgpu.load(raw, optimized=False).astype(jnp.float32), plgpu.Layout.WGMMA)
+                v = plgpu.layout_cast(mgpu.load(raw).astype(jnp.float32), plgpu.Layout.WGMMA)
                 v, inverse = mgpu.unit(v)
                 inv[...] = inverse
                 for p in range(parts):

@@ -61,7 +61,7 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
         @pl.loop(0, -(-padded // LANES // THREADS))
         def _(i):
             at = jnp.minimum((i * THREADS + t) * LANES, width - LANES)
-            here[pl.ds(at, LANES)] = line(plgpu.load(ids.at[b, pl.ds(at, LANES)]))
+            here[pl.ds(at, LANES)] = line(mgpu.load(ids.at[b, pl.ds(at, LANES)]))
 
         together()
 
@@ -99,7 +99,7 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
             """The next member of segment s behind position p."""
             def look(c, best):
                 at = c * LANES + plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=layout)
-                v = line(plgpu.load(here.at[pl.ds(c * LANES, LANES)]))
+                v = line(mgpu.load(here.at[pl.ds(c * LANES, LANES)]))
                 return jnp.minimum(best, jnp.where((v == s) & (at > p), at, NONE))
 
             best = lax.fori_loop(0, padded // LANES, look, line(jnp.full((LANES,), NONE, jnp.int32)))
@@ -124,10 +124,10 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
                     def put(total, sum):
                         mass[b, segment] = total
                         if mean:
-                            sum = sum * jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
+                            none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
+                            sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
                         y[b, segment, :] = sum.astype(x.dtype)
 
-                    # TODO zero times NaN
                     @pl.when(members == 1)
                     def _():
                         if mean and weight is None:
