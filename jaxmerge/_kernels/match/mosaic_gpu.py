@@ -10,6 +10,8 @@ from: four instructions a score. Rows are reduced once, at the end; strict compa
 first of equals win.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -64,7 +66,7 @@ def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array
     """
     B, _, k = xs[0].shape
     parts = 3 if xs[0].dtype == jnp.float32 else 1
-    kp = -(-k // 16) * 16 if k <= 128 else -(-k // 64) * 64
+    kp = _features(k)
     rows = [x.shape[1] for x in xs]
     lengths = [-(-n // QUERIES) * QUERIES for n in rows]
     flat = [x.reshape(-1, k) for x in xs]
@@ -118,7 +120,7 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
     chunks = k // wide
     tiles, blocks = m // KEYS, n // QUERIES
     steps = parts * chunks  # ring steps a tile
-    ring = 224 * 1024 - QUERIES * parts * k * 2
+    ring = mgpu.SHARED - QUERIES * parts * k * 2
     stages = stages or min(8, ring // (KEYS * wide * 2))
     groups = KEYS // slots
 
@@ -220,3 +222,34 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
         out=(jax.ShapeDtypeStruct((B, n), jnp.float32), jax.ShapeDtypeStruct((B, n), jnp.int32)),
         grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
     )  # fmt: skip
+
+
+device_refusals = mgpu.device_refusals
+
+
+def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
+    """Why this cannot be a kernel."""
+    why = [] if op == "match" else [f"there is no mosaic_gpu kernel for {op}"]
+    for name, x in (("queries", a), ("keys", b)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            why.append(f"{name} are {x.dtype}: bfloat16 or float32")
+    if a.dtype != b.dtype:
+        why.append(f"queries are {a.dtype} and keys {b.dtype}: one dtype")
+    if min(a.shape[1], b.shape[1], a.shape[2]) == 0:
+        return [*why, "there is nothing to compare"]
+    parts, k = (3 if a.dtype == jnp.float32 else 1), _features(a.shape[2])
+    wide = 64 if k % 64 == 0 else k
+    need = QUERIES * parts * k * 2 + 2 * KEYS * wide * 2
+    if need > mgpu.SHARED:
+        why.append(f"{QUERIES} queries of {a.shape[2]} features take {need >> 10} KiB of the {mgpu.SHARED >> 10} KiB on chip")
+    return why
+
+
+def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
+    """Where scores are many: XLA takes them to memory and back."""
+    return a.shape[1] * b.shape[1] >= 2**16
+
+
+def _features(k: int) -> int:
+    """k padded to what chunks and swizzles hold."""
+    return -(-k // 16) * 16 if k <= 128 else -(-k // 64) * 64

@@ -1,9 +1,11 @@
 """`merge` and `unmerge` on Hopper: every row of the result is read from its members, added in float32 and written once.
 
-A block has 64 segments. Its threads share the ids out, and count each segment's members and find the first by comparing all
-ids with all 64 segments. So nothing is sorted and no sum is atomic: members are added in the order of their positions. Then
-each thread takes rows in turn, several at a time; where a segment has more members than one, it looks for the next.
+A block has 64 segments. Its threads share the ids out and compare all of them with all 64 segments: how many members, and
+which is first. Where some segment has more, they look for the second of each, the third, and so on. Nothing is sorted and no
+sum is atomic: members are added in the order of their positions. Then each thread takes rows in turn, several at a time.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ TILE = 64
 """Segments of a block."""
 LANES = 128
 THREADS = 4
+LISTED = 64
+"""Members of a segment that are found for all segments at once."""
+MOST_POSITIONS = 8192
 NONE = 1 << 30
 
 
@@ -42,7 +47,7 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
     padded = -(-width // LANES) * LANES
     share = TILE // THREADS
 
-    def body(ids, x, weight, y, mass, position, here, first, count, one_first, one_count, sync):
+    def body(ids, x, weight, y, mass, position, ids_here, nth, count, one_first, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
 
         def together():
@@ -54,61 +59,80 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
 
         @pl.when(t == 0)
         def _():
-            here[pl.ds(padded - LANES, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
+            ids_here[pl.ds(padded - LANES, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
 
         together()
 
         @pl.loop(0, -(-padded // LANES // THREADS))
         def _(i):
             at = jnp.minimum((i * THREADS + t) * LANES, width - LANES)
-            here[pl.ds(at, LANES)] = line(mgpu.load(ids.at[b, pl.ds(at, LANES)]))
+            ids_here[pl.ds(at, LANES)] = line(mgpu.load(ids.at[b, pl.ds(at, LANES)]))
 
         together()
 
-        grid = (TILE, TILE)
-        mine = mgpu.iota(grid, 0) + tile * TILE
-        wide = lambda c: lax.broadcast_in_dim(c, grid, (1,))
+        square = (TILE, TILE)
+        mine = mgpu.iota(square, 0) + tile * TILE
+        wide = lambda v: lax.broadcast_in_dim(v, square, (1,))
+        tall = lambda v: lax.broadcast_in_dim(v, square, (0,))
+        column = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.int32), plgpu.Layout.WGMMA.reduce(1))
+        rounds = (padded // TILE - t + THREADS - 1) // THREADS
+
+        def members(i, found):
+            """Where the ids of a chunk are those of the segments, and their positions."""
+            at = pl.multiple_of((i * THREADS + t) * TILE, TILE)
+            return wide(mgpu.columns(ids_here.at[pl.ds(at, TILE)])) == mine, mgpu.iota(square, 1) + at
 
         def scan(i, found):
-            lowest, members = found
-            at = (i * THREADS + t) * TILE
-            same = wide(mgpu.columns(here.at[pl.ds(pl.multiple_of(at, TILE), TILE)])) == mine
-            lowest = jnp.minimum(lowest, jnp.min(jnp.where(same, mgpu.iota(grid, 1) + at, NONE), axis=1))
-            return lowest, members + jnp.sum(jnp.where(same, 1, 0), axis=1)
+            same, at = members(i, found)
+            lowest = jnp.minimum(found[0], jnp.min(jnp.where(same, at, NONE), axis=1))
+            return lowest, found[1] + jnp.sum(jnp.where(same, 1, 0), axis=1)
 
-        column = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.int32), plgpu.Layout.WGMMA.reduce(1))
-        chunks = padded // TILE
-        rounds = (chunks - t + THREADS - 1) // THREADS
+        def lowest_of_all(slot):
+            least = mgpu.rows(one_first.at[0])
+            for other in range(1, THREADS):
+                least = jnp.minimum(least, mgpu.rows(one_first.at[other]))
+            nth[slot] = least
+
         one_first[t], one_count[t] = lax.fori_loop(0, rounds, scan, (column(NONE), column(0)))
         together()
 
         @pl.when(t == 0)
         def _():
-            lowest, members = mgpu.rows(one_first.at[0]), mgpu.rows(one_count.at[0])
+            sum = mgpu.rows(one_count.at[0])
             for other in range(1, THREADS):
-                lowest = jnp.minimum(lowest, mgpu.rows(one_first.at[other]))
-                members = members + mgpu.rows(one_count.at[other])
-            first[...] = lowest
-            count[...] = members
+                sum = sum + mgpu.rows(one_count.at[other])
+            count[...] = sum
+            lowest_of_all(0)
 
         together()
+        most = lax.fori_loop(0, TILE, lambda s, most: jnp.maximum(most, count[s]), jnp.int32(0))
 
+        def later(k, _):
+            """The k-th member of each segment, behind the one before it."""
+            before = tall(mgpu.rows(nth.at[k - 1]))
+
+            def scan(i, least):
+                same, at = members(i, least)
+                return jnp.minimum(least, jnp.min(jnp.where(same & (at > before), at, NONE), axis=1))
+
+            one_first[t] = lax.fori_loop(0, rounds, scan, column(NONE))
+            together()
+            pl.when(t == 0)(lambda: lowest_of_all(k))
+            together()
+
+        listed = jnp.minimum(most, LISTED)
+        lax.fori_loop(1, listed, later, None)
         w = (lambda p: weight[b, p]) if weight is not None else (lambda p: jnp.float32(1))
 
-        def after(s, p):
-            """The next member of segment s behind position p."""
-            def look(c, best):
-                at = c * LANES + plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=layout)
-                v = line(mgpu.load(here.at[pl.ds(c * LANES, LANES)]))
-                return jnp.minimum(best, jnp.where((v == s) & (at > p), at, NONE))
-
-            best = lax.fori_loop(0, padded // LANES, look, line(jnp.full((LANES,), NONE, jnp.int32)))
-            return jnp.min(best)
+        def next_member(segment, s, k, p):
+            """The k-th member of a segment, behind p: listed, or else looked for one by one."""
+            look = lambda: lax.while_loop(lambda q: ids_here[q] != segment, lambda q: q + 1, p + 1)
+            return lax.cond(k < LISTED, lambda: nth[jnp.minimum(k, LISTED - 1), s], look)
 
         @pl.loop(0, share // at_once)
         def _(i):
             some = [(i * THREADS + t) * at_once + u for u in range(at_once)]
-            start = [first[s] for s in some]
+            start = [nth[0, s] for s in some]
             at = [jnp.where(p < NONE, p, 0) for p in start]
             read = [x[b, p, :] for p in at]
             for u, s in enumerate(some):
@@ -116,10 +140,10 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
                 @pl.when(tile * TILE + s < m)
                 def _(u=u, s=s):
                     segment = tile * TILE + s
-                    members = count[s]
-                    own = jnp.where(members > 0, w(at[u]), 0.0)
+                    size = count[s]
+                    own = jnp.where(size > 0, w(at[u]), 0.0)
                     if position is not None:
-                        position[b, segment] = jnp.where(members > 0, at[u], n)
+                        position[b, segment] = jnp.where(size > 0, at[u], n)
 
                     def put(total, sum):
                         mass[b, segment] = total
@@ -128,7 +152,7 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
                             sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
                         y[b, segment, :] = sum.astype(x.dtype)
 
-                    @pl.when(members == 1)
+                    @pl.when(size == 1)
                     def _():
                         if mean and weight is None:
                             mass[b, segment] = jnp.float32(1)
@@ -136,26 +160,26 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
                         else:
                             put(own, read[u].astype(jnp.float32) * own)
 
-                    @pl.when(members == 0)
+                    @pl.when(size == 0)
                     def _():
                         mass[b, segment] = jnp.float32(0)
-                        y[b, segment, :] = jnp.where(jnp.broadcast_to(members > 0, (d,)), read[u], jnp.zeros_like(read[u]))
+                        y[b, segment, :] = jnp.where(jnp.broadcast_to(size > 0, (d,)), read[u], jnp.zeros_like(read[u]))
 
-                    @pl.when(members > 1)
+                    @pl.when(size > 1)
                     def _():
-                        def add(_, state):
+                        def add(k, state):
                             p, total, sum = state
-                            p = after(segment, p)
+                            p = next_member(segment, s, k, p)
                             more = w(p)
                             return p, total + more, sum + x[b, p, :].astype(jnp.float32) * more
 
                         state = at[u], own, read[u].astype(jnp.float32) * own
-                        _, total, sum = lax.fori_loop(1, members, add, state)
+                        _, total, sum = lax.fori_loop(1, size, add, state)
                         put(total, sum)
 
     scratch = dict(
-        here=plgpu.SMEM((padded,), jnp.int32),
-        first=plgpu.SMEM((TILE,), jnp.int32),
+        ids_here=plgpu.SMEM((padded,), jnp.int32),
+        nth=plgpu.SMEM((LISTED, TILE), jnp.int32),
         count=plgpu.SMEM((TILE,), jnp.int32),
         one_first=plgpu.SMEM((THREADS, TILE), jnp.int32),
         one_count=plgpu.SMEM((THREADS, TILE), jnp.int32),
@@ -211,3 +235,20 @@ def unmerge(
         out=(jax.ShapeDtypeStruct((B, n, d), y.dtype),),
         grid=dict(row=B, block=-(-n // (THREADS * at_once))), threads=THREADS, interpret=interpret,
     )[0]  # fmt: skip
+
+
+device_refusals = mgpu.device_refusals
+
+
+def refusals(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False) -> list[str]:
+    """Why this merge or unmerge cannot be a kernel."""
+    why, n = mgpu.row_refusals(x), ids.shape[1]
+    if min(n, x.shape[1], x.shape[1] if m is None else m) == 0:
+        why.append("there is nothing to do")
+    if op == "merge" and n > MOST_POSITIONS:
+        why.append(f"{n} positions: each block reads all ids, of at most {MOST_POSITIONS}")
+    return why
+
+
+def faster(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False, kind: str) -> bool:
+    return True
