@@ -211,9 +211,10 @@ def merge(
     summed = reduce in ("mean", "sum")
     if implementation not in (None, "xla") and not (summed and isinstance(plan, Plan)):
         raise ValueError(f'merge: {implementation} is for "mean" and "sum" of a Plan; leave implementation out.')
+    mass = None
     if summed:
-        weight = None if weight is None else _checked_weight(plan, weight)
-        rows = functools.cache(lambda: _weighted_rows(plan, weight, mean=reduce == "mean"))
+        mass = None if weight is None else _checked_weight(plan, weight)
+        rows = functools.cache(lambda: _weighted_rows(plan, mass, mean=reduce == "mean"))
     elif isinstance(plan, Plan):
         rows = functools.cache(lambda: _chosen_rows(plan, largest=reduce == "max"))
     else:
@@ -229,7 +230,7 @@ def merge(
         xla = lambda: rows()(x).astype(x.dtype)
         if not summed or not isinstance(plan, Plan) or (implementation in (None, "xla") and x.ndim != len(batch_n) + 1):
             return xla()
-        return _by_kernel(plan, x, weight, reduce == "mean", implementation, xla)
+        return _by_kernel(plan, x, mass, mean=reduce == "mean", implementation=implementation, xla=xla)
 
     return jax.tree.map(one, x)
 
@@ -267,7 +268,8 @@ def unmerge(
     """
     batch_m = (*_batch(plan), plan.num_segments)
     kept = plan.kept
-    if implementation not in (None, "xla") and not isinstance(plan, Plan):
+    plain = implementation in (None, "xla")
+    if not plain and not isinstance(plan, Plan):
         raise ValueError(f"unmerge: {implementation} is for a Plan; leave implementation out.")
 
     def one(y):
@@ -278,9 +280,9 @@ def unmerge(
         elif plan.num_segments == 0:
             x = segments.nothing(y, kept.ndim - 1, plan.num_positions)
         else:
-            xla = lambda: segments.take(jnp.where(kept, plan.segment_ids, 0), y)
-            by_kernel = implementation not in (None, "xla") or y.ndim == kept.ndim + 1
-            x = _spread_by_kernel(plan, y, implementation, xla) if by_kernel else xla()
+            ids = plan.segment_ids
+            xla = lambda: segments.take(jnp.where(kept, ids, 0), y)
+            x = xla() if plain and y.ndim != kept.ndim + 1 else _spread_by_kernel(plan, y, implementation, xla)
         return segments.fill(~kept, x.astype(y.dtype), fill)
 
     return jax.tree.map(one, y)
@@ -411,16 +413,22 @@ def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:
 
 
 def _by_kernel(
-    plan: Plan, x: Array, weight: Array | None, mean: bool, implementation: Implementation | None, xla: Callable[[], Array]
+    plan: Plan,
+    x: Array,
+    weight: Array | None,
+    *,
+    mean: bool,
+    implementation: Implementation | None,
+    xla: Callable[[], Array],
 ) -> Array:
     """Sums or means of rows of any features by whatever implementation is chosen."""
     rank = plan.segment_ids.ndim
     rows = x if x.ndim == rank + 1 else x.reshape(*x.shape[:rank], -1)
     weight = None if weight is None else weight.astype(jnp.float32)
     shaped = lambda y: y.reshape(*y.shape[:rank], *x.shape[rank:])
-    y, _ = kernels.merge(
+    y = kernels.merge(
         plan.segment_ids, rows, weight, m=plan.num_segments, mean=mean, implementation=implementation,
-        xla=lambda: (xla().reshape(*x.shape[: rank - 1], plan.num_segments, *rows.shape[rank:]), None),
+        xla=lambda: xla().reshape(*x.shape[: rank - 1], plan.num_segments, *rows.shape[rank:]),
     )  # fmt: skip
     return shaped(y)
 
@@ -431,7 +439,7 @@ def _spread_by_kernel(plan: Plan, y: Array, implementation: Implementation | Non
     rows = y if y.ndim == rank + 1 else y.reshape(*y.shape[:rank], -1)
     x = kernels.unmerge(
         plan.segment_ids, rows, implementation=implementation,
-        xla=lambda: (xla().reshape(*plan.segment_ids.shape, *rows.shape[rank:]),),
+        xla=lambda: xla().reshape(*plan.segment_ids.shape, *rows.shape[rank:]),
     )  # fmt: skip
     return x.reshape(*plan.segment_ids.shape, *y.shape[rank:])
 

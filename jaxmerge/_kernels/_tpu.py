@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+ONE_PASS = lax.Precision.DEFAULT  # said aloud, because a user's default may be higher, which bfloat16 does not know
 LANES, SUBLANES = 128, 8
 MIB = 2**20
 CHIPS = {  # dense bf16 FLOP/s, HBM bytes/s, VMEM bytes of one core
@@ -67,7 +68,7 @@ def directions(x: Array) -> tuple[Array, Float[Array, "n 1"]]:
 
 def inner(a: Array, b: Array) -> Array:
     """a bᵀ, float32: one pass for bfloat16, as many as float32 needs else."""
-    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    precision = ONE_PASS if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -85,7 +86,7 @@ def parts(x: Array, count: int) -> list[Array]:
 def select(chosen: Array, x: Sequence[Array], *, transposed: bool = False) -> Array:
     """A 0/1 matrix (or its transpose) times the sum of bfloat16 parts: every product is exact, sums are in float32."""
     dims = (((0 if transposed else 1,), (0,)), ((), ()))
-    products = [lax.dot_general(chosen, part, dims, preferred_element_type=jnp.float32) for part in x]
+    products = [lax.dot_general(chosen, part, dims, ONE_PASS, jnp.float32) for part in x]
     return sum(products[1:], products[0])
 
 
@@ -109,11 +110,11 @@ def divisor(n: int, most: int) -> int:
     return next(k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0)
 
 
-def params(semantics: tuple[str, ...], need: int) -> Any:
+def params(semantics: Any, need: int) -> Any:
     """Compiler parameters for grid axes and so many bytes of VMEM."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=int(max(16 * MIB, need)))
 
 
-def cost(flops: float, moved: float, transcendentals: float = 0) -> pl.CostEstimate:
+def cost(flops: int | float, moved: int | float, transcendentals: int = 0) -> pl.CostEstimate:
     """What the compiler is told."""
     return pl.CostEstimate(flops=int(flops), bytes_accessed=int(moved), transcendentals=int(transcendentals))

@@ -1,6 +1,9 @@
 """Shapes of real models, where kernels are proved, compiled and measured: one row, to be given a batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 
 class Tokens(NamedTuple):
@@ -39,3 +42,26 @@ BYTES = (
     Tokens("ByT5-small 4096", 4096, 64, 1472, 3072),
 )
 """Bytes: r of n are deleted or pooled, in order."""
+
+
+def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """Of each operation that such a layer needs the arguments as shapes, None where left out, and the keywords."""
+    n, k, d, m = spec.n, spec.k, spec.d, spec.n - spec.r
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((batch, *shape), dtype)
+    ids, one = array(n, dtype=jnp.int32), array(n, dtype=jnp.float32)
+    found = {
+        "merge": ([ids, array(n, d), one], {"m": m, "mean": True}),
+        "unmerge": ([ids, array(m, d), array(m, dtype=jnp.float32), one], {}),
+    }
+    if spec in BYTES:
+        return {"pack": ([array(n, dtype=bool), array(n, d)], {"capacity": m}), **found}
+    sides = [array(n - n // 2, k), array(n // 2, k)]
+    found |= {
+        "match": (sides, {}),
+        "energy": ([array(n, k), array(n, k)], {"margin": 0.5, "kernel": "shifted", "alpha": 1.0}),
+        "nearest_k": ([array(n, k), array(n, k)], {"count": 5}),
+    }
+    if spec in VIT:
+        protected = tuple(i < spec.prefix for i in range(n))
+        found["step"] = ([array(n, k), array(n, d), one], {"r": spec.r, "protected": protected})
+    return found

@@ -27,6 +27,7 @@ tests/golden/tokens, outputs of the official code, or what stands in for it. Eac
       trajectory_matching          COVE (49)                    frames, 2-D window       c       n window²   the rule
     ranking and pruning
       keep, keep_top_k             EViT; MrT5 hard deletion     a mask, a score          c, k    rank        mrt5
+        pack                       keep and its merge, one kernel where there is one
       hiprune                      HiPrune (23)                 attention of two layers  k       rank        hiprune
       flow_score, flow_cut,        FlowCut (136)                class attention, values  c       n d         flowcut
         flow_budget, flow_layers
@@ -133,6 +134,7 @@ from jaxmerge.tokens.matching import (
     two_sided_matching as two_sided_matching,
 )
 from jaxmerge.tokens.pruning import (
+    Packed as Packed,
     assign as assign,
     dominant_and_contextual as dominant_and_contextual,
     exit_layer as exit_layer,
@@ -147,6 +149,7 @@ from jaxmerge.tokens.pruning import (
     linear_decay as linear_decay,
     local_outlier_factor as local_outlier_factor,
     merged_similarity as merged_similarity,
+    pack as pack,
     page_rank as page_rank,
     page_rank_pruning as page_rank_pruning,
     prune_and_merge as prune_and_merge,

@@ -53,7 +53,7 @@ def match(
     start = (-jnp.inf, jnp.inf)
     sweep = _Sweep(fold, finish, start, 2, lambda dot, _, over: dot * over, -jnp.inf)
     best, index = _call(sweep, "match", a, b, None, over_b, b_ok, window, block=block, interpret=interpret)
-    best = best[:, 0] * over_a
+    best = jnp.where(best[:, 0] > -jnp.inf, best[:, 0] * over_a, -jnp.inf)  # -inf x 0 is NaN
     best = best if a_ok is None else jnp.where(a_ok, best, -jnp.inf)
     return best, jnp.where(best > -jnp.inf, index[:, 0], 0).astype(jnp.int32)
 
@@ -163,7 +163,7 @@ def _call(
     *,
     block: tuple[int, int] | None,
     interpret: Any,
-) -> list[Array]:
+) -> Any:
     """The sweep of every query over the keys: outputs (B, 1, n) in float32."""
     (batch, n, k), m, here = a.shape, b.shape[1], target()
     queries, keys = block or tuned(name, "mosaic_tpu", here.kind, (a, b)).get("block", (QUERIES, KEYS))

@@ -37,7 +37,7 @@ def match(
         mask = mask if a_ok is None else mask & a_ok[:, :, None]
         mask = mask if b_ok is None else mask & b_ok[:, None, :]
         if window is not None:
-            mask &= jnp.abs(jnp.arange(n)[:, None] - jnp.arange(m)[None, :]) <= window
+            mask &= (jnp.abs(jnp.arange(n)[:, None] - jnp.arange(m)[None, :]) <= window)[None]
         mask = jnp.broadcast_to(mask, (a.shape[0], n, m))
     similarity, index = jax.vmap(search, (0, 0, None if mask is None else 0))(unit(a), unit(b), mask)
     return similarity, jnp.where(similarity > -jnp.inf, index, 0)

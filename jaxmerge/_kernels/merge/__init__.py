@@ -1,6 +1,7 @@
 """Segment sums and means of a plan, and their transpose, over any batch axes and with derivatives."""
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from jaxtyping import Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._kernels._dispatch import Implementation, run
-from jaxmerge._kernels.merge import ref
 from jaxmerge._kernels.merge._linear import apply, inverse, spread
 
 
@@ -24,31 +24,25 @@ def merge(
     m: int,
     mean: bool,
     implementation: Implementation | None = None,
-    xla: Any = None,
-) -> tuple[Float[Array, "*batch m d"], Float[Array, "*batch m"]]:
-    """`ref.merge`; `xla` is what to run instead where no kernel is chosen."""
-    call = lambda module, ids, x, weight: differentiable(module, m, mean, ids, x, weight)
-    rank = ids.ndim - 1
-    plain = lambda: segments.batched(lambda *a: _one(partial(ref.merge, m=m, mean=mean), *a), rank)(ids, x, weight)
+    xla: Callable[[], Array],
+) -> Float[Array, "*batch m d"]:
+    """`ref.merge` without the mass; `xla` is what to run instead where no kernel is chosen."""
+    call = lambda module, *arrays: differentiable(module, m, mean, *arrays)
     return run("merge", (ids, x, weight), ("n", "nd", "n"), ("md", "m"), implementation=implementation, call=call,
-               xla=xla or plain, m=m, mean=mean)  # fmt: skip
+               xla=lambda: (xla(),), m=m, mean=mean)[0]  # fmt: skip
 
 
 def unmerge(
     ids: Int[Array, "*batch n"],
     y: Float[Array, "*batch m d"],
-    before: Float[Array, "*batch m"] | None = None,
-    after: Float[Array, "*batch n"] | None = None,
     *,
     implementation: Implementation | None = None,
-    xla: Any = None,
+    xla: Callable[[], Array],
 ) -> Float[Array, "*batch n d"]:
-    """`ref.unmerge`; `xla` is what to run instead where no kernel is chosen."""
+    """`ref.unmerge` without factors; `xla` is what to run instead where no kernel is chosen."""
     call = lambda module, ids, y, before, after: (spread(module, ids, y, before, after),)
-    plain = lambda: (segments.batched(lambda *a: _one(ref.unmerge, *a)[0], ids.ndim - 1)(ids, y, before, after),)
-    out = run("unmerge", (ids, y, before, after), ("n", "md", "m", "n"), ("nd",), implementation=implementation, call=call,
-              xla=xla or plain)  # fmt: skip
-    return out[0]
+    arrays, roles = (ids, y, None, None), ("n", "md", "m", "n")
+    return run("unmerge", arrays, roles, ("nd",), implementation=implementation, call=call, xla=lambda: (xla(),))[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -78,8 +72,3 @@ def _jvp(module, m, mean, primals, tangents):
 def beside(module: Any) -> Any:
     """The merge of another operation's implementation."""
     return importlib.import_module(f"{__name__}.{module.__name__.rpartition('.')[2]}")
-
-
-def _one(f: Any, *arrays: Array | None) -> Any:
-    """f over a batch axis of one."""
-    return jax.tree.map(lambda y: y[0], f(*(None if x is None else x[None] for x in arrays)))

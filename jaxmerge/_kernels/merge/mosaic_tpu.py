@@ -38,7 +38,7 @@ def merge(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """`ref.merge`."""
-    batch, n, d = x.shape
+    n, d = x.shape[1:]
     cut = _Cut(n, m, _block("merge", (ids, x, weight), n, block, m=m, mean=mean))
     ids, positions = cut.ids(ids), [] if weight is None else [cut.padded(weight, 0.0)]
     pairs, count = cut.pairs(ids, outer="tile")
@@ -83,8 +83,7 @@ def unmerge(
     interpret: Any = None,
 ) -> Array:
     """`ref.unmerge`."""
-    batch, m, d = y.shape
-    n = ids.shape[1]
+    n, (m, d) = ids.shape[1], y.shape[1:]
     cut = _Cut(n, m, _block("unmerge", (ids, y, before, after), n, block))
     ids, positions = cut.ids(ids), [] if after is None else [cut.padded(after, 0.0)]
     segments = [] if before is None else [before.astype(jnp.float32)[:, None, :]]
@@ -122,17 +121,17 @@ def unmerge(
     )[0]  # fmt: skip
 
 
-def refusals(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False) -> list[str]:
+def refusals(op: str, ids: Any, x: Any, *rest: Any, m: int = 0, mean: bool = False) -> list[str]:
     """Why this merge or unmerge cannot be a kernel."""
     n, d = ids.shape[1], x.shape[2]
-    m = x.shape[1] if op == "unmerge" else m or 0
+    m = x.shape[1] if op == "unmerge" else m
     why = []
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         why.append(f"rows are {x.dtype}: bfloat16 or float32")
     if min(n, m, d) == 0:
         why.append(f"n={n}, m={m}, d={d}: there is nothing to do")
         return why
-    static = {"m": m, "mean": mean} if op == "merge" else {}
+    static: dict[str, Any] = {"m": m, "mean": mean} if op == "merge" else {}
     cut = _Cut(n, m, _block(op, (ids, x, *rest), n, None, **static))
     if (pairs := x.shape[0] * cut.blocks * cut.tiles) > MOST_PAIRS:
         why.append(
@@ -143,7 +142,7 @@ def refusals(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: 
     return why
 
 
-def faster(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False, kind: str) -> bool:
+def faster(op: str, ids: Any, x: Any, *rest: Any, m: int = 0, mean: bool = False, kind: str) -> bool:
     """XLA merges by the same product, whole and in float32: this has fewer passes and visits less. It unmerges by a gather of
     rows, which stays ahead where a dense product costs more than four times the bytes."""
     if op == "merge":
@@ -162,7 +161,7 @@ class _Cut:
         self.block, self.tile = min(n, block[0]), min(m, block[1])
         self.blocks, self.tiles = pl.cdiv(n, self.block), pl.cdiv(m, self.tile)
 
-    def padded(self, x: Array, value: float) -> Array:
+    def padded(self, x: Array, value: int | float) -> Array:
         """One number per position, (B, 1, n) in whole blocks."""
         return jnp.pad(x, ((0, 0), (0, self.blocks * self.block - self.n)), constant_values=value)[:, None, :]
 
@@ -187,7 +186,7 @@ class _Cut:
         """
         batch = ids.shape[0]
         tile = jnp.where(ids < 0, -1, ids // self.tile).reshape(batch, self.blocks, self.block, 1)
-        meet = (tile == jnp.arange(self.tiles, dtype=jnp.int32)).any(axis=2)
+        meet = (tile == jnp.arange(self.tiles, dtype=jnp.int32)[None, None, None, :]).any(axis=2)
         meet = meet.swapaxes(1, 2) if outer == "tile" else meet
         partner = lax.broadcasted_iota(jnp.int32, meet.shape, 2)
         meet = (meet | ((partner == 0) & ~meet.any(axis=2, keepdims=True))).reshape(-1)
@@ -231,7 +230,7 @@ def _call(
     extra: bool,
     weighted: bool,
     interpret: Any,
-) -> list[Array]:
+) -> Any:
     """The kernel over all pairs, for each block of features. `extra`: the mass of each segment is written too."""
     batch, here = ids.shape[0], target()
     width = _width(features)

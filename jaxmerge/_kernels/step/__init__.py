@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Float, Int
 
 from jaxmerge._kernels import merge
@@ -43,8 +44,8 @@ def _jvp(module, r, protected, primals, tangents):
     metric, x, sizes = primals
     y, mass, ids = differentiable(module, r, protected, metric, x, sizes)
     dx = tangents[1]
-    if isinstance(dx, jax.custom_derivatives.SymbolicZero):
+    if isinstance(dx, SymbolicZero):
         dy = jnp.zeros_like(y)
     else:
         dy = merge.apply(merge.beside(module), ids, dx, sizes, mass, m=y.shape[1])
-    return (y, mass, ids), (dy, jnp.zeros_like(mass), jax.custom_derivatives.zero_from_primal(ids, symbolic_zeros=False))
+    return (y, mass, ids), (dy, jnp.zeros_like(mass), zero_from_primal(ids, symbolic_zeros=False))

@@ -66,8 +66,7 @@ def step(
 
 def refusals(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tuple[bool, ...]) -> list[str]:
     """Why this step cannot be one kernel."""
-    n, d = x.shape[1:]
-    why = []
+    n, why = x.shape[1], []
     for name, a in (("metric", metric), ("x", x)):
         if a.dtype not in (jnp.bfloat16, jnp.float32):
             why.append(f"{name} is {a.dtype}: bfloat16 or float32")
