@@ -11,6 +11,7 @@ Leading axes are batch, the plan's last axis is the one that merges, trailing ax
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels import merge as kernels
+from jaxmerge._kernels._dispatch import Implementation
 
 Reduce = Literal["mean", "sum", "max", "first"]
 
@@ -164,6 +167,7 @@ def merge(
     *,
     weight: Shaped[ArrayLike, "*batch n"] | None = None,
     reduce: Reduce = "mean",
+    implementation: Implementation | None = None,
 ) -> PyTree[Shaped[Array, "..."]]:
     """Bring each segment's positions together: y = W A x, for every leaf of `x`.
 
@@ -173,6 +177,8 @@ def merge(
       weight: mass of each position (ToMe's token sizes); `mean` and `sum` only.
       reduce: "mean" is sum(w x) / sum(w); "sum" is sum(w x); "max" is elementwise, its gradient shared by ties; "first"
         takes the lowest position and is a gather, so a pruning plan is cheapest with it. Empty slots are 0.
+      implementation: of means and sums of a `Plan`: "xla", or a kernel ("mosaic_tpu", "mosaic_gpu"). None takes the kernel
+        where it is known to run and believed to be faster; `jaxmerge doctor` says where.
 
     Returns:
       Leaves of shape (*batch, m, *features), of the input's dtype; sums and means are taken in float32 or wider.
@@ -182,7 +188,8 @@ def merge(
       merge(outer, merge(inner, x), weight=inner.sizes) = merge(compose(outer, inner), x).
 
     Raises:
-      ValueError: a leaf's leading shape is not the plan's; `weight` with "max" or "first"; those two on a `SoftPlan`.
+      ValueError: a leaf's leading shape is not the plan's; `weight` with "max" or "first"; those two on a `SoftPlan`; the
+        implementation cannot run here (all reasons are named).
       TypeError: "mean" of integers.
 
     On TPU sums run as one-hot matmuls, where a NaN or inf in a kept position spreads over its batch row; elsewhere they
@@ -201,10 +208,15 @@ def merge(
     if reduce in ("max", "first") and weight is not None:
         raise ValueError(f'merge: weight has no meaning for reduce="{reduce}"; leave it out, or use "mean" or "sum".')
     batch_n = (*_batch(plan), plan.num_positions)
-    if reduce in ("mean", "sum"):
-        rows = _weighted_rows(plan, weight, mean=reduce == "mean")
+    summed = reduce in ("mean", "sum")
+    if implementation not in (None, "xla") and not (summed and isinstance(plan, Plan)):
+        raise ValueError(f'merge: {implementation} is for "mean" and "sum" of a Plan; leave implementation out.')
+    mass = None
+    if summed:
+        mass = None if weight is None else _checked_weight(plan, weight)
+        rows = functools.cache(lambda: _weighted_rows(plan, mass, mean=reduce == "mean"))
     elif isinstance(plan, Plan):
-        rows = _chosen_rows(plan, largest=reduce == "max")
+        rows = functools.cache(lambda: _chosen_rows(plan, largest=reduce == "max"))
     else:
         raise ValueError(f'merge: reduce="{reduce}" needs a Plan; a SoftPlan can be applied with "mean" or "sum".')
 
@@ -215,13 +227,20 @@ def merge(
             raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
         if plan.num_positions == 0 or plan.num_segments == 0:
             return segments.nothing(x, len(batch_n) - 1, plan.num_segments)
-        return rows(x).astype(x.dtype)
+        xla = lambda: rows()(x).astype(x.dtype)
+        if not summed or not isinstance(plan, Plan) or (implementation in (None, "xla") and x.ndim != len(batch_n) + 1):
+            return xla()
+        return _by_kernel(plan, x, mass, mean=reduce == "mean", implementation=implementation, xla=xla)
 
     return jax.tree.map(one, x)
 
 
 def unmerge(
-    plan: Plan | SoftPlan, y: PyTree[Shaped[ArrayLike, "..."]], *, fill: float | int | bool = 0
+    plan: Plan | SoftPlan,
+    y: PyTree[Shaped[ArrayLike, "..."]],
+    *,
+    fill: float | int | bool = 0,
+    implementation: Implementation | None = None,
 ) -> PyTree[Shaped[Array, "..."]]:
     """Give each position the value of its segment: x = Aᵀ y, for every leaf of `y`.
 
@@ -229,6 +248,7 @@ def unmerge(
       plan: n positions to m segments, batch shape `*batch`.
       y: a pytree whose leaves have shape (*batch, m, *features).
       fill: the value of positions that belong to no segment.
+      implementation: of a `Plan`, see `merge`.
 
     Returns:
       Leaves of shape (*batch, n, *features), of the input's dtype.
@@ -237,7 +257,7 @@ def unmerge(
       merge(p, unmerge(p, y)) = y on every slot that is not empty.
 
     Raises:
-      ValueError: a leaf's leading shape is not (*batch, m).
+      ValueError: a leaf's leading shape is not (*batch, m); the implementation cannot run here.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -248,6 +268,9 @@ def unmerge(
     """
     batch_m = (*_batch(plan), plan.num_segments)
     kept = plan.kept
+    plain = implementation in (None, "xla")
+    if not plain and not isinstance(plan, Plan):
+        raise ValueError(f"unmerge: {implementation} is for a Plan; leave implementation out.")
 
     def one(y):
         y = jnp.asarray(y)
@@ -257,7 +280,9 @@ def unmerge(
         elif plan.num_segments == 0:
             x = segments.nothing(y, kept.ndim - 1, plan.num_positions)
         else:
-            x = segments.take(jnp.where(kept, plan.segment_ids, 0), y)
+            ids = plan.segment_ids
+            xla = lambda: segments.take(jnp.where(kept, ids, 0), y)
+            x = xla() if plain and y.ndim != kept.ndim + 1 else _spread_by_kernel(plan, y, implementation, xla)
         return segments.fill(~kept, x.astype(y.dtype), fill)
 
     return jax.tree.map(one, y)
@@ -380,14 +405,49 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
         )
 
 
+def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:
+    weight, shape = jnp.asarray(weight), (*_batch(plan), plan.num_positions)
+    if weight.shape != shape:
+        raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
+    return weight
+
+
+def _by_kernel(
+    plan: Plan,
+    x: Array,
+    weight: Array | None,
+    *,
+    mean: bool,
+    implementation: Implementation | None,
+    xla: Callable[[], Array],
+) -> Array:
+    """Sums or means of rows of any features by whatever implementation is chosen."""
+    rank = plan.segment_ids.ndim
+    rows = x if x.ndim == rank + 1 else x.reshape(*x.shape[:rank], -1)
+    weight = None if weight is None else weight.astype(jnp.float32)
+    shaped = lambda y: y.reshape(*y.shape[:rank], *x.shape[rank:])
+    y = kernels.merge(
+        plan.segment_ids, rows, weight, m=plan.num_segments, mean=mean, implementation=implementation,
+        xla=lambda: xla().reshape(*x.shape[: rank - 1], plan.num_segments, *rows.shape[rank:]),
+    )  # fmt: skip
+    return shaped(y)
+
+
+def _spread_by_kernel(plan: Plan, y: Array, implementation: Implementation | None, xla: Callable[[], Array]) -> Array:
+    """Rows given back by whatever implementation is chosen."""
+    rank = plan.segment_ids.ndim
+    rows = y if y.ndim == rank + 1 else y.reshape(*y.shape[:rank], -1)
+    x = kernels.unmerge(
+        plan.segment_ids, rows, implementation=implementation,
+        xla=lambda: xla().reshape(*plan.segment_ids.shape, *rows.shape[rank:]),
+    )  # fmt: skip
+    return x.reshape(*plan.segment_ids.shape, *y.shape[rank:])
+
+
 def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callable[[Array], Array]:
     """x -> sum(w x), or sum(w x) / sum(w), in each segment."""
     mass = plan.sizes
     if weight is not None:
-        weight = jnp.asarray(weight)
-        shape = (*_batch(plan), plan.num_positions)
-        if weight.shape != shape:
-            raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
         weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
         weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
         mass = _sums(plan, weight) if mean else mass

@@ -146,7 +146,8 @@ def proportional_attention(
       q, k, v: heads before features, with one batch axis or none (vmap over more); fewer key heads than query heads are
         shared (GQA).
       bias: from `key_bias`; None before the first merge.
-      mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`.
+      mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`. "cudnn" is given the bias as feature
+        columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient.
 
     Law:
       with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
@@ -163,10 +164,16 @@ def proportional_attention(
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
+    d = v.shape[-1]
+    if bias is not None and implementation == "cudnn":
+        scale = d**-0.5 if scale is None else scale
+        q, k, v = append_bias(q, k, v, bias, scale=scale, multiple_of=8)
+        bias = None
     b = None if bias is None else bias[..., None, None, :]
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, bias=b, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
     )
+    return out if out.shape[-1] == d else out[..., :d]
 
 
 def segment_mask(plan: Plan, *, causal: bool = False) -> Bool[Array, "*batch n n"]:

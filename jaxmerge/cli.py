@@ -1,7 +1,8 @@
-"""`jaxmerge plan|merge METHOD`: merge checkpoints from the command line.
+"""`jaxmerge plan|merge METHOD`: merge checkpoints from the command line. `jaxmerge doctor`: which kernels run here.
 
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+jaxmerge doctor
 """
 
 import dataclasses
@@ -215,7 +216,7 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]"
+USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]\n       jaxmerge doctor"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
+        return 0
+    if argv == ["doctor"]:
+        _doctor()
         return 0
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
@@ -353,6 +357,28 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
             **_arguments(files),
         )
     _summary(Console(), report, files)
+
+
+def _doctor() -> None:
+    """The device, and of each operation which implementation can run, why not, and which would be chosen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxmerge._kernels import _doctor as doctor
+
+    console = Console()
+    for name, value in doctor.machine().items():
+        console.print(f"{name}: {value}", highlight=False)
+    table = Table("operation", "implementation", "usable", "chosen at", title="bfloat16, a batch of 8 on one device")
+    for row in doctor.rows():
+        usable = "no: " + "; ".join(row.why) if row.why else "yes"
+        table.add_row(row.op, row.implementation, usable, "all" if len(row.chosen) == row.of else ", ".join(row.chosen) or "-")
+    console.print(table)
+    console.print(
+        "Kernels run on one device, inside of jax.shard_map, and on meshes of Explicit axes. On a mesh of Auto axes XLA runs, "
+        "because a traced array does not tell its layout there.",
+        highlight=False,
+    )
 
 
 def _checked(tx: params.MergeTransform, files: Inputs) -> Any:

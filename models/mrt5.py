@@ -123,10 +123,9 @@ class MrT5(nnx.Module):
                 bias = key_bias(gate=gate, mask=mask)
                 if capacity is not None:
                     stay = jm.words.kept(gate, mask=mask, threshold=self.threshold if threshold is None else threshold)
-                    plan = jm.tokens.keep(stay, capacity)
-                    every = jnp.broadcast_to(positions, ids.shape)
-                    x, positions, weight = jm.merge(plan, (x, every, gate), reduce="first")
-                    bias = key_bias(plan, gate=weight if keep_gate else None)
+                    x, positions, plan = jm.tokens.pack(stay, x, capacity)
+                    weight = jm.merge(plan, gate, reduce="first") if keep_gate else None
+                    bias = key_bias(plan, gate=weight)
                     position_bias = stack.position_bias(positions)
             x, e = block(x, position_bias=position_bias, key_bias=bias, rngs=rngs)
             hidden.append(x)

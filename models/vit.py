@@ -25,6 +25,7 @@ import jaxmerge as jm
 Schedule = int | tuple[int, float] | Sequence[int]
 AnyPlan = jm.Plan | jm.SoftPlan
 Reduce = Literal["mean", "sum"]
+Flash = Literal["xla", "cudnn"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,8 @@ def token_merging(seen: Seen, r: int) -> jm.Plan:
 class Attention(nnx.Module):
     """Self-attention with fused q, k, v; returns them too, which are what planners look at."""
 
-    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
+    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash, rngs: nnx.Rngs):
+        self.num_heads, self.implementation = config.num_heads, attention
         self.qkv = _linear(config.width, 3 * config.width, dtype, rngs)
         self.proj = _linear(config.width, config.width, dtype, rngs)
 
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = jm.attention.proportional_attention(q, k, v, bias)
+        out = jm.attention.proportional_attention(q, k, v, bias, implementation=self.implementation)
         return self.proj(out.reshape(b, n, d)), (q, k, v)
 
 
@@ -153,24 +154,38 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, merge, MLP: a plan goes in and a plan comes out."""
 
-    def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash, rngs: nnx.Rngs):
         self.protect = tuple(range(config.num_prefix))
         self.norm1, self.norm2 = _norm(config.width, rngs), _norm(config.width, rngs)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, dtype=dtype, attention=attention, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], plan: AnyPlan | None, r: int, *, planner: Planner, proportional: bool, reduce: Reduce
-    ) -> tuple[Float[Array, "b m d"], AnyPlan | None]:
-        bias = jm.attention.key_bias(plan) if proportional and plan is not None else None
+        self,
+        x: Float[Array, "b n d"],
+        plan: AnyPlan | None,
+        sizes: Float[Array, "b n"] | None,
+        r: int,
+        *,
+        planner: Planner,
+        proportional: bool,
+        reduce: Reduce,
+    ) -> tuple[Float[Array, "b m d"], AnyPlan | None, Float[Array, "b m"] | None]:
+        bias = jm.attention.key_bias(sizes) if proportional and sizes is not None else None
         y, qkv = self.attn(self.norm1(x), bias)
         x = x + y
         if r:
-            step = planner(Seen(x, *qkv, bias, self.protect, plan), r)
-            sizes = plan.sizes if plan is not None and reduce == "mean" else None
-            x = jm.merge(step, x, weight=sizes, reduce=reduce)
-            plan = step if plan is None else jm.compose(step, plan)
-        return x + self.mlp(self.norm2(x)), plan
+            seen = Seen(x, *qkv, bias, self.protect, plan)
+            weight = sizes if reduce == "mean" else None
+            if planner is token_merging and reduce == "mean":  # one kernel where there is one
+                x, sizes, step = jm.tokens.merge_step(seen.keys, x, r, sizes=weight, protect=self.protect)
+                plan = step if plan is None else jm.compose(step, plan)
+            else:
+                step = planner(seen, r)
+                x = jm.merge(step, x, weight=weight, reduce=reduce)
+                plan = step if plan is None else jm.compose(step, plan)
+                sizes = plan.sizes.astype(jnp.float32)
+        return x + self.mlp(self.norm2(x)), plan, sizes
 
 
 class PatchEmbed(nnx.Module):
@@ -190,6 +205,7 @@ class ViT(nnx.Module):
 
     Args:
       config: from `VARIANTS`, or your own.
+      attention: "cudnn" for a flash kernel on GPU, in bfloat16; merged keys then weigh their size by extra feature columns.
       dtype: of the matrix products (jnp.bfloat16 on accelerators). Parameters, residuals, norms, softmax and logits
         stay float32.
       rngs: `nnx.Rngs(seed)`.
@@ -207,7 +223,7 @@ class ViT(nnx.Module):
     pooling as in its MAE models.
     """
 
-    def __init__(self, config: ViTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, dtype: Any = jnp.float32, attention: Flash = None, rngs: nnx.Rngs):
         self.config = config
         d, token = config.width, nnx.initializers.truncated_normal(0.02)
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
@@ -216,7 +232,7 @@ class ViT(nnx.Module):
         if config.distilled:
             self.dist_token = nnx.Param(token(rngs.params(), (1, 1, d)))
         self.pos_embed = nnx.Param(token(rngs.params(), (1, config.num_tokens, d)))
-        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List([Block(config, dtype=dtype, attention=attention, rngs=rngs) for _ in range(config.depth)])
         if config.pool == "mean":
             self.fc_norm = _norm(d, rngs)  # after pooling; timm's and MAE's name
         else:
@@ -266,11 +282,11 @@ class ViT(nnx.Module):
         x = self.patch_embed(images).astype(jnp.float32)
         prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
         x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
-        plan = None
+        plan = sizes = None
         clamp = {} if isinstance(r, list) else dict(n=x.shape[1], protected=self.config.num_prefix)
         layers = jm.tokens.schedule(len(self.blocks), r, **clamp)
         for block, r_block in zip(self.blocks, layers, strict=False):
-            x, plan = block(x, plan, r_block, planner=planner, proportional=proportional, reduce=reduce)
+            x, plan, sizes = block(x, plan, sizes, r_block, planner=planner, proportional=proportional, reduce=reduce)
         return x, jm.identity(x.shape[1], like=x) if plan is None else plan
 
     def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:

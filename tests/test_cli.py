@@ -131,3 +131,9 @@ def test_help(capsys):
 def test_starts_without_the_heavy_rooms():
     code = "import sys, jaxmerge.cli; print([m for m in ('orbax', 'tyro', 'rich', 'flax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "mosaic_tpu" in said and "nearest_k" in said and "jaxlib" in said

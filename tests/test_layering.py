@@ -24,15 +24,17 @@ ALLOWED = {
 BELOW = {
     "_segments": set(),
     "_collectives": set(),
-    "_plan": {"_segments"},
+    "_rank": {"_segments"},
+    "_kernels": {"_segments", "_rank"},
+    "_plan": {"_segments", "_kernels"},
     "attention": {"_plan"},
-    "tokens": {"_plan", "_segments", "attention"},
+    "tokens": {"_plan", "_segments", "_rank", "_kernels", "attention"},
     "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
     "params": {"_plan", "_collectives"},
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
-    "cli": {"_plan", "params", "checkpoint"},
+    "cli": {"_plan", "_kernels", "params", "checkpoint"},
 }
 
 
@@ -85,7 +87,7 @@ def test_import_is_light():
 SURFACE = {
     "jaxmerge": "Plan SoftPlan compose from_parents identity merge unmerge",
     "jaxmerge.attention": "MASKED append_bias key_bias proportional_attention segment_mask",
-    "jaxmerge.tokens": """Nearest RunningThreshold Weighted Windows adaptive_k_means adjacent_matching assign
+    "jaxmerge.tokens": """MergeStep Nearest Packed RunningThreshold Weighted Windows adaptive_k_means adjacent_matching assign
         attention_and_density
         attention_and_similarity attention_inhibition attention_score bind bind_attributes bipartite_matching
         block_matching carry_positions center_weight clip_matching density_centers density_peaks
@@ -93,8 +95,8 @@ SURFACE = {
         flow_budget flow_cut flow_layers flow_score frame_attention frame_similarity from_groups grid_matching
         grid_pool halvings head_mean hiprune holitom in_order in_rounds inertia k_means keep keep_apart
         keep_schedule keep_top_k kth_bipartite_matching linear_decay local_matching local_outlier_factor
-        margins matching_threshold matryoshka_pool members merged_similarity nearest nearest_center
-        negative_merge page_rank page_rank_pruning primary_and_clusters propagate prune_and_merge
+        margins matching_threshold matryoshka_pool members merge_step merged_similarity nearest nearest_center
+        negative_merge pack page_rank page_rank_pruning primary_and_clusters propagate prune_and_merge
         random_bipartite_matching ranks recover redundant representatives rope_positions saliency_gather
         sample_by_correlation schedule sequence_pool silhouette soft_gather space_to_depth sparsify
         static_merging static_windows subgraph temporal_pairs threshold_matching token_graph token_transform

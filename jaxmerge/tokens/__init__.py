@@ -9,6 +9,7 @@ tests/golden/tokens, outputs of the official code, or what stands in for it. Eac
     matching
       bipartite_matching           ToMe; TinyChart (44),        keys, mean over heads    n - r   n²/4        tome, tome_vit
                                    AuroraCap (47), SimVLG (50)  r: schedule, keep_schedule                   their published r
+        merge_step                 the same and its merge, one kernel where there is one
       kth_bipartite_matching       ToMe, every k-th             keys                     n / k   n² (k-1)/k² tome
       random_bipartite_matching    ToMe, random sources         keys, a key              n - r   r (n - r)   tome
       two_sided_matching           any two lists of positions   any metric               n - r   a b         bipartite_matching
@@ -26,6 +27,7 @@ tests/golden/tokens, outputs of the official code, or what stands in for it. Eac
       trajectory_matching          COVE (49)                    frames, 2-D window       c       n window²   the rule
     ranking and pruning
       keep, keep_top_k             EViT; MrT5 hard deletion     a mask, a score          c, k    rank        mrt5
+        pack                       keep and its merge, one kernel where there is one
       hiprune                      HiPrune (23)                 attention of two layers  k       rank        hiprune
       flow_score, flow_cut,        FlowCut (136)                class attention, values  c       n d         flowcut
         flow_budget, flow_layers
@@ -66,9 +68,9 @@ What carries weights (FcaFormer, TokenFLEX, Token-Shuffle, FlexDiT, CrossLMM, AR
 rates) is in `models.reducers`; attention over tokens that were merged, as if they were not (DyMU, 22), in `jaxmerge.virtual`.
 """
 
+from jaxmerge._rank import ranks as ranks
 from jaxmerge.tokens._guide import negative_merge as negative_merge
 from jaxmerge.tokens._nearest import Nearest as Nearest, nearest as nearest
-from jaxmerge.tokens._rank import ranks as ranks
 from jaxmerge.tokens.clustering import (
     Weighted as Weighted,
     Windows as Windows,
@@ -106,6 +108,7 @@ from jaxmerge.tokens.given import (
     temporal_pairs as temporal_pairs,
 )
 from jaxmerge.tokens.matching import (
+    MergeStep as MergeStep,
     RunningThreshold as RunningThreshold,
     adjacent_matching as adjacent_matching,
     bipartite_matching as bipartite_matching,
@@ -123,6 +126,7 @@ from jaxmerge.tokens.matching import (
     local_matching as local_matching,
     margins as margins,
     matching_threshold as matching_threshold,
+    merge_step as merge_step,
     random_bipartite_matching as random_bipartite_matching,
     schedule as schedule,
     threshold_matching as threshold_matching,
@@ -130,6 +134,7 @@ from jaxmerge.tokens.matching import (
     two_sided_matching as two_sided_matching,
 )
 from jaxmerge.tokens.pruning import (
+    Packed as Packed,
     assign as assign,
     dominant_and_contextual as dominant_and_contextual,
     exit_layer as exit_layer,
@@ -144,6 +149,7 @@ from jaxmerge.tokens.pruning import (
     linear_decay as linear_decay,
     local_outlier_factor as local_outlier_factor,
     merged_similarity as merged_similarity,
+    pack as pack,
     page_rank as page_rank,
     page_rank_pruning as page_rank_pruning,
     prune_and_merge as prune_and_merge,

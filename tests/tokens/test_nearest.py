@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from jaxmerge.tokens import _nearest
-from jaxmerge.tokens._rank import highest, ranks
+from jaxmerge._kernels.match import ref
+from jaxmerge._rank import highest, ranks
 
 B, N, M, D = 2, 11, 7, 4
 
@@ -16,7 +16,7 @@ B, N, M, D = 2, 11, 7, 4
 def sides(request, monkeypatch):
     """Queries and keys with ties (small integers), a query and a key without a direction."""
     if request.param == "in rounds":
-        monkeypatch.setattr(_nearest, "AT_ONCE", 4)
+        monkeypatch.setattr(ref, "AT_ONCE", 4)
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-1, 2, (B, n, D)).astype(np.float32) for n in (N, M))
     a[:, 2], b[:, 3] = 0, 0
@@ -29,7 +29,7 @@ def test_nearest_is_the_first_of_the_largest_cosines(sides, masked):
     mask = np.random.default_rng(1).random((N, M)) < 0.6
     mask[4] = False
     got = jax.jit(lambda a, b: jm.tokens.nearest(a, b, mask=mask if masked else None))(a, b)
-    score = np.asarray(_nearest.cosine(jnp.asarray(a), jnp.asarray(b)))
+    score = np.asarray(ref.cosine(jnp.asarray(a), jnp.asarray(b)))
     score = np.where(mask, score, -np.inf) if masked else score
     np.testing.assert_array_equal(got.similarity, score.max(-1))
     np.testing.assert_array_equal(got.index, score.argmax(-1))

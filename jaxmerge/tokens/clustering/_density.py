@@ -8,8 +8,8 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
+from jaxmerge._rank import ranks
 from jaxmerge.tokens._checks import python_int
-from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.clustering._distance import distances, smallest
 
 Order = Literal["first", "center"]

@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match.ref import smallest as smallest
 
 
 class Distances(NamedTuple):
@@ -31,21 +32,6 @@ def distances(x: Float[Array, "n d"]) -> Distances:
     length = jnp.diagonal(product)
     squared = jnp.maximum(length[:, None] + length[None, :] - 2 * product, 0)
     return Distances(jnp.where(sound[:, None] & sound[None, :], squared, jnp.inf), far * near)
-
-
-def smallest(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
-    """The k smallest numbers of each row, in order: k passes of a minimum, for the small k of neighbourhoods.
-
-    Law:
-      smallest(x, k) = sort(x)[..., :k] where nothing is NaN.
-    """
-
-    def step(left, _):
-        at = jnp.argmin(left, axis=-1)
-        here = lax.broadcasted_iota(at.dtype, left.shape, left.ndim - 1)
-        return jnp.where(here == at[..., None], jnp.inf, left), jnp.min(left, axis=-1)
-
-    return jnp.moveaxis(lax.scan(step, x, length=k)[1], 0, -1)
 
 
 def _unit_box(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, ""]]:

@@ -8,8 +8,8 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
+from jaxmerge._rank import ranks
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
 from jaxmerge.tokens.pruning._prune import keep_top_k

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, Int, Shaped
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import ranks
+from jaxmerge._rank import ranks
 
 Order = Literal["first", "last"]
 

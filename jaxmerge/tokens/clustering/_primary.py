@@ -6,8 +6,8 @@ from jaxtyping import ArrayLike, Float, Shaped
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
+from jaxmerge._rank import highest
 from jaxmerge.attention import MASKED
-from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.clustering._density import keep_apart
 from jaxmerge.tokens.clustering._k_means import k_means
 from jaxmerge.tokens.pruning._prune import keep_top_k

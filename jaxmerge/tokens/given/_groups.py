@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, from_parents
-from jaxmerge.tokens._rank import COMPARE_ALL
+from jaxmerge._rank import COMPARE_ALL
 
 
 def from_groups(

@@ -3,16 +3,14 @@
 import operator
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import ArrayLike, Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.step.ref import segment_ids
 from jaxmerge._plan import Plan, identity
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import highest
 
 
 def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protect: Sequence[int] = ()) -> Plan:
@@ -54,15 +52,13 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
     metric = checked_metric(name, metric)
     *_, n, _ = metric.shape
     fixed = protected_mask(name, protect, n)
-    why = (
-        f"of n={n} tokens, {fixed.sum()} of them protected, no more can merge than the smaller of the even and the odd side "
-        f"holds. tokens.schedule(depth, r, n={n}, protected={fixed.sum()}) clamps r layer by layer"
-    )
-    r = checked_r(name, r, _largest(n, fixed), why)
+    r = checked_r(name, r, largest(n, fixed), why_not(n, fixed))
     if r == 0:
         return identity(n, like=metric)
-    match = segments.batched(lambda x: _match(x, r, fixed), metric.ndim - 2)
-    return Plan(match(metric), n - r)
+    odd = metric[..., 1::2, :]
+    best, to = nearest(metric[..., ::2, :], odd[..., np.flatnonzero(~fixed[1::2]), :] if fixed[1::2].any() else odd)
+    number = segments.batched(lambda best, to: segment_ids(best, to, r, fixed), metric.ndim - 2)
+    return Plan(number(best, to), n - r)
 
 
 def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int | None = None, protected: int = 0) -> list[int]:
@@ -112,29 +108,19 @@ def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int |
         return layers
     left, clamped = n, []
     for layer in layers:
-        clamped.append(min(layer, _largest(left, np.arange(left) < protected)))
+        clamped.append(min(layer, largest(left, np.arange(left) < protected)))
         left -= clamped[-1]
     return clamped
 
 
-def _largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
+def largest(n: int, protected: Bool[np.ndarray, "n"]) -> int:
     """The most that can merge: ToMe's (n - protected) // 2 where the protected tokens come first."""
     return min((~protected[::2]).sum().item(), (~protected[1::2]).sum().item())
 
 
-def _match(x: Float[Array, "n d"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
-    """Segment ids of one row of the batch."""
-    a, b = x[::2], x[1::2]
-    closed = np.flatnonzero(protected[1::2])
-    best, to = nearest(a, b if len(closed) == 0 else b[np.flatnonzero(~protected[1::2])])
-    before = closed - np.arange(len(closed))  # protected destinations were left out: count them in again
-    to = to + (to[:, None] >= before[None, :]).sum(axis=-1, dtype=jnp.int32)
-    source = highest(jnp.where(protected[::2], -jnp.inf, best), r)
-
-    # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
-    i = jnp.arange(len(a))
-    stay = jnp.cumsum(~source, dtype=jnp.int32)
-    odd = stay[: len(b)] + i[: len(b)].astype(jnp.int32)
-    even = jnp.where(source, odd.at[to].get(mode="promise_in_bounds"), stay - 1 + i.astype(jnp.int32))
-    odd = jnp.concatenate([odd, odd[:1]]) if len(a) > len(b) else odd
-    return jnp.stack([even, odd], axis=-1).reshape(-1)[: len(x)]
+def why_not(n: int, protected: Bool[np.ndarray, "n"]) -> str:
+    """Why no more can merge."""
+    return (
+        f"of n={n} tokens, {protected.sum()} of them protected, no more can merge than the smaller of the even and odd sides "
+        f"hold. tokens.schedule(depth, r, n={n}, protected={protected.sum()}) clamps r layer by layer"
+    )

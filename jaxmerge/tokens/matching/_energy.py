@@ -1,28 +1,33 @@
 """PiToMe: tokens that resemble many others have high energy and merge; the rare ones are protected."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels import match as kernels
+from jaxmerge._kernels._dispatch import Implementation
+from jaxmerge._kernels.match.ref import Kernel, resemblance
 from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge._rank import highest, ranks
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import cosine
-from jaxmerge.tokens._rank import highest, ranks
 from jaxmerge.tokens.matching._two_sided import look, per_row, sent
 
-Kernel = Literal["shifted", "paper", "gaussian"]
 Split = Literal["alternate", "halves", "all"]
 
 
 def energy(
-    metric: Float[ArrayLike, "*batch n d"], margin: float, *, kernel: Kernel = "shifted", alpha: float = 1.0
+    metric: Float[ArrayLike, "*batch n d"],
+    margin: float,
+    *,
+    kernel: Kernel = "shifted",
+    alpha: float = 1.0,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*batch n"]:
     """How much each token resembles all tokens: E_i = mean_j f(cos(i, j)), itself included.
 
@@ -33,9 +38,10 @@ def energy(
         f(w) = w where w >= m, else alpha (exp(w - m) - 1)                      "paper", equation 4;
         f(w) = exp(-((1 - w) / s)² / 2) / (s √(2 pi)), s = 1 - m                "gaussian", the released text code.
       alpha: depth of the negative part.
+      implementation: see `nearest`; in a kernel no similarity reaches memory.
 
     Raises:
-      ValueError: an unknown kernel; "gaussian" with a margin of 1 or more.
+      ValueError: an unknown kernel; "gaussian" with a margin of 1 or more; the implementation cannot run here.
 
     Cost: all n² similarities.
 
@@ -48,19 +54,13 @@ def energy(
     Source: PiToMe (arXiv:2405.16148).
     """
     metric = checked_metric("energy", metric)
-    w = cosine(metric, metric)
-    if kernel == "shifted":
-        f = jax.nn.elu(w - margin, alpha)
-    elif kernel == "paper":
-        f = jnp.where(w >= margin, w, alpha * jnp.expm1(jnp.minimum(w - margin, 0)))
-    elif kernel == "gaussian":
-        s = 1 - margin
-        if s <= 0:
-            raise ValueError(f'energy: kernel="gaussian" has width 1 - margin, so margin must be below 1; got {margin}.')
-        f = jnp.exp(-(((1 - w) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
-    else:
+    if kernel not in ("shifted", "paper", "gaussian"):
         raise ValueError(f'energy: kernel must be "shifted", "paper" or "gaussian", got {kernel!r}.')
-    return f.mean(axis=-1)
+    if kernel == "gaussian" and margin >= 1:
+        raise ValueError(f'energy: kernel="gaussian" has width 1 - margin, so margin must be below 1; got {margin}.')
+    xla = lambda: resemblance(cosine(metric, metric), margin, kernel, alpha).sum(axis=-1)
+    total = kernels.energy(metric, margin=margin, kernel=kernel, alpha=alpha, implementation=implementation, xla=xla)
+    return total / metric.shape[-2]
 
 
 def energy_matching(

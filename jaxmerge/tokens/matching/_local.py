@@ -8,9 +8,9 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge._rank import highest
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import unit
-from jaxmerge.tokens._rank import highest
 from jaxmerge.tokens.matching._bipartite import bipartite_matching
 from jaxmerge.tokens.matching._two_sided import per_row, sent
 

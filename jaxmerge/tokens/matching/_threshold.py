@@ -11,9 +11,9 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge._rank import ranks
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.matching._two_sided import look, sent
 
 

@@ -10,9 +10,9 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
+from jaxmerge._rank import highest
 from jaxmerge.tokens._checks import checked_metric, checked_r
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens._rank import highest
 
 
 def two_sided_matching(

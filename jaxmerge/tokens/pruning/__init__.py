@@ -19,6 +19,6 @@ from jaxmerge.tokens.pruning._page_rank import (
     page_rank as page_rank,
     page_rank_pruning as page_rank_pruning,
 )
-from jaxmerge.tokens.pruning._prune import keep as keep, keep_top_k as keep_top_k
+from jaxmerge.tokens.pruning._prune import Packed as Packed, keep as keep, keep_top_k as keep_top_k, pack as pack
 from jaxmerge.tokens.pruning._recover import local_outlier_factor as local_outlier_factor, recover as recover
 from jaxmerge.tokens.pruning._tail import merged_similarity as merged_similarity, prune_and_merge as prune_and_merge

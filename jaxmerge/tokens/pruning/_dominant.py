@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import highest
+from jaxmerge._rank import highest
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 

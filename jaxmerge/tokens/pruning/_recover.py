@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._rank import ranks
+from jaxmerge._rank import ranks
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 

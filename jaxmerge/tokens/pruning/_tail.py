@@ -7,8 +7,8 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
+from jaxmerge._rank import ranks
 from jaxmerge.tokens._checks import protected_mask
-from jaxmerge.tokens._rank import ranks
 from jaxmerge.tokens.pruning._assign import assign_by_similarity
 
 Count = int | Int[Array, ""]

@@ -1,0 +1,113 @@
+"""What the Hopper kernels share: how they are launched, and rows made ready for wgmma."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmerge._kernels._dispatch import target
+
+_idx = inspect.signature(plgpu.load).parameters.get("idx")
+EVERYTHING = (...,) if _idx is not None and _idx.default is inspect.Parameter.empty else ()
+"""The index that `plgpu.load` demands in jax 0.10, and no longer has in 0.12."""
+
+LANES = 128
+"""Of a warpgroup, which is one thread in Pallas."""
+SHARED = 200 * 1024
+"""Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def device_refusals(kind: str) -> list[str]:
+    """Why these kernels cannot run on a kind of device: wgmma is Hopper's alone."""
+    return [] if any(name in kind.split() or name in kind.split("-") for name in HOPPER) else [f"{kind or 'an unnamed device'} is no Hopper"]
+
+
+def row_refusals(x: Any) -> list[str]:
+    """Why rows of x cannot be moved."""
+    why = []
+    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float16):
+        why.append(f"rows are {x.dtype}: bfloat16, float16 or float32")
+    if x.shape[2] % LANES or not x.shape[2]:
+        why.append(f"rows have {x.shape[2]} features: a multiple of {LANES}, the lanes of a thread")
+    if math.prod(x.shape) >= 2**31:
+        why.append(f"{math.prod(x.shape)} numbers: fewer than 2^31")
+    return why
+
+
+def kernel(
+    body: Callable[..., None],
+    operands: Sequence[Array | None],
+    scratch: Any,
+    *,
+    out: Sequence[Any],
+    grid: dict[str, int],
+    threads: int,
+    interpret: Any = None,
+    **params: Any,
+) -> Any:
+    """`body(*operands, *out, **scratch)` for every point of the grid; operands and scratch left out are None."""
+    given = [i for i, x in enumerate(operands) if x is not None]
+    absent = {name: None for name, kind in scratch.items() if kind is None} if isinstance(scratch, Mapping) else {}
+    if absent:
+        scratch = {name: kind for name, kind in scratch.items() if kind is not None}
+
+    def entry(*refs, **scratch):
+        full = [None] * len(operands)
+        for i, ref in zip(given, refs, strict=False):
+            full[i] = ref
+        body(*full, *refs[len(given) :], **absent, **scratch)
+
+    entry.__name__ = body.__name__
+    return plgpu.kernel(
+        entry,
+        out_type=tuple(out),
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="thread",
+        interpret=target().interpret or None if interpret is None else interpret,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
+    )(*[operands[i] for i in given])
+
+
+def unit(v: Array) -> tuple[Array, Array]:
+    """Rows scaled by a power of two to a largest entry in [1, 4), and their inverse norms; 0 for rows without direction."""
+    peak = jnp.max(jnp.abs(v), axis=1)
+    exponent = lax.bitcast_convert_type(peak, jnp.int32) & 0x7F800000
+    sound = (peak > 0) & (exponent < 0x7F800000)
+    scale = lax.bitcast_convert_type(jnp.maximum(0x7F000000 - exponent, 0x00800000), jnp.float32)
+    wide = lambda c: lax.broadcast_in_dim(c, v.shape, (0,))
+    v = jnp.where(wide(sound), v * wide(scale), 0.0)
+    return v, jnp.where(sound, lax.rsqrt(jnp.sum(v * v, axis=1)), 0.0)
+
+
+def tiled(width: int) -> tuple[Any, ...]:
+    """The transforms under which bfloat16 rows of this width are operands of wgmma."""
+    swizzle = plgpu.find_swizzle(width * 16)
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+
+def load(ref: Any, layout: Any = None) -> Array:
+    """A whole reference into registers, by whatever instructions there are for its layout."""
+    return plgpu.load(ref, *EVERYTHING, layout=layout, optimized=False)
+
+
+def rows(ref: Any) -> Array:
+    """One number for each row of a wgmma accumulator."""
+    return load(ref, plgpu.Layout.WGMMA.reduce(1))
+
+
+def columns(ref: Any) -> Array:
+    """One number for each of its columns."""
+    return load(ref, plgpu.Layout.WGMMA.reduce(0))
+
+
+def iota(shape: tuple[int, int], axis: int) -> Array:
+    """The row's or column's number in an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

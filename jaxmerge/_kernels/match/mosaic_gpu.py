@@ -1,0 +1,255 @@
+"""`match` on Hopper: similarities by wgmma, the running maximum and its key in registers, no score in memory.
+
+Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
+numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
+cut into three bfloat16 parts, high to low, and the six products that matter are added.
+
+A block of `search` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
+compute thread holds, for each query and each of `SLOTS` columns, the best score yet and the group of `SLOTS` keys that it is
+from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
+first of equals win.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Bool, Float, Int
+
+from jaxmerge._kernels import _mosaic_gpu as mgpu
+
+TILE = 64
+"""Queries of one compute thread."""
+QUERIES = 2 * TILE
+KEYS = 128
+"""Keys of a tile."""
+NONE = 1 << 30
+
+
+def match(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    *,
+    a_ok: Bool[Array, "#B n"] | None = None,
+    b_ok: Bool[Array, "#B m"] | None = None,
+    window: int | None = None,
+    slots: int = 64,
+    stages: int | None = None,
+    interpret=None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    n = a.shape[1]
+    similarity, index = best(a, b, b_ok=b_ok, window=window, slots=slots, stages=stages, interpret=interpret)
+    similarity, index = similarity[:, :n], index[:, :n]
+    if a_ok is not None:
+        similarity, index = jnp.where(a_ok, similarity, -jnp.inf), jnp.where(a_ok, index, 0)
+    return similarity, index
+
+
+def best(a, b, *, b_ok=None, window=None, slots=64, stages=None, interpret=None):
+    """`match` of queries padded to whole blocks."""
+    m = b.shape[1]
+    (a, inverse_a), (b, inverse_b) = prepare((a, b), interpret=interpret)
+    bias = None
+    if b_ok is not None or m % KEYS:
+        bias = jnp.zeros((1, m), jnp.float32) if b_ok is None else jnp.where(b_ok, 0.0, -jnp.inf).astype(jnp.float32)
+        bias = jnp.pad(bias, ((0, 0), (0, -m % KEYS)), constant_values=-jnp.inf)
+    return search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret)
+
+
+def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array]]:
+    """Of each x (B, n, k): its bfloat16 parts (parts, B, n', k') and inverse norms (B, n'), in one launch.
+
+    n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite.
+    """
+    B, _, k = xs[0].shape
+    parts = 3 if xs[0].dtype == jnp.float32 else 1
+    kp = _features(k)
+    rows = [x.shape[1] for x in xs]
+    lengths = [-(-n // QUERIES) * QUERIES for n in rows]
+    flat = [x.reshape(-1, k) for x in xs]
+    xs = tuple(jnp.pad(x, ((0, max(0, TILE - len(x))), (0, kp - k))) for x in flat)
+    counts = [length // TILE for length in lengths]
+
+    def body(*refs):
+        xs_refs, outs, scratch = refs[: len(xs)], refs[len(xs) : 3 * len(xs)], refs[3 * len(xs) :]
+        raw, cut, inv, loaded = scratch
+        row, tile = lax.axis_index("row"), lax.axis_index("tile")
+        for i in range(len(xs)):
+            x, part_ref, inverse_ref = xs_refs[i], outs[2 * i], outs[2 * i + 1]
+            before = sum(counts[:i])
+
+            @pl.when((tile >= before) & (tile < before + counts[i]))
+            def _(i=i, x=x, part_ref=part_ref, inverse_ref=inverse_ref, before=before):
+                here = pl.ds((tile - before) * TILE, TILE)
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(row * rows[i] + (tile - before) * TILE, TILE)], raw, loaded)
+                plgpu.barrier_wait(loaded)
+                v = plgpu.layout_cast(mgpu.load(raw).astype(jnp.float32), plgpu.Layout.WGMMA)
+                v, inverse = mgpu.unit(v)
+                inv[...] = inverse
+                for p in range(parts):
+                    part = v.astype(jnp.bfloat16)
+                    cut[p] = part
+                    v = v - part.astype(jnp.float32)
+                plgpu.commit_smem()
+                for p in range(parts):
+                    plgpu.copy_smem_to_gmem(cut.at[p], part_ref.at[p, row, here])
+                plgpu.copy_smem_to_gmem(inv, inverse_ref.at[row, here])
+                plgpu.wait_smem_to_gmem(0)
+
+    out = []
+    for length in lengths:
+        out += [jax.ShapeDtypeStruct((parts, B, length, kp), jnp.bfloat16), jax.ShapeDtypeStruct((B, length), jnp.float32)]
+    scratch = (
+        plgpu.SMEM((TILE, kp), xs[0].dtype),
+        plgpu.SMEM((parts, TILE, kp), jnp.bfloat16, transforms=mgpu.tiled(kp)),
+        plgpu.SMEM((TILE,), jnp.float32),
+        plgpu.Barrier(),
+    )
+    found = mgpu.kernel(body, xs, scratch, out=out, grid=dict(row=B, tile=sum(counts)), threads=1, interpret=interpret)
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
+    """The best key of each query, (B, n') each."""
+    parts, B, n, k = a.shape
+    m = b.shape[2]
+    wide = 64 if k % 64 == 0 else k  # features of a chunk
+    chunks = k // wide
+    tiles, blocks = m // KEYS, n // QUERIES
+    steps = parts * chunks  # ring steps a tile
+    ring = mgpu.SHARED - QUERIES * parts * k * 2
+    stages = stages or min(8, ring // (KEYS * wide * 2))
+    groups = KEYS // slots
+
+    def body(a, b, inverse_a, inverse_b, bias, similarity, index, queries, keys, ready, full, free):
+        row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
+        if window is None:
+            low, high = jnp.int32(0), jnp.int32(tiles)
+        else:
+            low = jnp.minimum(jnp.maximum(block * QUERIES - window, 0) // KEYS, tiles)
+            high = jnp.minimum((block * QUERIES + QUERIES - 1 + window) // KEYS + 1, tiles)
+            high = jnp.maximum(low, high)
+        slot = lambda step: lax.rem(step, jnp.int32(stages))
+
+        @pl.when(t < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            here = pl.ds(block * QUERIES + t * TILE, TILE)
+            plgpu.barrier_wait(ready.at[t])
+
+            def tile(i, found):
+                best, group = found
+                at = pl.ds(i * KEYS, KEYS)
+                scale = mgpu.columns(inverse_b.at[row, at])
+                add = None if bias is None else mgpu.columns(bias.at[row if bias.shape[0] > 1 else 0, at])
+
+                def product(acc):
+                    step = (i - low) * steps
+                    for q in range(parts):
+                        for c in range(chunks):
+                            s = slot(step + q * chunks + c)
+                            plgpu.barrier_wait(full.at[s])
+                            for p in range(parts - q):
+                                left = (t * parts + p) * chunks + c
+                                plgpu.wgmma(acc, queries.at[left], keys.at[s].transpose((1, 0)))
+                            if q or c:
+                                plgpu.barrier_arrive(free.at[slot(step + q * chunks + c - 1)])
+                    return acc[...]
+
+                score = pl.run_scoped(product, plgpu.ACC((TILE, KEYS), jnp.float32))
+                plgpu.barrier_arrive(free.at[slot((i - low) * steps + steps - 1)])
+                for g in range(groups):
+                    cut = slice(g * slots, (g + 1) * slots)
+                    spread = lambda v: lax.broadcast_in_dim(v[cut], (TILE, slots), (1,))
+                    s = score[:, cut] * spread(scale)
+                    if add is not None:
+                        s = s + spread(add)
+                    if window is not None:
+                        away = mgpu.iota((TILE, slots), 0) + (block * QUERIES + t * TILE) - (i * KEYS + g * slots)
+                        away = away - mgpu.iota((TILE, slots), 1)
+                        s = jnp.where((away <= window) & (away >= -window), s, -jnp.inf)
+                    better = s > best
+                    best = jnp.where(better, s, best)
+                    group = jnp.where(better, i * groups + g, group)
+                return best, group
+
+            matrix = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE, slots), value, dtype), plgpu.Layout.WGMMA)
+            best, group = lax.fori_loop(low, high, tile, (matrix(-jnp.inf, jnp.float32), matrix(0, jnp.int32)))
+            highest = jnp.max(best, axis=1)
+            key = group * slots + mgpu.iota((TILE, slots), 1)
+            key = jnp.min(jnp.where(best == lax.broadcast_in_dim(highest, (TILE, slots), (0,)), key, NONE), axis=1)
+            similarity[row, here] = highest * mgpu.rows(inverse_a.at[row, here])
+            index[row, here] = jnp.where(highest > -jnp.inf, key, 0)
+
+        @pl.when(t == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            for w in range(2):
+                for p in range(parts):
+                    for c in range(chunks):
+                        plgpu.copy_gmem_to_smem(
+                            a.at[p, row, pl.ds(block * QUERIES + w * TILE, TILE), pl.ds(c * wide, wide)],
+                            queries.at[(w * parts + p) * chunks + c],
+                            ready.at[w],
+                        )
+
+            @pl.loop(low, high)
+            def _(i):
+                for q in range(parts):
+                    for c in range(chunks):
+                        step = (i - low) * steps + q * chunks + c
+
+                        @pl.when(step >= stages)
+                        def _():
+                            plgpu.barrier_wait(free.at[slot(step)])
+
+                        plgpu.copy_gmem_to_smem(
+                            b.at[q, row, pl.ds(i * KEYS, KEYS), pl.ds(c * wide, wide)], keys.at[slot(step)], full.at[slot(step)]
+                        )
+
+    scratch = dict(
+        queries=plgpu.SMEM((2 * parts * chunks, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        keys=plgpu.SMEM((stages, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2),
+        full=plgpu.Barrier(num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+    return mgpu.kernel(
+        body, (a, b, inverse_a, inverse_b, bias), scratch,
+        out=(jax.ShapeDtypeStruct((B, n), jnp.float32), jax.ShapeDtypeStruct((B, n), jnp.int32)),
+        grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
+    )  # fmt: skip
+
+
+device_refusals = mgpu.device_refusals
+
+
+def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
+    """Why this cannot be a kernel."""
+    why = [] if op == "match" else [f"there is no mosaic_gpu kernel for {op}"]
+    for name, x in (("queries", a), ("keys", b)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            why.append(f"{name} are {x.dtype}: bfloat16 or float32")
+    if a.dtype != b.dtype:
+        why.append(f"queries are {a.dtype} and keys {b.dtype}: one dtype")
+    if min(a.shape[1], b.shape[1], a.shape[2]) == 0:
+        return [*why, "there is nothing to compare"]
+    parts, k = (3 if a.dtype == jnp.float32 else 1), _features(a.shape[2])
+    wide = 64 if k % 64 == 0 else k
+    need = QUERIES * parts * k * 2 + 2 * KEYS * wide * 2
+    if need > mgpu.SHARED:
+        why.append(f"{QUERIES} queries of {a.shape[2]} features take {need >> 10} KiB of the {mgpu.SHARED >> 10} KiB on chip")
+    return why
+
+
+def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
+    """Where scores are many: XLA takes them to memory and back."""
+    return a.shape[1] * b.shape[1] >= 2**16
+
+
+def _features(k: int) -> int:
+    """k padded to what chunks and swizzles hold."""
+    return -(-k // 16) * 16 if k <= 128 else -(-k // 64) * 64

@@ -1,0 +1,130 @@
+"""The spec of `match` in plain XLA."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jaxmerge import _segments as segments
+
+AT_ONCE = 256
+"""Queries whose scores stand in memory at the same time: few enough for a cache, many enough for the matrix unit."""
+
+Kernel = Literal["shifted", "paper", "gaussian"]
+
+
+def match(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    *,
+    a_ok: Bool[Array, "#B n"] | None = None,
+    b_ok: Bool[Array, "#B m"] | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """The largest cosine of each query with an allowed key, float32, and the first key that has it, int32.
+
+    Query i may look at key j where a_ok[i], b_ok[j] and |i - j| <= window; one that may look at none has -inf, 0. A row
+    without a direction (zero, inf, NaN) has similarity 0 to every other.
+    """
+    n, m = a.shape[1], b.shape[1]
+    mask = None
+    if a_ok is not None or b_ok is not None or window is not None:
+        mask = jnp.ones((1, n, m), bool)
+        mask = mask if a_ok is None else mask & a_ok[:, :, None]
+        mask = mask if b_ok is None else mask & b_ok[:, None, :]
+        if window is not None:
+            mask &= (jnp.abs(jnp.arange(n)[:, None] - jnp.arange(m)[None, :]) <= window)[None]
+        mask = jnp.broadcast_to(mask, (a.shape[0], n, m))
+    similarity, index = jax.vmap(search, (0, 0, None if mask is None else 0))(unit(a), unit(b), mask)
+    return similarity, jnp.where(similarity > -jnp.inf, index, 0)
+
+
+def energy(
+    a: Float[Array, "B n k"], b: Float[Array, "B m k"], *, margin: float, kernel: Kernel = "shifted", alpha: float = 1.0
+) -> Float[Array, "B n"]:
+    """sum_j f(cos(a_i, b_j)), float32, with PiToMe's f: see `tokens.energy`."""
+    return resemblance(cosine(a, b), margin, kernel, alpha).sum(axis=-1)
+
+
+def nearest_k(
+    a: Float[Array, "B n k"], b: Float[Array, "B m k"], *, count: int, b_ok: Bool[Array, "#B m"] | None = None
+) -> Float[Array, "B n count"]:
+    """The `count` smallest squared distances of each query to an allowed key, in order, float32; inf where there are fewer.
+
+    |a_i|² + |b_j|² - 2 a_i·b_j, at least 0: centre the rows first, because the cancellation grows with their length.
+    """
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    length = lambda x: jnp.sum(x * x, axis=-1)
+    squared = length(a)[:, :, None] + length(b)[:, None, :] - 2 * segments.matmul(a, jnp.swapaxes(b, 1, 2))
+    squared = jnp.maximum(squared, 0)
+    squared = squared if b_ok is None else jnp.where(b_ok[:, None, :], squared, jnp.inf)
+    return smallest(squared, count)
+
+
+def resemblance(
+    w: Float[Array, "..."], margin: float, kernel: Kernel, alpha: float, expm1: Callable[[Array], Array] = jnp.expm1
+) -> Float[Array, "..."]:
+    """PiToMe's f of a cosine w; kernels bring an expm1 that their compiler knows."""
+    if kernel == "gaussian":
+        s = 1 - margin
+        return jnp.exp(-(((1 - w) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
+    below = alpha * expm1(jnp.minimum(w - margin, 0))
+    return jnp.where(w > margin, w - margin, below) if kernel == "shifted" else jnp.where(w >= margin, w, below)
+
+
+def search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[Array, "n m"] | None) -> tuple[Array, Array]:
+    """For each unit query the largest cosine, and the first key that has it.
+
+    Many queries are taken some at a time, so that their scores are still near when they are read again. Keys come first in
+    the scores, so that both reductions run over whole vectors of queries; an arg-max runs over single numbers.
+    """
+
+    def best(some):
+        queries, mask = some
+        score = segments.matmul(keys, queries.T)
+        if mask is not None:
+            score = jnp.where(mask.T, score, -jnp.inf)
+        highest = score.max(axis=0)
+        position = lax.broadcasted_iota(jnp.int32, score.shape, 0)
+        return highest, jnp.min(jnp.where(score == highest[None, :], position, len(keys)), axis=0)
+
+    n = len(queries)
+    if n <= 2 * AT_ONCE:
+        return best((queries, mask))
+    rounds = -(-n // AT_ONCE)
+    split = lambda x: jnp.pad(x, ((0, -n % rounds), (0, 0))).reshape(rounds, -1, x.shape[-1])
+    found = lax.map(best, jax.tree.map(split, (queries, mask)))
+    return jax.tree.map(lambda x: x.reshape(-1)[:n], found)
+
+
+def cosine(a: Float[Array, "*batch n d"], b: Float[Array, "*batch m d"]) -> Float[Array, "*batch n m"]:
+    """All cosines, in float32: "highest", because one bfloat16 pass would order near-equal pairs unlike other machines."""
+    return segments.matmul(unit(a), jnp.swapaxes(unit(b), -1, -2))
+
+
+def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
+    """Rows of length 1, in float32. Scaled by their largest entry first, so that no square overflows or vanishes."""
+    x = x.astype(segments.accumulator(x.dtype))
+    peak = jnp.abs(x).max(axis=-1, keepdims=True)
+    sound = (peak > 0) & jnp.isfinite(peak)
+    x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
+    return x / jnp.sqrt(jnp.where(sound, jnp.sum(x * x, axis=-1, keepdims=True), 1))  # the root of 0 has no gradient
+
+
+def smallest(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
+    """The k smallest numbers of each row, in order: k passes of a minimum, for the small k of neighbourhoods.
+
+    Law:
+      smallest(x, k) = sort(x)[..., :k] where nothing is NaN.
+    """
+
+    def step(left, _):
+        at = jnp.argmin(left, axis=-1)
+        here = lax.broadcasted_iota(at.dtype, left.shape, left.ndim - 1)
+        return jnp.where(here == at[..., None], jnp.inf, left), jnp.min(left, axis=-1)
+
+    return jnp.moveaxis(lax.scan(step, x, length=k)[1], 0, -1)

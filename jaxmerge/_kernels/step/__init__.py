@@ -1,0 +1,51 @@
+"""A whole step of Token Merging: match, choose, merge. Over any batch axes, and with derivatives in x."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jaxtyping import Float, Int
+
+from jaxmerge._kernels import merge
+from jaxmerge._kernels._dispatch import Implementation, run
+
+
+def step(
+    metric: Float[Array, "*batch n k"],
+    x: Float[Array, "*batch n d"],
+    sizes: Float[Array, "*batch n"] | None = None,
+    *,
+    r: int,
+    protected: tuple[bool, ...],
+    implementation: Implementation | None = None,
+    xla: Callable[[], Any],
+) -> tuple[Float[Array, "*batch m d"], Float[Array, "*batch m"], Int[Array, "*batch n"]]:
+    """`ref.step`; `xla` is what to run instead where no kernel is chosen."""
+    call = lambda module, *arrays: differentiable(module, r, protected, *arrays)
+    stopped = (lax.stop_gradient(metric), x, None if sizes is None else lax.stop_gradient(sizes))
+    return run("step", stopped, ("nk", "nd", "n"), ("md", "m", "n"), implementation=implementation, call=call, xla=xla,
+               r=r, protected=protected)  # fmt: skip
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def differentiable(
+    module: Any, r: int, protected: tuple[bool, ...], metric: Array, x: Array, sizes: Array | None
+) -> tuple[Array, Array, Array]:
+    """An implementation's step, with derivatives in x: those of its merge, under the plan that was found."""
+    return module.step(metric, x, sizes, r=r, protected=protected)
+
+
+@partial(differentiable.defjvp, symbolic_zeros=True)
+def _jvp(module, r, protected, primals, tangents):
+    metric, x, sizes = primals
+    y, mass, ids = differentiable(module, r, protected, metric, x, sizes)
+    dx = tangents[1]
+    if isinstance(dx, SymbolicZero):
+        dy = jnp.zeros_like(y)
+    else:
+        dy = merge.apply(merge.beside(module), ids, dx, sizes, mass, m=y.shape[1])
+    return (y, mass, ids), (dy, jnp.zeros_like(mass), zero_from_primal(ids, symbolic_zeros=False))

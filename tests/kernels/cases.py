@@ -1,0 +1,58 @@
+"""Inputs for kernels: shapes of real models, whole or scaled down, and numbers whose cosines are exact, so that ties are."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
+
+EVERY = (*VIT, *LONG, *BYTES)
+SMALL = tuple(
+    Tokens(s.name, *(max(x // by, least) for x, by, least in ((s.n, 8, 3), (s.k, 4, 8), (s.d, 16, 8), (s.r, 8, 1))), s.prefix)
+    for s in (VIT[0], VIT[-1], BYTES[0])
+)
+"""An odd n, an even one, and bytes."""
+
+
+def exact(rng, batch: int, n: int, k: int, dtype) -> jnp.ndarray:
+    """Rows of four equal magnitudes, powers of two: cosines are quarters, exact in any order of summation, and often equal.
+
+    Some rows have no direction: zeros, an infinity, a NaN.
+    """
+    x = np.zeros((batch, n, k), np.float32)
+    for row in x.reshape(-1, k):
+        row[rng.choice(min(k, 8), 4, replace=False)] = rng.choice([-1.0, 1.0], 4)
+    x *= 2.0 ** rng.integers(-40, 40, (batch, n, 1))
+    for at, bad in zip(rng.choice(n, 3, replace=False), (0.0, np.inf, np.nan), strict=True):
+        x[:, at, :] = bad
+    return jnp.asarray(x, dtype)
+
+
+def tokens(rng, batch: int, n: int, d: int, dtype) -> jnp.ndarray:
+    return jnp.asarray(rng.standard_normal((batch, n, d)), dtype)
+
+
+def sizes(rng, batch: int, n: int) -> jnp.ndarray:
+    """Whole numbers, of which some need more than the 8 bits of a bfloat16."""
+    return jnp.asarray(rng.choice([1, 2, 3, 257, 333], (batch, n)), jnp.float32)
+
+
+def plan(rng, batch: int, n: int, m: int, *, ordered: bool) -> jnp.ndarray:
+    """Ids with some dropped, some beyond, and some segments empty."""
+    ids = rng.integers(-1, m + 1, (batch, n))
+    ids[ids == m // 2] = 0
+    return jnp.asarray(np.sort(ids, axis=1) if ordered else ids, jnp.int32)
+
+
+def close(found, wanted, *, terms: int, largest: float) -> None:
+    """Equal within what rounding allows.
+
+    float32: every one of `terms` summands and sums is rounded twice over in each of both, 2^-24 of the largest. bfloat16:
+    sums are of 16-bit parts, 2^-17 of the largest, and each result is rounded to 8 bits, 2^-8 of itself.
+    """
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    half = found.dtype == jnp.bfloat16
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    bound = (4 * terms + 8) * 2.0**-24 * largest
+    bound = bound + 2.0**-16 * largest + 2.0**-7 * np.abs(wanted) if half else bound
+    assert (np.abs(found - wanted) <= bound).all(), f"{np.abs(found - wanted).max()} apart"

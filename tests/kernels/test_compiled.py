@@ -1,0 +1,96 @@
+"""Rung 3: the TPU compiler takes every kernel, within the chip's memory: inside of shard_map, and through the public functions
+in a program that is partitioned automatically."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import jaxmerge as jm
+from jaxmerge._kernels import _dispatch as dispatch, merge as merges, pack as packs, step as steps
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
+from jaxmerge._kernels.match import mosaic_tpu as match_tpu
+from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu
+from jaxmerge._kernels.pack import mosaic_tpu as pack_tpu
+from jaxmerge._kernels.step import mosaic_tpu as step_tpu
+from tests.hlo import collectives, compile_for, tpu_mesh
+
+pytestmark = pytest.mark.tpu
+
+CHIPS = {"v5e:2x2": "TPU v5 lite", "v5p:2x2x1": "TPU v5", "v6e:2x2": "TPU v6 lite", "tpu7x:2x2x1": "TPU7x"}
+every_chip = pytest.mark.parametrize(
+    "topology", ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in list(CHIPS)[1:])]
+)
+
+
+def kernels(compiled) -> int:
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+def on_every_chip(topology, dtype, spec, ops=None):
+    """Compile the operations of a layer for one row of the batch per device, with the gradients of what has any."""
+    mesh = tpu_mesh(topology, (-1,), ("data",))
+    shape = lambda s: None if s is None else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, P("data")))
+    calls = {
+        "step": lambda *a, r, protected: steps.differentiable(step_tpu, r, protected, *a),
+        "merge": lambda *a, m, mean: merges.differentiable(merge_tpu, m, mean, *a),
+        "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
+        "unmerge": merge_tpu.unmerge, "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
+    }  # fmt: skip
+    at = cases(spec, mesh.size, dtype)
+    with dispatch.aim("tpu", CHIPS[topology]):
+        for op in ops or at:
+            arguments, static = at[op]
+            assert not dispatch.refusals(op, "mosaic_tpu", arguments, **static)
+            arguments, call = [shape(a) for a in arguments], partial(calls[op], **static)
+            if op in ("step", "merge", "pack"):
+                call = lambda *a, call=call: jax.vjp(lambda x: call(a[0], x, *a[2:])[0], a[1])[1](call(*a)[0])
+            compiled = compile_for(
+                jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=True), *arguments
+            )
+            assert collectives(compiled) == []
+            assert kernels(compiled) >= 1
+
+
+@every_chip
+def test_every_kernel_compiles(topology):
+    on_every_chip(topology, jnp.bfloat16, VIT[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("spec", [*VIT, *LONG, *BYTES], ids=lambda s: s.name)
+@pytest.mark.parametrize("topology", CHIPS)
+def test_every_kernel_compiles_at_every_size(topology, spec, dtype):
+    on_every_chip(topology, dtype, spec)
+
+
+@every_chip
+def test_public_functions_on_a_partitioned_program(topology):
+    """Explicit axes: kernels run per shard, forward and back. Auto axes: XLA does, and a kernel asked for is refused."""
+    devices = tpu_mesh(topology, (2, -1), ("data", "model")).devices
+    spec, batch = VIT[0], 8
+
+    def layer(metric, x, sizes, implementation=None):
+        step = jm.tokens.merge_step(metric, x, spec.r, sizes=sizes, protect=(0,), implementation=implementation)
+        apart = jm.unmerge(step.plan, step.x, implementation=implementation)
+        packed = jm.tokens.pack(
+            jm.tokens.nearest(metric, metric[:, ::2]).similarity > 0.5, apart, 64, implementation=implementation
+        )
+        return jnp.sum(packed.x.astype(jnp.float32)) + jnp.sum(step.x.astype(jnp.float32))
+
+    def program(kind):
+        mesh = Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
+        array = lambda s, *spec: jax.ShapeDtypeStruct((batch, *s), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", *spec)))
+        return array((spec.n, spec.k)), array((spec.n, spec.d), None, "model"), array((spec.n,))
+
+    with dispatch.aim("tpu", CHIPS[topology]):
+        explicit = compile_for(jax.value_and_grad(layer, 1), *program(AxisType.Explicit))
+        assert kernels(explicit) >= 5  # step, unmerge and pack, and back through them
+        assert {c for c in collectives(explicit)} <= {"all-reduce"}  # of the loss
+        automatic = compile_for(layer, *program(AxisType.Auto))
+        assert kernels(automatic) == 0
+        with pytest.raises(ValueError, match="Auto axes"):
+            jax.jit(partial(layer, implementation="mosaic_tpu")).lower(*program(AxisType.Auto))

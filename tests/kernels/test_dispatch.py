@@ -1,0 +1,104 @@
+"""Which implementation runs: through the public functions, on meshes of either kind, and every reason against one at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import jaxmerge as jm
+from jaxmerge._kernels import _dispatch as dispatch
+from jaxmerge._kernels._doctor import rows
+from tests.hlo import collectives
+from tests.kernels import cases
+
+N, K, D, R = 17, 8, 16, 5
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return cases.exact(rng, 8, N, K, jnp.float32), cases.tokens(rng, 8, N, D, jnp.float32), cases.sizes(rng, 8, N)
+
+
+def layer(metric, x, sizes, implementation=None):
+    step = jm.tokens.merge_step(metric, x, R, sizes=sizes, protect=(0,), implementation=implementation)
+    near = jm.tokens.nearest(metric, metric[..., ::2, :], implementation=implementation)
+    return step, near, jm.unmerge(step.plan, step.x, fill=7, implementation=implementation)
+
+
+def test_kernels_give_the_public_answer_on_a_mesh(mesh, arrays):
+    """Per shard on Explicit axes, without a collective; on Auto axes XLA runs, and a kernel asked for is refused."""
+    wanted = jax.jit(layer)(*arrays)
+    specs = P("data"), P("data", None, "model"), P("data")
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    kernel = jax.jit(partial(layer, implementation="mosaic_tpu"))
+    with dispatch.aim("tpu", interpret=True):
+        if mesh.axis_types[0] == AxisType.Auto:
+            with pytest.raises(ValueError, match="Auto axes"):
+                kernel(*placed)
+            return
+        compiled = kernel.lower(*placed).compile()
+        found = compiled(*placed)
+    assert collectives(compiled) == []
+    assert found[0].x.sharding.spec == P("data", None, "model")
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(one.dtype, jnp.integer):
+            assert (one == other).all()
+        else:
+            np.testing.assert_allclose(one, other, atol=N * 2.0**-22 * np.abs(arrays[1]).max())
+
+
+def test_all_reasons_are_named_at_once(arrays):
+    metric, x, _ = arrays
+    with pytest.raises(ValueError, match=r"(?s)it is for tpu, and this process runs on cpu.*metric is float16.*form 17 runs"):
+        wide = jnp.tile(metric.astype(jnp.float16), (1, 8, 1))
+        jm.tokens.merge_step(wide, wide, 1, protect=range(1, 68, 4), implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="takes no mask"):
+        jm.tokens.nearest(metric, metric, mask=jnp.ones((N, N), bool), implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match='for "mean" and "sum" of a Plan'):
+        jm.merge(jm.identity(N, (8,)), x, reduce="max", implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="it is for tpu"):
+        jm.merge(jm.identity(N, (8,)), x, implementation="mosaic_tpu")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_implementation(arrays):
+    with pytest.raises(ValueError, match="implementation must be"):
+        jm.merge(jm.identity(N, (8,)), arrays[1], implementation="triton")
+
+
+def test_many_devices_without_a_mesh_are_refused(arrays):
+    """A bare kernel in a program that the compiler may partition fails late, when TPUs compile it: it is never traced."""
+    arrays_, roles = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], ("nk", "nd", "n")
+    seen = []
+    jax.jit(lambda *a: seen.append(dispatch.layout_of(a, roles)[1])).lower(*arrays_)
+    assert "8 devices and no mesh in sight" in seen[0][0]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    look = lambda *a: (seen.append(dispatch.layout_of(a, roles)[1]), a)[1]
+    inside = jax.shard_map(look, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    jax.jit(inside).lower(*arrays_)
+    assert seen[1] == []
+
+
+def test_what_is_chosen(monkeypatch):
+    """The model of the chip decides, until a table of measurements says otherwise."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 197, 64), (8, 197, 768))] + [None]
+    static = {"r": 13, "protected": (True, *[False] * 196)}
+    choose = partial(dispatch.choose, "step", shapes, ("nk", "nd", "n"), implementation=None, **static)
+    assert choose()[0] == "xla"
+    with dispatch.aim("tpu", "TPU v5 lite"):
+        monkeypatch.setattr(dispatch, "layout_of", lambda *a: (dispatch.Layout(None, (), None), []))
+        assert choose()[0] == "mosaic_tpu"
+        key = dispatch.shape_key(shapes, **static)
+        monkeypatch.setattr(dispatch, "_table", lambda kind: {"step.mosaic_tpu": {key: {"rows": 2, "us": 9.0, "xla_us": 8.0}}})
+        assert choose()[0] == "xla"
+
+
+def test_doctor_knows_every_operation():
+    found = {(row.op, row.implementation): row for row in rows()}
+    assert len(found) == len(dispatch.FOLDERS) * 3
+    assert all(not row.why for (_, name), row in found.items() if name == "xla")
+    assert "runs on cpu" in found["step", "mosaic_tpu"].why[0]

@@ -1,0 +1,143 @@
+"""Rung 1: every kernel gives its reference's answer, in interpret mode: forward and gradients, ties and masks exactly."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmerge._kernels import merge as merges, pack as packs, step as steps
+from jaxmerge._kernels.match import mosaic_tpu as match_tpu, ref as match_ref
+from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu, ref as merge_ref
+from jaxmerge._kernels.pack import ref as pack_ref
+from jaxmerge._kernels.step import mosaic_tpu as step_tpu, ref as step_ref
+from tests.kernels import cases
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def each(*default, slow=()):
+    """Pairs of a shape and a dtype by default, and all of `slow` in both dtypes."""
+    marked = [pytest.param(spec, dtype, marks=pytest.mark.slow) for spec in slow for dtype in (F32, BF16)]
+    name = lambda value: getattr(value, "name", None) or str(jnp.dtype(value))
+    return pytest.mark.parametrize("spec, dtype", [*default, *marked], ids=name)
+
+
+ODD, EVEN, SHORT_BYTES = cases.SMALL
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    from jaxmerge._kernels._dispatch import aim
+
+    with aim("tpu", interpret=True):
+        yield
+
+
+def largest(x) -> float:
+    return float(jnp.max(jnp.abs(x.astype(jnp.float32))))
+
+
+@each((ODD, BF16), (EVEN, F32), slow=cases.VIT)
+def test_step(spec, dtype):
+    rng, batch = np.random.default_rng(0), 2
+    protected = tuple(i < spec.prefix or i == spec.n - 2 for i in range(spec.n))
+    metric, x = cases.exact(rng, batch, spec.n, spec.k, dtype), cases.tokens(rng, batch, spec.n, spec.d, dtype)
+    cotangent = cases.tokens(rng, batch, spec.n - spec.r, spec.d, jnp.float32)
+    for sizes in (cases.sizes(rng, batch, spec.n), None)[: 2 if dtype == BF16 else 1]:
+        reference = lambda x, sizes=sizes: step_ref.step(metric, x, sizes, r=spec.r, protected=protected)
+        kernel = lambda x, sizes=sizes: steps.differentiable(step_tpu, spec.r, protected, metric, x, sizes)
+        (y, mass, ids), (y_ref, mass_ref, ids_ref) = jax.jit(kernel)(x), jax.jit(reference)(x)
+        assert (ids == ids_ref).all() and (mass == mass_ref).all()
+        terms = int(jnp.max(jnp.sum(ids[0][:, None] == ids[0][None, :], axis=0)))
+        cases.close(y, y_ref, terms=terms, largest=largest(x))
+    if dtype == F32:
+        loss = lambda f: lambda x: jnp.sum(f(x)[0].astype(jnp.float32) * cotangent)
+        back = [jax.jit(jax.grad(loss(f)))(x) for f in (kernel, reference)]
+        cases.close(*back, terms=1, largest=largest(cotangent))
+
+
+@each((EVEN, F32), (SHORT_BYTES, BF16), slow=cases.EVERY)
+def test_merge_and_unmerge(spec, dtype):
+    rng, batch, n, m = np.random.default_rng(1), 2 if spec.n < 4096 else 1, spec.n, spec.n - spec.r
+    ids = cases.plan(rng, batch, n, m, ordered=spec in cases.BYTES or spec is SHORT_BYTES)
+    x, y = cases.tokens(rng, batch, n, spec.d, dtype), cases.tokens(rng, batch, m, spec.d, dtype)
+    dropped = (ids < 0) | (ids >= m)
+    x = jnp.where(dropped[..., None], jnp.nan, x)
+    weight, block = cases.sizes(rng, batch, n), (32, 24) if spec in cases.SMALL else None
+    terms = int(max(np.bincount(np.asarray(ids)[~np.asarray(dropped)])))
+    mass = merge_ref.merge(ids, x, weight, m=m, mean=False)[1]
+    big = largest(jnp.nan_to_num(x))
+    for w, mean in ((weight, True), (None, False)):
+        kernel = jax.jit(partial(merge_tpu.merge, m=m, mean=mean, block=block))(ids, x, w)
+        reference = jax.jit(partial(merge_ref.merge, m=m, mean=mean))(ids, x, w)
+        assert (kernel[1] == reference[1]).all()
+        cases.close(kernel[0], reference[0], terms=terms, largest=big * (1 if mean else terms))
+    one = jnp.float32(mass > 0) / jnp.maximum(mass, 1)
+    kernel = jax.jit(partial(merge_tpu.unmerge, block=block))(ids, y, one, weight)
+    cases.close(kernel, merge_ref.unmerge(ids, y, one, weight), terms=1, largest=largest(y) * 333)
+    plain = jax.jit(partial(merge_tpu.unmerge, block=block))(ids, y)
+    assert (plain == merge_ref.unmerge(ids, y)).all()
+
+
+@pytest.mark.parametrize("mean", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_derivatives_of_any_order(mean):
+    """In rows and in weights, forward, reverse, and one through the other; under vmap, scan and remat."""
+    rng, batch, n, m, d = np.random.default_rng(2), 2, 13, 5, 8
+    ids, x = cases.plan(rng, batch, n, m, ordered=False), cases.tokens(rng, batch, n, d, jnp.float32)
+    w, c = jnp.asarray(rng.random((batch, n)) + 0.5, jnp.float32), cases.tokens(rng, batch, m, d, jnp.float32)
+
+    def everything(merge):
+        f = lambda x, w: jnp.sum(jnp.sin(merge(x, w)) * c)
+        gradient, along = jax.grad(f, (0, 1)), (0.3 * x, 0.2 * w)
+        twice = jax.grad(lambda x: jnp.sum(jax.grad(f)(x, w) ** 2))(x)
+        rows = jax.vmap(jax.checkpoint(lambda x: merge(x, w)))(jnp.stack([x, 2 * x]))
+        loop = jax.grad(lambda x: jax.lax.scan(lambda s, _: (s + f(x * s, w), None), 1.0, None, length=2)[0])(x)
+        return gradient(x, w), jax.jvp(f, (x, w), along)[1], jax.jvp(gradient, (x, w), along)[1], twice, rows, loop
+
+    kernel = jax.jit(lambda: everything(lambda x, w: merges.differentiable(merge_tpu, m, mean, ids, x, w)[0]))()
+    reference = jax.jit(lambda: everything(lambda x, w: merge_ref.merge(ids, x, w, m=m, mean=mean)[0]))()
+    for found, wanted in zip(jax.tree.leaves(kernel), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.max(jnp.abs(wanted))))
+
+
+@each((ODD, F32), (ODD, BF16), slow=(*cases.VIT, *cases.LONG))
+def test_match(spec, dtype):
+    """Cosines are quarters: similarities and positions must be the same, not close."""
+    rng, batch = np.random.default_rng(3), 2 if spec.n < 4096 else 1
+    n, m, block = spec.n, spec.n // 2 + 150, (16, 128) if spec in cases.SMALL else None
+    a, b = cases.exact(rng, batch, n, spec.k, dtype), cases.exact(rng, batch, m, spec.k, dtype)
+    a_ok, b_ok = jnp.asarray(rng.random((1, n)) < 0.7), jnp.asarray(rng.random((batch, m)) < 0.7)
+    for options in ({}, {"a_ok": a_ok, "b_ok": b_ok, "window": n // 8}):
+        found = match_tpu.match(a, b, **options, block=block)
+        wanted = match_ref.match(a, b, **options)
+        assert (found[0] == wanted[0]).all() and (found[1] == wanted[1]).all()
+
+
+@each((ODD, BF16), slow=(*cases.VIT, *cases.LONG))
+def test_energy_and_nearest_k(spec, dtype):
+    rng, batch, block = np.random.default_rng(4), 1, (16, 128) if spec in cases.SMALL else None
+    x = cases.tokens(rng, batch, spec.n, spec.k, dtype)
+    terms = spec.n * (spec.k + 8)  # each cosine is a sum of k products
+    for kernel in ("shifted", "gaussian"):
+        found = match_tpu.energy(x, x, margin=0.45, kernel=kernel, block=block)
+        cases.close(found, match_ref.energy(x, x, margin=0.45, kernel=kernel), terms=terms, largest=2.0)
+    ok = jnp.asarray(rng.random((1, spec.n)) < 0.7)
+    found, wanted = (f(x, x, count=5, b_ok=ok) for f in (partial(match_tpu.nearest_k, block=block), match_ref.nearest_k))
+    cases.close(found, wanted, terms=spec.k, largest=largest(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)) * 4)
+
+
+@each((SHORT_BYTES, BF16), slow=cases.BYTES)
+def test_pack(spec, dtype):
+    from jaxmerge._kernels.pack import mosaic_tpu as pack_tpu
+
+    rng, batch, capacity = np.random.default_rng(5), 2, spec.n - spec.r
+    keep = jnp.asarray(rng.random((batch, spec.n)) < np.array([[0.1], [0.6]]))  # one row with empty slots, one that overflows
+    x = cases.tokens(rng, batch, spec.n, spec.d, dtype)
+    found = jax.jit(lambda x: packs.differentiable(pack_tpu, capacity, keep, x))(x)
+    for one, other in zip(found, pack_ref.pack(keep, x, capacity=capacity), strict=True):
+        assert (one == other).all()
+    back = jax.grad(lambda x: jnp.sum(packs.differentiable(pack_tpu, capacity, keep, x)[0].astype(jnp.float32)))(x)
+    slot = jnp.cumsum(keep, axis=1)
+    assert (back == jnp.where((keep & (slot <= capacity))[..., None], 1, 0)).all()
