@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 
 from jaxmerge.checkpoint import _orbax
-from jaxmerge.checkpoint._plan import BATCH_BYTES, CheckpointPlan, MergeError, plan as make_plan
+from jaxmerge.checkpoint._plan import BATCH_BYTES, MEMORY, CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._sharding import Rule
+from jaxmerge.checkpoint._source import Format
 from jaxmerge.params._stack import Integers, add_leaf, reduced, stack_leaf
 from jaxmerge.params._transform import MergeTransform, Step, settled
 
@@ -53,12 +54,19 @@ def merge(
     models: Sequence[Any],
     out: Any,
     *,
+    format: Format | None = None,
     sharding: Sharding | Rule | None = None,
+    memory: int | str = MEMORY,
+    dtype: Any = None,
+    out_dtype: Any = None,
     integers: Integers = "agree",
     nonfinite: Literal["refuse", "allow"] = "refuse",
     overwrite: bool = False,
-    batch_bytes: int = BATCH_BYTES,
+    resume: bool = True,
+    max_shard_bytes: int | str = "5GB",
+    recipe: Any = None,
     on_progress: Callable[[Progress], None] | None = None,
+    batch_bytes: int = BATCH_BYTES,
 ) -> MergeReport:
     """Merge Orbax checkpoints into a new one, leaf by leaf, on the target sharding; no leaf is ever gathered.
 
@@ -67,15 +75,21 @@ def merge(
 
     Args:
       tx: what to do, such as `params.ties(density=0.2)`.
-      base: directory of the checkpoint that the models were trained from; None merges the models themselves.
-      models: directories of Orbax checkpoints.
+      base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
+      models: checkpoints, paths or sources; formats may be mixed.
       out: where the output appears, when it is whole.
+      format: "orbax" or "safetensors"; None: as the base (or the first model) is stored.
       sharding: where leaves go; see `plan`.
+      memory: bytes, or such as "2GB": what buffers and arrays of the merge may take on this host.
+      dtype: cast inputs to it before anything else; arithmetic is float32 all the same.
+      out_dtype: of the output's floating-point leaves; None: `dtype`, or what each leaf of the base has.
       integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what is at `out`.
-      batch_bytes: leaves are read in batches of about so many bytes of each input: this bounds memory.
+      resume: go on where the same merge was cut off; False begins anew.
+      max_shard_bytes: safetensors files larger than this are split; bytes, or such as "5GB".
+      recipe: what the receipt says was asked for, as JSON; see `Receipt`.
       on_progress: called after each batch.
 
     Law:
@@ -94,7 +108,7 @@ def merge(
     inputs = ((headers.base,) if headers.base is not None else ()) + headers.models
     if _orbax.epath.Path(out).absolute() in [c.path for c in inputs]:
         raise MergeError(f"out is one of the inputs, {out}; choose another place.")
-    writer = _orbax.Writer(out, headers.reference, overwrite=overwrite)
+    writer = _orbax.Writer(out, headers.reference.leaves, overwrite=overwrite)
     if integers == "agree":
         _check_exact(headers, inputs)
 
@@ -115,7 +129,7 @@ def merge(
                 arrays = held
             else:
                 targets = {n: headers.shardings[n] for n in names}
-                parts = [_orbax.read(c, targets) for c in inputs] if names else []
+                parts = [c.load(targets) for c in inputs] if names else []
                 arrays = {n: [part[n] for part in parts] for n in names}
                 if len(headers.batches) == 1:
                     held = arrays
@@ -156,7 +170,7 @@ def merge(
                 continue  # look through all of them, so that one message names every leaf
             rest = [n for n in batch if n not in floating]
             if rest:
-                written |= _orbax.read(headers.reference, {n: headers.shardings[n] for n in rest})
+                written |= headers.reference.load({n: headers.shardings[n] for n in rest})
             writer.write(written)
         if bad and nonfinite == "refuse":
             raise MergeError(_strange(bad, inputs))
@@ -235,7 +249,7 @@ def _check_exact(headers: CheckpointPlan, inputs: Sequence[Any]) -> None:
     targets = {n: headers.shardings[n] for n in headers.exact}
     if not targets:
         return
-    parts = [_orbax.read(c, targets) for c in inputs]
+    parts = [c.load(targets) for c in inputs]
     differ = [n for n in headers.exact if not _orbax.same([part[n] for part in parts])]
     if differ:
         raise MergeError(
@@ -246,7 +260,7 @@ def _check_exact(headers: CheckpointPlan, inputs: Sequence[Any]) -> None:
 
 def _strange(bad: dict[str, list[int]], inputs: Sequence[Any]) -> str:
     lines = [
-        f"  {n}: {count} in {c.path.name}"
+        f"  {n}: {count} in {c.name}"
         for n, counts in sorted(bad.items())
         for c, count in zip(inputs, counts, strict=True)
         if count

@@ -10,10 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from jaxmerge.checkpoint import _orbax
+from jaxmerge.checkpoint._source import Format, open as open_source
 from jaxmerge.checkpoint._sharding import Rule, all_devices, split_evenly
 from jaxmerge.params._transform import Match, MergeTransform, Step
 
 BATCH_BYTES = 1 << 28
+MEMORY = "1GB"
 
 
 class MergeError(ValueError):
@@ -65,7 +67,12 @@ def plan(
     base: Any | None,
     models: Sequence[Any],
     *,
+    format: Format | None = None,
     sharding: Sharding | Rule | None = None,
+    memory: int | str = MEMORY,
+    dtype: Any = None,
+    out_dtype: Any = None,
+    max_shard_bytes: int | str = "5GB",
     batch_bytes: int = BATCH_BYTES,
 ) -> CheckpointPlan:
     """Find out what a merge will do, and everything that speaks against it, before a tensor byte is read.
@@ -81,8 +88,8 @@ def plan(
     Raises:
       FileNotFoundError, ValueError: a path is not an Orbax checkpoint. All else is listed in `problems`.
     """
-    opened_base = None if base is None else _orbax.open_checkpoint(base)
-    opened = tuple(_orbax.open_checkpoint(m) for m in models)
+    opened_base = None if base is None else open_source(base)
+    opened = tuple(open_source(m) for m in models)
     if not opened:
         raise MergeError("no models; name at least one checkpoint.")
     reference = opened_base or opened[0]
@@ -108,7 +115,7 @@ def plan(
         settings, trouble = _settings(steps, {n: (len(opened), *leaves[n].shape) for n in floating})
         problems += trouble
 
-    batches = _batches(_orbax.groups(reference), leaves, batch_bytes)
+    batches = _batches(_orbax.groups(leaves), leaves, batch_bytes)
     inputs = len(opened) + (opened_base is not None)
     looks = 1 + sum(step.survey.rounds for step in steps if step.survey is not None)
     passes = 1 if len(batches) == 1 else looks
@@ -143,11 +150,11 @@ def _mismatches(reference: Any, others: Sequence[Any]) -> list[str]:
     problems = []
     for other in others:
         ours, theirs = reference.leaves, other.leaves
-        problems += [f"  missing in {other.path.name}: {n}" for n in sorted(ours.keys() - theirs.keys())]
-        problems += [f"  unexpected in {other.path.name}: {n}" for n in sorted(theirs.keys() - ours.keys())]
+        problems += [f"  missing in {other.name}: {n}" for n in sorted(ours.keys() - theirs.keys())]
+        problems += [f"  unexpected in {other.name}: {n}" for n in sorted(theirs.keys() - ours.keys())]
         for n in sorted(ours.keys() & theirs.keys()):
             a, b = ours[n], theirs[n]
-            where = f"in {other.path.name}, {{}} in {reference.path.name}"
+            where = f"in {other.name}, {{}} in {reference.name}"
             if a.shape != b.shape:
                 problems.append(f"  shape of {n}: {b.shape} " + where.format(a.shape))
             if a.dtype != b.dtype:
