@@ -1,7 +1,7 @@
 """Trim: keep the largest entries of each model's task vector, or a band below the largest."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxmerge.params.order._rows import as_rows, columns, first_in_row, kth_in_r
 
 Scope = Literal["model", "tensor", "row"]
 Counts = Callable[[np.ndarray, int], list[int]]
-"""(density of each model, size) -> how many of the largest entries lie above each cut, for each model."""
+"""(shares (models, ...), size) -> how many of the largest entries lie above each cut, for each model."""
 
 
 def trim(
@@ -56,16 +56,16 @@ def trim(
     """
     _check("trim", density, extra, scope=scope, rounding=rounding, ties=ties)
 
-    def counts(density, n):
-        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for d in density]
-        return [0 if d == 0 else min(max(1, k) + extra, n) for d, k in zip(density, k, strict=True)]
+    def counts(shares, n):
+        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for (d,) in shares]
+        return [0 if d == 0 else min(max(1, k) + extra, n) for (d,), k in zip(shares, k, strict=True)]
 
-    return _cut("trim", density, counts, 1, scope=scope, ties=ties)
+    return _cut(lambda name, models: _density(density, name, models, "trim")[:, None], counts, 1, scope=scope, ties=ties)
 
 
 def trim_band(
     density: Hyperparameter,
-    gamma: float = 0.01,
+    gamma: Hyperparameter = 0.01,
     *,
     scope: Scope = "tensor",
     rounding: Literal["floor", "ceil"] = "floor",
@@ -79,7 +79,7 @@ def trim_band(
 
     Args:
       density: the share to keep, in [0, 1].
-      gamma: the share of outliers to drop, in [0, 1].
+      gamma: the share of outliers to drop, in [0, 1]; one number, one per model, or a function of the leaf's name.
       scope, ties: see `trim`.
       rounding: "ceil" drops int((1 - density - gamma) N) from below and int((1 - density) N) in all.
       extra: entries kept beyond, at the lower end.
@@ -100,24 +100,30 @@ def trim_band(
     outlier is to be dropped). MergeLLM: rounding="ceil", extra=1, ties="all".
     """
     _check("trim_band", density, extra, scope=scope, rounding=rounding, ties=ties)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"trim_band: gamma must be between 0 and 1, the share of outliers to drop; got {gamma}.")
+    _check("trim_band", gamma, extra, scope=scope, rounding=rounding, ties=ties)
+    if not callable(gamma):
+        _between("trim_band: gamma", gamma, "the share of outliers to drop", "")
 
-    def counts(density, n):
+    def counts(shares, n):
         above, within = [], []
-        for d in density:
+        for d, g in shares:
             if rounding == "floor":
                 kept = int(d * n)
-                top = min(int(gamma * n), n - kept)
+                top = min(int(g * n), n - kept)
             else:
-                low = max(int((1 - d - gamma) * n), 0)
+                low = max(int((1 - d - g) * n), 0)
                 top = int((1 - d) * n) - low
                 kept = n - low - top
             above.append(top)
             within.append(0 if d == 0 else min(top + kept + extra, n))
         return above + within
 
-    return _cut("trim_band", density, counts, 2, scope=scope, ties=ties)
+    def shares(name, models):
+        d = _density(density, name, models, "trim_band")
+        g = resolve(gamma, name, models, "trim_band: gamma")
+        return np.stack([d, _between("trim_band: gamma", g, "the share of outliers to drop", f" at leaf {name!r}")], axis=1)
+
+    return _cut(shares, counts, 2, scope=scope, ties=ties)
 
 
 def _check(what, density, extra, *, scope, rounding, ties):
@@ -131,10 +137,10 @@ def _check(what, density, extra, *, scope, rounding, ties):
     if extra < 0:
         raise ValueError(f"{what}: extra must be 0 or more, got {extra}.")
     if scope == "model" and callable(density):
-        raise ValueError(f'{what}: a density by leaf needs scope="tensor"; at scope "model" there is one threshold.')
+        raise ValueError(f'{what}: a share by leaf needs scope="tensor"; at scope "model" there is one threshold.')
 
 
-def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
+def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
     """Keep what lies above the last cut, less what lies above the one before. A plan has the values of the first cut for every
     model, then those of the next."""
 
@@ -146,10 +152,10 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         return jnp.swapaxes(values.reshape(cuts, -1, *values.shape[1:]), 0, 1)
 
     def settings(name, shape):
-        d = _density(density, name, shape[0], what)
+        found = shares(name, shape[0])  # (models, ...), the density first
         entries = shape[-1:] if scope == "row" and len(shape) > 1 else shape[1:]
         n = int(np.prod(entries, dtype=object))
-        return {"density": d.astype(np.float32), "exact": d, "size": n, "count": q.to_words(counts(d, n))}
+        return {"density": found[:, 0].astype(np.float32), "exact": found, "size": n, "count": q.to_words(counts(found, n))}
 
     def select(settings, x):
         k = tuple(jnp.asarray(settings["count"]))
@@ -225,10 +231,15 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
     """Densities as concrete numbers: how many to keep is decided on the host."""
-    d = np.asarray(resolve(density, name, models, f"{what}: density"), np.float64)
-    if not ((d >= 0) & (d <= 1)).all():
-        raise ValueError(f"{what}: density must be between 0 and 1, the share to keep; got {d.tolist()} at leaf {name!r}.")
-    return d
+    d = resolve(density, name, models, f"{what}: density")
+    return _between(f"{what}: density", d, "the share to keep", f" at leaf {name!r}")
+
+
+def _between(what: str, share: Any, meaning: str, where: str) -> np.ndarray:
+    share = np.asarray(share, np.float64)
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"{what} must be between 0 and 1, {meaning}; got {share.tolist()}{where}.")
+    return share
 
 
 def _survey(counts: Counts, cuts: int) -> Survey:
