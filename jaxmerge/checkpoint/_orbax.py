@@ -27,6 +27,7 @@ class Orbax:
         """From the tree of Orbax's descriptions."""
         self.path, self.name, self._tree = path, path.name, tree
         self.metadata: dict[str, str] = {}
+        self.files = tuple(sorted(str(p) for p in path.rglob("*") if p.is_file()))
         self.leaves = {leaf_name(p): _leaf(p, meta) for p, meta in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
     def read(self, name: str, index: Index = ()) -> Any:
@@ -191,7 +192,9 @@ def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
         node[path[-1]] = values[name]
 
     def built(node):
-        if not isinstance(node, dict) or not all(isinstance(k, tuple | jax.tree_util.DictKey | jax.tree_util.SequenceKey) for k in node):
+        if not isinstance(node, dict) or not all(
+            isinstance(k, tuple | jax.tree_util.DictKey | jax.tree_util.SequenceKey) for k in node
+        ):
             return node
         if node and all(isinstance(k, jax.tree_util.SequenceKey) for k in node):
             return [built(node[k]) for k in sorted(node, key=lambda k: k.idx)]

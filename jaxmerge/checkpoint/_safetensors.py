@@ -63,7 +63,9 @@ def read_header(path: epath.Path) -> Header:
     """
     size, changed = _remote.stat(path)
     if size < 8:
-        raise ValueError(f"{path} is not a safetensors file: it has {size} bytes, fewer than the 8 that say how long the header is.")
+        raise ValueError(
+            f"{path} is not a safetensors file: it has {size} bytes, fewer than the 8 that say how long the header is."
+        )
     length = int.from_bytes(_remote.read(path, 0, 8), "little")
     if length > LONGEST_HEADER or length < 2:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: its header would have {length} bytes.")
@@ -129,6 +131,7 @@ class Safetensors:
         self.leaves = {n: leaf for header in headers.values() for n, leaf in header.leaves.items()}
         self.metadata = {k: v for header in headers.values() for k, v in header.metadata.items()}
         self._extents = {n: e for header in headers.values() for n, e in header.extents.items()}
+        self.files = tuple(str(path if path.name == file else path / file) for file in headers)
         self._stamps = {file: header.stamp for file, header in headers.items()}
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
@@ -196,7 +199,9 @@ def _open_indexed(path: epath.Path, index: str, found: list[str]) -> Safetensors
         raise ValueError(f"{path / index} cannot be read as an index ({type(e).__name__}: {e}); fetch it again.") from e
     missing = [n for n in files if n not in found]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}.")
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}."
+        )
     headers = {n: read_header(path / n) for n in files}
     _no_name_twice(path, headers)
     held = {name: file for file, header in headers.items() for name in header.leaves}

@@ -65,6 +65,7 @@ class Source(Protocol):
       format: how it is stored.
       leaves: {name: Leaf}.
       metadata: what the checkpoint says of itself.
+      files: whose contents the leaves are.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Source(Protocol):
     format: Format
     leaves: dict[str, Leaf]
     metadata: dict[str, str]
+    files: tuple[str, ...]
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A block of a leaf, on the host; only its bytes are read where the format allows."""
@@ -183,6 +185,8 @@ class _View:
     def __init__(self, source: Source, leaves: dict, where: dict[str, tuple[Source, str]], computed: dict[str, Derived]):
         self.name, self.path, self.format, self.metadata = source.name, source.path, source.format, source.metadata
         self.leaves, self._source, self._where, self._computed = leaves, source, where, computed
+        others = (f for d in computed.values() for s, _ in d.inputs for f in s.files)
+        self.files = tuple(dict.fromkeys((*source.files, *others)))
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         if name not in self._computed:

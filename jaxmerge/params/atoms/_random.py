@@ -1,6 +1,7 @@
 """Random masks that are the same on one device, on eight, and on many hosts."""
 
 import hashlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Bool, UInt32
 from jaxmerge.params._layout import like
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, over, resolve
 from jaxmerge.params.atoms._trim import _density
-from jaxmerge.params.order._quantile import coordinates, magnitude_bits
+from jaxmerge.params.order._quantile import ORIGIN, coordinates, magnitude_bits
 from jaxmerge.params.order._rows import as_rows, columns, outranks, rank_in_row
 from jaxmerge.params.order._words import high_product
 
@@ -47,13 +48,14 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
             "key": _keys(seed, name, shape[0]),
             "below": below,
             "density": d.astype(np.float32),
+            "origin": ORIGIN,
         }
 
     def merge(plan, x):
-        keep = (_words(plan["key"], x)[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
+        keep = (_words(plan["key"], x, plan["origin"])[0] < over(plan["below"], x)) | over(jnp.asarray(plan["density"]) >= 1, x)
         return _masked(keep, x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),)))
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), blocks=True))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
@@ -154,9 +156,9 @@ def _masked(keep: Bool[Array, "K ..."], x: Array) -> Array:
     return each(lambda x, keep: jnp.where(keep, x, 0), x, lax.optimization_barrier(keep))
 
 
-def _words(key: Array, x: Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-    """Two random words for every entry of x (K, *shape)."""
-    _, _, row, column = coordinates(x.shape[1:])
+def _words(key: Array, x: Array, origin: Any = ORIGIN) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two random words for every entry of x (K, *shape), a leaf or a block of one that begins at `origin`."""
+    _, _, row, column = coordinates(x.shape[1:], origin)
     key = jnp.asarray(key)
     return threefry((over(key[:, 0], x), over(key[:, 1], x)), (row[None], column[None]))
 

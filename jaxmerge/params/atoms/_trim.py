@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, each, over, resolve
-from jaxmerge.params.order import _quantile as q
+from jaxmerge.params.order import _host as host, _quantile as q
 from jaxmerge.params.order._rows import as_rows, columns, first_in_row, kth_in_row
 
 Scope = Literal["model", "tensor", "row"]
@@ -158,11 +158,15 @@ def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *,
         return {"density": found[:, 0].astype(np.float32), "exact": found, "size": n, "count": q.to_words(counts(found, n))}
 
     def select(settings, x):
+        if "cut" in settings:  # `resolve` has been there
+            return settings
         k = tuple(jnp.asarray(settings["count"]))
         t, *beside = q.place(x, k, q.magnitude_bits)
         return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
+        if "cut" in settings:
+            return settings
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
         quota = tuple(jnp.asarray(settings["quota"]))
         return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, q.magnitude_bits), quota, x)
@@ -180,7 +184,35 @@ def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *,
         if cuts > 1:
             (high_above, high), (low_above, low) = (w.reshape(cuts, -1) for w in kept)
             kept = q.subtract((high, low), (high_above, low_above))
-        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density}
+        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density, "origin": q.ORIGIN}
+
+    def on_host(settings, x):
+        """The plan of `select` or `share`, from the magnitudes as they stream by."""
+        none = np.tile(settings["density"] == 0, cuts)
+        if "threshold" in settings:
+            quota = q.from_words(settings["quota"]).astype(np.int64)
+            found = host.locate(x, settings["threshold"].view(np.uint32), quota)
+        else:
+            k = q.from_words(settings["count"]).astype(np.int64)
+            found = host.select(x, np.maximum(k, 1))
+            quota = k - np.minimum(found.above, k)
+            if (k == 0).any():
+                found = host.locate(x, np.where(k == 0, q.INF, found.pattern), np.where(k == 0, 0, quota))
+                quota = np.where(k == 0, 0, quota)
+        tied = np.where(none, 0, found.tied) if ties == "all" else np.minimum(found.tied, quota)
+        cut = q.position(x.shape, np.where(tied == 0, 0, x.size if ties == "all" else found.cut))
+        kept = found.above + tied
+        if cuts > 1:
+            high, low = kept.reshape(cuts, -1)
+            kept = low - high
+        threshold = found.pattern.view(np.float32)
+        return {
+            "threshold": threshold,
+            "cut": cut,
+            "kept": q.to_words(kept),
+            "density": settings["density"],
+            "origin": q.ORIGIN,
+        }
 
     def merge(plan, x):
         t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)
@@ -188,7 +220,8 @@ def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *,
         def one(x, t, row, column):
             bits = q.magnitude_bits(x)
             above = [
-                (bits > over(t[:, c], x)) | ((bits == over(t[:, c], x)) & q.before(jnp.stack([row[:, c], column[:, c]]), x))
+                (bits > over(t[:, c], x))
+                | ((bits == over(t[:, c], x)) & q.before(jnp.stack([row[:, c], column[:, c]]), x, plan["origin"]))
                 for c in range(cuts)
             ]
             return jnp.where(inside(above), x, 0)
@@ -223,10 +256,11 @@ def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *,
 
     needs = (Need("order", scope),)
     if scope == "tensor":
-        return atom(Step(leaf_settings, select, merge, needs=needs))
+        return atom(Step(leaf_settings, select, merge, needs=needs, blocks=True, resolve=on_host))
     if scope == "row":
         return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
-    return atom(Step(settings, share, merge, survey=_survey(counts, cuts), needs=needs))
+    survey = _survey(counts, cuts)
+    return atom(Step(settings, share, merge, survey=survey, needs=needs, blocks=True, resolve=on_host))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
@@ -278,6 +312,9 @@ def _survey(counts: Counts, cuts: int) -> Survey:
     def read(query, x):
         return q.histogram(jnp.concatenate([q.magnitude_bits(x)] * cuts), query["prefix"], query["shift"])
 
+    def look(query, bits):
+        return host.histogram(bits, query["prefix"], int(query["shift"]), q.DIGIT)
+
     def step(query, notes, counts):
         digit, left = q.next_digit(np.sum(list(counts.values()), axis=0), notes["left"])
         prefix = (query["prefix"] << np.uint32(q.DIGIT)) | digit.astype(np.uint32)
@@ -295,4 +332,4 @@ def _survey(counts: Counts, cuts: int) -> Survey:
             out[name] = {"density": settings[name]["density"], "threshold": threshold, "quota": q.to_words(quota)}
         return out
 
-    return Survey(settle, q.ROUNDS, start, read, step, finish)
+    return Survey(settle, q.ROUNDS, start, read, step, finish, look)

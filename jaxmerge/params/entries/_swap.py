@@ -19,7 +19,7 @@ def one_model(what: str) -> MergeTransform:
             raise ValueError(f"{what}: takes one model beside the base, got {shape[0]}; merge them first, or one at a time.")
         return ()
 
-    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1))
+    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1, blocks=True))
 
 
 def passthrough(scale: Hyperparameter = 1.0) -> MergeTransform:
@@ -65,7 +65,7 @@ def nearswap(t: Hyperparameter) -> MergeTransform:
     def merge(plan, x):
         return x * jnp.clip(over(plan["t"], x) / jnp.maximum(jnp.abs(x), 1e-6), 0, 1)
 
-    return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge)))
+    return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge, blocks=True)))
 
 
 def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
