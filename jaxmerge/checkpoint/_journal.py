@@ -83,12 +83,12 @@ class Workplace:
             f.flush()
             os.fsync(f.fileno())
 
-    def finish(self, files: Mapping[str, str]) -> None:
+    def finish(self, files: Mapping[str, str | bytes]) -> None:
         """Write what goes beside the tensors, and make the output appear."""
         _processes.wait("all written")
         if self.rank == 0:
-            for name, text in files.items():
-                (self.directory / name).write_text(text)
+            for name, content in files.items():
+                (self.directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
             for path in self.directory.glob("journal-*.jsonl"):
                 path.unlink()
             (self.directory / "lock").unlink()

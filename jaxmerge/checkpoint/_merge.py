@@ -5,7 +5,7 @@ An Orbax output is made leaf by leaf on its shardings (`_sharded`); a safetensor
 
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
@@ -90,6 +90,7 @@ def merge(
     resume: bool = True,
     max_shard_bytes: int | str = "5GB",
     recipe: Any = None,
+    beside: Mapping[str, str | bytes] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge checkpoints into a new one, in bounded memory; no leaf is ever gathered.
@@ -109,6 +110,7 @@ def merge(
       overwrite: replace what is at `out`.
       resume: go on where the same merge was cut off (safetensors); False begins anew.
       recipe: what the receipt says was asked for, as JSON.
+      beside: files that appear with a safetensors output, {name: contents}: configurations, tokenizers, a card.
       on_progress: called as the merge goes on.
 
     Law:
@@ -145,7 +147,7 @@ def merge(
     if headers.format == "safetensors":
         from jaxmerge.checkpoint import _ranges
 
-        found = _ranges.run(tx, headers, out, cast=dtype, resume=resume, recipe=recipe, tell=tell, **common)
+        found = _ranges.run(tx, headers, out, cast=dtype, resume=resume, recipe=recipe, beside=beside, tell=tell, **common)
     else:
         from jaxmerge.checkpoint import _sharded
 

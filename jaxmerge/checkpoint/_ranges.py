@@ -1,7 +1,7 @@
 """A merge into safetensors, from the first byte to the output that appears: workplace, journal, surveys, blocks, receipt."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def run(
     overwrite: bool,
     resume: bool,
     recipe: Any,
+    beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None] | None,
 ) -> dict[str, Any]:
     """Merge into safetensors; fields of the report."""
@@ -77,7 +78,7 @@ def run(
             keep = False
             raise strange(bad, headers)
         receipt = _receipt.write(headers, place.directory, stream.settings, options, recipe)
-        place.finish({_receipt.NAME: receipt} | ({INDEX: headers.layout.index} if headers.layout.index else {}))
+        place.finish(dict(beside or {}) | {_receipt.NAME: receipt} | ({INDEX: headers.layout.index} if headers.layout.index else {}))
     except BaseException as e:
         place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))
         raise

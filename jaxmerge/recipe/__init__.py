@@ -1,8 +1,11 @@
 """A merge written as YAML: mergekit's language, whole, with every mistake found before a tensor is read.
 
-read(text)        the documents of a recipe, checked as far as its words go
+plan(recipe)          every mistake in one message; bytes, memory, the value of every parameter at every tensor
+merge(recipe, out)    refuses what plan refuses
+read(text)            the documents of a recipe, checked as far as their words go
 """
 
 from jaxmerge.recipe._read import read as read
+from jaxmerge.recipe._run import RecipePlan as RecipePlan, merge as merge, plan as plan
 from jaxmerge.recipe._schema import Recipe as Recipe
-from jaxmerge.recipe._yaml import RecipeError as RecipeError
+from jaxmerge.recipe._yaml import Mistake as Mistake, RecipeError as RecipeError

@@ -25,6 +25,7 @@ class Mosaic:
         self.name, self.path, self.metadata = name, like.path, like.metadata
         self.format: Format = like.format
         self.parts = dict(parts)
+        self.files: tuple[str, ...] = tuple(dict.fromkeys(f for source, _ in self.parts.values() for f in source.files))
         self.leaves: dict[str, Leaf] = {}
         for here, (source, there) in self.parts.items():
             leaf = source.leaves[there]
