@@ -1,5 +1,8 @@
-"""`jaxmerge plan|merge METHOD`: merge checkpoints from the command line.
+"""`jaxmerge plan|merge|inspect`: merge checkpoints from the command line, as a recipe says or by a method and its options.
 
+jaxmerge plan  recipe.yml
+jaxmerge merge recipe.yml ckpt/merged
+jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 """
@@ -10,7 +13,7 @@ import pathlib
 import sys
 from typing import Any, Literal
 
-from jaxmerge import params
+from jaxmerge import _verbs, params
 from jaxmerge.params._transform import Hyperparameter
 from jaxmerge.params.spectral._spectral import Select
 
@@ -215,7 +218,8 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]"
+USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER]
+       jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
         return 0
+    if _verbs.takes(argv):
+        return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
         return 2

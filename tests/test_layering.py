@@ -34,7 +34,8 @@ BELOW = {
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
-    "cli": {"_plan", "params", "checkpoint", "recipe"},
+    "_verbs": {"params", "checkpoint", "recipe", "cli"},
+    "cli": {"_plan", "_verbs", "params", "checkpoint", "recipe"},
 }
 
 
@@ -119,7 +120,7 @@ SURFACE = {
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
         update_selective varm weigh widen window_average wudi""",
     "jaxmerge.checkpoint": "CheckpointPlan MergeError MergeReport Progress fsdp merge plan",
-    "jaxmerge.recipe": "Recipe RecipeError read",
+    "jaxmerge.recipe": "Difference Mistake Recipe RecipeError RecipePlan differences merge plan read stacks",
 }
 
 

@@ -134,7 +134,7 @@ def _task(title, url, mask, more=None, *, signs, normalize=False, rescale=False)
         "lambda": number(1.0),
         "int8_mask": flag(False),
     }
-    return Method(title, url, "required", 0, None, parameters | (more or {}), arithmetic(mask, signs=signs))
+    return Method(title, url, "required", 1, None, parameters | (more or {}), arithmetic(mask, signs=signs))
 
 
 # --- the others ------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ METHODS: dict[str, Method] = {
         "SCE",
         ARXIV + "2408.07990",
         "required",
-        0,
+        1,
         None,
         {"select_topk": fixed(float, 1.0, 0, 1), "int8_mask": flag(False)},
         lambda v: params.sce(v["select_topk"], mask="delta", floor=1e-6),
@@ -235,7 +235,7 @@ METHODS: dict[str, Method] = {
         "Reinforced Agent Merging",
         ARXIV + "2601.13572",
         "required",
-        0,
+        1,
         None,
         {"epsilon": fixed(float, 1e-5, 0)},
         lambda v: params.ram(threshold=v["epsilon"]),
@@ -244,7 +244,7 @@ METHODS: dict[str, Method] = {
         "Reinforced Agent Merging Plus (tensor by tensor)",
         ARXIV + "2601.13572",
         "required",
-        0,
+        1,
         None,
         {"r": fixed(float, 0.1, 0), "alpha": fixed(float, 0.2, 0), "epsilon": fixed(float, 1e-5, 0)},
         lambda v: params.ramplus_tl(boost=v["r"], limit=v["alpha"], threshold=v["epsilon"]),

@@ -7,9 +7,8 @@ from jaxmerge.checkpoint import Source
 from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Recipe, Reference
+from jaxmerge.recipe._vocabulary import Vocabulary
 from jaxmerge.recipe._yaml import Mistake
-
-Shapes = Mapping[tuple[Reference, str, str], tuple[int, ...]]
 
 
 def mismatched(recipe: Recipe, rows: Sequence[Row], sources: Mapping[Reference, Source]) -> list[Mistake]:
@@ -63,4 +62,15 @@ def weightless(recipe: Recipe, rows: Sequence[Row]) -> list[Mistake]:
                     text = f"density {d:g} +- epsilon {e:g} at {row.name} leaves the range of probabilities (0, 1)"
                     largest = min(d, 1 - d)
                     found.setdefault("epsilon", Mistake(mark, f"{text}; choose an epsilon below {largest:g}."))
+    return list(found.values())
+
+
+def strangers(recipe: Recipe, rows: Sequence[Row], words: Vocabulary | None) -> list[Mistake]:
+    """Tokens whose rows are to come from a model that is not merged where its table would be."""
+    found = {}
+    for token, source in (words.sources if words else {}).items():
+        for row in rows:
+            if source is not None and vocabulary_axis(row.name) is not None and source[0] not in [m for m, _ in row.inputs]:
+                text = f"token {token!r} is to come from {source[0]}, which is no input of {row.name}; name one that is."
+                found.setdefault(token, Mistake(recipe.tokenizer.mark if recipe.tokenizer else None, text))
     return list(found.values())

@@ -75,7 +75,8 @@ def _names(folder: pathlib.Path) -> list[str]:
 class Planned:
     """What an earlier document will make: a source whose headers are known and whose tensors are not there yet."""
 
-    def __init__(self, name: str, leaves: Mapping[str, Leaf]):
+    def __init__(self, name: str, leaves: Mapping[str, Leaf], beside: Mapping[str, str | bytes]):
+        self.beside = dict(beside)
         self.name, self.path, self.metadata, self.files = name, epath.Path(name), {}, ()
         self.format: Format = "safetensors"
         self.leaves = dict(leaves)

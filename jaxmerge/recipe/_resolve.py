@@ -63,6 +63,7 @@ class _Resolver:
         self.mistakes: list[Mistake] = []
         self.notes: list[Mistake] = []
         self.fitted: set[int] = set()  # conditions that fit a tensor
+        self.unmet: dict[tuple[str, Mark], dict[str, None]] = {}  # (parameter, where): tensors that no condition fits
         self.missing: dict[tuple[Reference, Reference], list[str]] = {}  # (who lacks tensors, who has them)
 
     def wrong(self, mark: Mark | None, text: str) -> None:
@@ -81,6 +82,9 @@ class _Resolver:
             sound = [self.inputs_fit(part, module) for part in whole]  # all of them, for all their mistakes
             if all(sound):
                 rows += [self.row(line) for line in self.lines(module._replace(slices=tuple(whole)))]
+        for (name, mark), tensors in self.unmet.items():
+            many = f"{len(tensors)} tensors, such as {next(iter(tensors))}" if len(tensors) > 1 else next(iter(tensors))
+            self.wrong(mark, f"no condition of {name} fits {many}; end the list with a value that has no filter.")
         if not self.mistakes:
             self.nothing_is_lost(rows)
             self.conditions_count()
@@ -103,8 +107,8 @@ class _Resolver:
         """Whether the method can merge these inputs."""
         before, name, m = len(self.mistakes), self.recipe.method_name, self.method
         base, models = self.base_of(part), [i.model for i in part.inputs]
-        for i in part.inputs:
-            if models.count(i.model) > 1:
+        for k, i in enumerate(part.inputs):
+            if i.model in models[:k]:
                 self.wrong(i.mark, f"{i.model} is listed twice in a slice; list it once, with the sum of its weights.")
         if m.base in ("required", "first") and base is None:
             self.wrong(
@@ -116,12 +120,12 @@ class _Resolver:
         elif m.base != "input" and base is not None and base not in models:
             self.wrong(part.mark, f"base_model {base} is not among the sources of this slice; add it with its layer_range.")
         beside = len(models) - (m.base != "input" and base in models)
-        many = f"{m.least}" if m.most == m.least else f"{m.least} or more" if m.most is None else f"{m.least} to {m.most}"
-        if beside < m.least or (m.most is not None and beside > m.most):
-            what = "models" if m.base == "input" else "models beside the base"
+        known = base is not None or m.base in ("input", "optional")
+        if known and (beside < m.least or (m.most is not None and beside > m.most)):
+            many = f"{m.least}" if m.most == m.least else f"{m.least} or more"
+            what = ("model" if many == "1" else "models") + ("" if m.base == "input" else " beside the base")
             more = "; base_model is one of them, remove it" if m.base == "input" and base in models and m.most else ""
-            if m.base == "required" and beside < m.least and base in models:
-                more = "; the base alone gives the base"
+            more = "; the base alone gives the base" if m.base == "required" and not beside else more
             self.wrong(part.mark, f"{name} takes {many} {what}, got {beside}{more}.")
         for i in part.inputs:
             layers = stacks(n for n in self.sources[i.model].leaves if in_module(n, module.name))
@@ -277,8 +281,10 @@ class _Resolver:
         given = any(name in settings for settings in levels)
         who = f" for {i.model}" if i else ""
         if given:
-            text = f"no condition of {name}{who} fits {tensor}; end the list with a value that has no filter."
-        elif i and self.method.base == "input" and i.model == self.recipe.base and not i.parameters:
+            mark = i.mark if i and name in i.parameters else next(s[name][0].mark for s in levels if name in s)
+            self.unmet.setdefault((name, mark), {})[tensor] = None
+            return 1.0
+        if i and self.method.base == "input" and i.model == self.recipe.base and not i.parameters:
             text = (
                 f"{name} is missing for {i.model}: base_model is an input of {self.recipe.method_name} like any other; list it "
                 f"among the models with a {name}, or remove base_model."
@@ -287,7 +293,7 @@ class _Resolver:
             where = "beside the model, or for all" if i else "for the recipe"
             text = f"{name} is missing{who}: {self.recipe.method_name} needs it; write it under parameters, {where}."
         self.wrong(i.mark if i else line.part.mark, text)
-        return [1.0, 0.0][p.high is not None] if p.kind is float else None
+        return 1.0
 
     def whole(self, value: float, name: str, p: Parameter, setting: Setting) -> int:
         if value != int(value):

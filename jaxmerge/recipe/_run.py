@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import CheckpointPlan, MergeReport, Source
-from jaxmerge.recipe._mistakes import mismatched, weightless
+from jaxmerge.recipe._card import beside
+from jaxmerge.recipe._mistakes import mismatched, strangers, weightless
+from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._open import Absent, Planned, open_model
 from jaxmerge.recipe._read import read
 from jaxmerge.recipe._resolve import Row, resolve
 from jaxmerge.recipe._schema import Recipe, Reference
 from jaxmerge.recipe._transform import Work, work
+from jaxmerge.recipe._vocabulary import aligned, report, vocabulary
 from jaxmerge.recipe._yaml import Mistake, RecipeError
 
 ENGINE = ("format", "memory", "integers", "nonfinite")
@@ -30,6 +33,8 @@ class RecipePlan(NamedTuple):
       work: the transform and the checkpoints that the engine gets.
       headers: bytes, passes, memory.
       options: the engine's other arguments.
+      beside: files that go with the output: configuration, tokenizer, card, the recipe.
+      vocabulary: how many rows of each model are its own, borrowed, averaged, zero; empty where vocabularies are as they are.
       notes: what should be known, but is no mistake.
     """
 
@@ -38,6 +43,8 @@ class RecipePlan(NamedTuple):
     work: Work
     headers: CheckpointPlan
     options: dict[str, Any]
+    beside: dict[str, str | bytes]
+    vocabulary: dict[str, dict[str, int]]
     notes: tuple[Mistake, ...]
 
 
@@ -64,7 +71,7 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
         if found is not None:
             plans.append(found)
         if document.name is not None:
-            earlier[document.name] = Planned(document.name, found.headers.out if found else {})
+            earlier[document.name] = Planned(document.name, *((found.headers.out, found.beside) if found else ({}, {})))
     if mistakes:
         raise RecipeError(mistakes, name)
     return tuple(plans)
@@ -105,7 +112,7 @@ def merge(
     for document in _in_order(read(text, name), name):
         last = len(done) + 1 == len(planned)
         mistakes: list[Mistake] = []
-        todo = _plan(document, earlier, options, mistakes)
+        todo = _plan(document, earlier, options, mistakes, out.name if last else str(document.name))
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
         place = out if last else parts / str(document.name)
@@ -118,6 +125,7 @@ def merge(
             overwrite=overwrite or not last,
             resume=resume,
             recipe=document.text,
+            beside=todo.beside if todo.headers.format == "safetensors" else None,
             on_progress=tell,
             **todo.options,
         )
@@ -157,7 +165,7 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
 
 
 def _plan(
-    recipe: Recipe, earlier: Mapping[str, Source], options: Mapping[str, Any], mistakes: list[Mistake]
+    recipe: Recipe, earlier: Mapping[str, Source], options: Mapping[str, Any], mistakes: list[Mistake], title: str = "A merge"
 ) -> RecipePlan | None:
     """One document's plan; None, and mistakes, where there can be none."""
     sources: dict[Reference, Source] = {}
@@ -169,8 +177,10 @@ def _plan(
     if any(reference not in sources or not sources[reference].leaves for reference in recipe.references()):
         return None
     rows, wrong, notes = resolve(recipe, sources)
+    words, mistaken, more = vocabulary(recipe, sources)
+    wrong, notes = wrong + mistaken, notes + more
     if not wrong:
-        wrong += mismatched(recipe, rows, sources) + weightless(recipe, rows)
+        wrong += mismatched(recipe, rows, sources) + weightless(recipe, rows) + strangers(recipe, rows, words)
     if not wrong and not rows:
         wrong.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
     if wrong:
@@ -178,15 +188,25 @@ def _plan(
         return None
     arguments = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
     arguments |= {k: v for k, v in options.items() if v is not None}
+    by_name = {row.name: row for row in rows}
+
+    def adapt(model: Reference, there: str, name: str) -> tuple[Source, str]:
+        if words is None or vocabulary_axis(name) is None:
+            return sources[model], there
+        return aligned(words, by_name[name], recipe.base, sources, model)
+
     try:
-        todo = work(recipe.method, rows, lambda model, there, _: (sources[model], there), recipe.own["seed"])
+        todo = work(recipe.method, rows, adapt, recipe.own["seed"])
         apart = {k: v for k, v in arguments.items() if k not in ("integers", "nonfinite")}
         headers = checkpoint.plan(todo.tx, todo.base, todo.models, **apart)
     except ValueError as e:
         mistakes.append(Mistake(recipe.marks[""], str(e)))
         return None
     mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
-    return RecipePlan(recipe, rows, todo, headers, arguments, (*recipe.notes, *notes))
+    found, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
+    mistakes += wrong
+    tables = {} if words is None else report(words, list(sources), recipe.base)
+    return RecipePlan(recipe, rows, todo, headers, arguments, found, tables, (*recipe.notes, *notes))
 
 
 def _dtypes(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source]) -> dict[str, Any]:

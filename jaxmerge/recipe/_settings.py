@@ -103,6 +103,7 @@ def read_setting(node: Node, name: str, p: Parameter, method: str, mistakes: lis
                 regex = re.compile(fields["regex"])
             except re.error as e:
                 mistakes.append(Mistake(entry.value["regex"].mark, f"{name}: {fields['regex']!r} is not a regex: {e}."))
+                continue
         values = _values(entry.value["value"], name, p, method, mistakes)
         condition = Condition(values, fields.get("filter"), regex, fields.get("part"), entry.mark)
         if condition.always and i + 1 < len(entries):
