@@ -3,7 +3,7 @@
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ def read_ahead(
     *,
     rooms: int,
     alone: frozenset[str] = frozenset(),
+    prepare: Callable[[Unit, list[np.ndarray]], None] | None = None,
 ) -> Iterator[tuple[Unit, list[np.ndarray]]]:
     """Each unit with its entries of every input, flat; the arrays are good until the next one is asked for.
 
@@ -45,14 +46,16 @@ def read_ahead(
       reader: what reads files.
       rooms: how many units are in memory at once, 2 or more.
       alone: leaves of which only the first input is wanted.
+      prepare: what is to be done with a unit while the one before is worked on; in a thread of its own.
     """
-    widths = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    size = max((u.size * widths[u.name] for u in units), default=0) + 2 * _direct.PAGE
+    if not units:
+        return
+    size = max(u.size * max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units)  # type: ignore[union-attr]
     free: queue.Queue = queue.Queue()
-    for _ in range(min(rooms, len(units) + 1)):
-        free.put([_direct.buffer(size) for _ in inputs])
+    for _ in range(min(rooms, len(units))):
+        free.put([_direct.buffer(size + 2 * _direct.PAGE) for _ in inputs])
+    read: queue.Queue = queue.Queue()
     ready: queue.Queue = queue.Queue()
-    stop = threading.Event()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
         leaf, extent = source.leaves[unit.name], source.extent(unit.name)
@@ -62,23 +65,35 @@ def read_ahead(
         data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
         return data.view(leaf.dtype)
 
-    def work() -> None:
-        try:
-            with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:
-                for unit in units:
-                    room = free.get()
-                    if stop.is_set():
-                        return
-                    futures = [
-                        lanes.submit(fill, s, unit, r)
-                        for s, r in zip(inputs[: 1 if unit.name in alone else None], room, strict=False)
-                    ]
-                    ready.put((unit, [f.result() for f in futures], room))
-        except BaseException as e:
-            ready.put(e)
+    def reading() -> None:
+        with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:
+            for unit in units:
+                if (room := free.get()) is None:
+                    return
+                several = inputs[:1] if unit.name in alone else inputs
+                futures = [lanes.submit(fill, s, unit, r) for s, r in zip(several, room, strict=False)]
+                read.put((unit, [f.result() for f in futures], room))
 
-    thread = threading.Thread(target=work, name="jaxmerge-read", daemon=True)
-    thread.start()
+    def preparing() -> None:
+        for _ in units:
+            if (item := read.get()) is None:
+                return
+            if not isinstance(item, BaseException) and prepare is not None:
+                prepare(*item[:2])
+            ready.put(item)
+
+    def guarded(work: Callable[[], None], onward: queue.Queue) -> None:
+        try:
+            work()
+        except BaseException as e:
+            onward.put(e)
+
+    stages = [
+        threading.Thread(target=guarded, args=(reading, read), name="jaxmerge-read", daemon=True),
+        threading.Thread(target=guarded, args=(preparing, ready), name="jaxmerge-prepare", daemon=True),
+    ]
+    for stage in stages:
+        stage.start()
     try:
         for _ in units:
             item = ready.get()
@@ -88,9 +103,10 @@ def read_ahead(
             yield unit, arrays
             free.put(room)
     finally:
-        stop.set()
         free.put(None)
-        thread.join()
+        read.put(None)
+        for stage in stages:
+            stage.join()
 
 
 def flat_range(source: Source, unit: Unit) -> np.ndarray:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
-from jaxmerge.checkpoint import _orbax
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import Layout
@@ -175,6 +174,8 @@ def plan(
             peak_bytes=ways.peak,
             problems=(*problems, *ways.problems),
         )
+    from jaxmerge.checkpoint import _orbax
+
     shardings = _shardings(leaves, sharding)
     for name, target in shardings.items():
         problems += split_evenly(name, leaves[name].shape, target)

@@ -17,13 +17,13 @@ from jaxmerge.params._stack import reduced
 from jaxmerge.params._transform import Step
 from jaxmerge.params.order._quantile import magnitude_bits
 
-SIZES = (1 << 21, 1 << 18, 1 << 15, 1 << 12)
+SIZES = (1 << 21, 1 << 18, 1 << 12)
 """Entries of a block. All but the last piece of a leaf fill theirs."""
 
 
-def pieces(size: int, largest: int = SIZES[0]) -> Iterator[tuple[int, int, int]]:
+def pieces(size: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, int]]:
     """(start, stop, size of the program) of the blocks that make up so many entries."""
-    start, sizes = 0, [s for s in SIZES if s <= max(largest, SIZES[-1])]
+    start = 0
     while start < size:
         fits = next((s for s in sizes if s <= size - start), sizes[-1])
         yield start, min(start + fits, size), fits

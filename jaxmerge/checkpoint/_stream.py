@@ -19,9 +19,10 @@ from jaxmerge.params._transform import Step
 from jaxmerge.params.order._host import Patterns
 from jaxmerge.params.order._quantile import position, row_size
 
-LOOK = 1 << 18
-"""Entries of which magnitudes are looked at together: they stay in the processor's cache."""
-SAMPLE = 1 << 15
+LOOK = 1 << 17
+"""Entries of which magnitudes are looked at together: they stay in the processor's cache. As many make a sample."""
+SAMPLED = 8 * LOOK
+"""Entries from which on a leaf is worth one."""
 
 
 class Task(NamedTuple):
@@ -57,7 +58,7 @@ class Stream:
         self.reader, self.advance = _direct.Reader(), advance
         self.found: dict[str, list[Any]] = {}
         self.bad: dict[str, list[int]] = {}
-        self._on_device: tuple[str, Any] = ("", None)
+        self._on_device: tuple[Any, Any] = (None, None)
 
     # --- statistics of the whole model ---
 
@@ -86,7 +87,7 @@ class Stream:
                 query, [s[name] for s in self.settings[:i]], np.zeros(2, np.uint32), [a.reshape(shape) for a in arrays]
             )
             return np.asarray(counts).astype(np.uint64)
-        settings = self._resolved(i, unit, arrays)
+        settings = self._placed(i, name)
         total: Any = np.uint64(0)
         if survey.look is not None:
             for _, bits in self._magnitudes(i, settings, unit, arrays):
@@ -129,7 +130,7 @@ class Stream:
             self._note(name, plans, largest, arrays)
             yield 0, block.reshape(-1)
             return
-        settings = self._resolved(len(task.steps), unit, arrays)
+        settings = self._placed(len(task.steps), name)
         for start, stop, size in programs.pieces(unit.size):
             parts = programs.padded(arrays, start, stop, size)
             block, plans, largest = run(settings, self._origin(unit, start), parts)
@@ -153,21 +154,21 @@ class Stream:
             for step, s in zip(self.task.steps[:before], self.settings, strict=False)
         )
 
-    def _resolved(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> Any:
-        """The leaf's settings of the steps before this one, with all that must be found out, on the device."""
-        name = unit.name
-        if self._on_device[0] == (name, before):
-            return self._on_device[1]
+    def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
+        """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
+        name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
-            s = self.settings[i][name]
+            s = self.settings[i].get(name)
             if step.resolve is not None and is_open(s):
-                sample = None if arrays is None else functools.partial(self._sample, i, unit, arrays)
+                sample = None if arrays is None or unit.size < SAMPLED else functools.partial(self._sample, i, unit, arrays)
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
-                models = next((t.models for t in reversed(self.task.steps[:i]) if t.models is not None), None)
-                models = models or len(self.task.inputs) - self.task.has_base
                 self.settings[i][name] = step.resolve(s, Patterns(models, self._shape(name), blocks, sample))
-        settings = [s[name] for s in self.settings[:before]]
-        self._on_device = ((name, before), jax.device_put(settings))
+            models = step.models or models
+
+    def _placed(self, before: int, name: str) -> Any:
+        """A leaf's settings of the steps before this one, on the device."""
+        if self._on_device[0] != (name, before):
+            self._on_device = ((name, before), jax.device_put([s[name] for s in self.settings[:before]]))
         return self._on_device[1]
 
     def _magnitudes(
@@ -179,7 +180,7 @@ class Stream:
         if settings is None:
             settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
         if arrays is not None:
-            for start, stop, size in programs.pieces(unit.size, LOOK):
+            for start, stop, size in programs.pieces(unit.size, (LOOK, programs.SIZES[-1])):
                 bits = look(settings, self._origin(unit, start), programs.padded(arrays, start, stop, size))
                 yield start, np.asarray(bits)[:, : stop - start]
             return
@@ -190,8 +191,8 @@ class Stream:
 
     def _sample(self, i: int, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         look = programs.patterns(self.task.steps[:i], self.task.has_base, self.task.cast)
-        step = max(unit.size // SAMPLE, 1)
-        some = [np.ascontiguousarray(a[step // 2 :: step][:SAMPLE]) for a in arrays]
+        step = unit.size // LOOK
+        some = [np.ascontiguousarray(a[step // 2 :: step][:LOOK]) for a in arrays]
         return np.asarray(look([s[unit.name] for s in self.settings[:i]], np.zeros(2, np.uint32), some))
 
     # --- units ---
@@ -202,16 +203,17 @@ class Stream:
         for unit in units:
             size = self._size(unit.name)
             if unit.size < size and unit.name in self.task.floating and self._waits(unit.name, before):
-                yield from self._read(run)
+                yield from self._read(run, before)
                 run = []
-                self._resolved(before, Unit(unit.name, 0, size), None)
+                self._resolve(before, Unit(unit.name, 0, size), None)
             run.append(unit)
-        yield from self._read(run)
+        yield from self._read(run, before)
 
-    def _read(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+    def _read(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
         task = self.task
         copied = frozenset(u.name for u in units) - task.floating
-        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, alone=copied)
+        prepare = functools.partial(self._resolve, before)
+        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, alone=copied, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:
         return position(self._shape(unit.name), unit.start + start)

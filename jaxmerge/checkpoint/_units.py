@@ -45,7 +45,7 @@ def by_ranges(
     block = next((s for s in programs.SIZES if s * copies <= hold), programs.SIZES[-1])
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
-    held_most, work = 4 * block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
+    largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
     units: list[tuple[Unit, ...]] = []
     entire, again, rooms = set(), [], 4
     for name, leaf in leaves.items():
@@ -75,13 +75,12 @@ def by_ranges(
             continue
         else:
             units.append((whole,))
-        if held * 4 > held_most:
-            rooms = 2
-            held_most = max(held_most, 2 * held)
+        rooms = min(rooms, max(hold // held, 2)) if held else rooms
+        largest = max(largest, held)
     try:
         files = layout(out, {}, max_shard_bytes)
     except ValueError as e:
         files = None
         problems.append(f"  {e}")
-    peak = held_most + work + 4 * FLUSH
+    peak = rooms * largest + work + 4 * FLUSH
     return Ways(tuple(units), frozenset(entire), rooms, files, tuple(again), peak, tuple(problems))

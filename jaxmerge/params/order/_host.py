@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 def select(x: Patterns, k: np.ndarray) -> Found:
     """The k-th largest of each model; k (n K,), 1 or more: the first order statistic of every model, the second, ..."""
-    if x.sample is not None and x.size > FEW >> 6:
+    if x.sample is not None:
         low, high = _around(x.sample(), k, x)
         found = _collect(x, k, low, high)
         if found is not None:
@@ -81,15 +81,17 @@ def locate(x: Patterns, pattern: np.ndarray, quota: np.ndarray) -> Found:
 
 
 def _around(sample: np.ndarray, k: np.ndarray, x: Patterns) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns about the k-th largest: where the sample puts it, give or take six times what it scatters."""
-    values = np.sort(sample, axis=1)
-    many = values.shape[1]
+    """Patterns about the k-th largest: where the sample puts it, give or take five times what it scatters."""
+    many = sample.shape[1]
     part = k / x.size
-    reach = 6 * np.sqrt(part * (1 - part) * many) + 8
+    reach = 5 * np.sqrt(part * (1 - part) * many) + 8
     at = np.stack([(1 - part) * many - reach, (1 - part) * many + reach]).astype(np.int64)
-    rows = np.arange(len(k)) % x.models
-    low = np.where(at[0] < 0, 0, values[rows, np.clip(at[0], 0, many - 1)]).astype(np.int64)
-    high = np.where(at[1] >= many, 1 << 31, values[rows, np.clip(at[1], 0, many - 1)].astype(np.int64) + 1)
+    low, high = np.zeros(len(k), np.int64), np.full(len(k), 1 << 31)
+    for c, (first, last) in enumerate(at.T):
+        ends = [i for i in (first, last) if 0 <= i < many]
+        values = np.partition(sample[c % x.models], ends) if ends else sample[0]
+        low[c] = values[first] if first >= 0 else 0
+        high[c] = int(values[last]) + 1 if last < many else 1 << 31
     return low, high
 
 
@@ -98,16 +100,21 @@ def _collect(x: Patterns, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> F
     above, there = np.zeros(len(k), np.int64), np.zeros(len(k), np.int64)
     values: list[list[np.ndarray]] = [[] for _ in k]
     places: list[list[np.ndarray]] = [[] for _ in k]
+    room = np.empty(0, np.uint32), np.empty(0, bool)
     for offset, u in x.blocks():
+        if room[0].size != u.shape[1]:  # memory that is there already
+            room = np.empty(u.shape[1], np.uint32), np.empty(u.shape[1], bool)
         for c in range(len(k)):
             row = u[c % x.models]
-            inside = np.flatnonzero(row - np.uint32(low[c]) < np.uint32(high[c] - low[c]))
-            above[c] += int(np.count_nonzero(row >= high[c])) if high[c] < 1 << 31 else 0
-            there[c] += inside.size
+            inside = np.less(np.subtract(row, np.uint32(low[c]), out=room[0]), np.uint32(high[c] - low[c]), out=room[1])
+            at = np.flatnonzero(inside)
+            there[c] += at.size
             if there[c] > FEW:
                 return None
-            values[c].append(row[inside])
-            places[c].append(inside + offset)
+            values[c].append(row[at])
+            places[c].append(at + offset)
+            if high[c] < 1 << 31:
+                above[c] += int(np.count_nonzero(np.greater_equal(row, np.uint32(high[c]), out=room[1])))
     if not ((above < k) & (k <= above + there)).all():
         return None
     found = []
