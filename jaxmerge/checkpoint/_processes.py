@@ -44,7 +44,9 @@ def summed(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return total
 
 
-def share(units: Sequence[Unit], weights: Sequence[int], rank: int, processes: int) -> tuple[Unit, ...]:
+def share(
+    units: Sequence[tuple[Unit, ...]], weights: Sequence[int], rank: int, processes: int
+) -> tuple[tuple[Unit, ...], ...]:
     """The units of one process, in their order: large ones to whoever has least, then runs of small ones to fill up.
 
     Args:

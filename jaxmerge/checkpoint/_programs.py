@@ -84,7 +84,7 @@ def placed(settings: Any, origin: Array) -> Any:
     return type(settings)(placed(v, origin) for v in settings) if isinstance(settings, list | tuple) else settings
 
 
-def strange(largest: Sequence[np.ndarray], arrays: Sequence[np.ndarray]) -> list[int]:
+def strange(largest: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[int]:
     """How many entries of each input are NaN or inf, from their largest magnitudes; counted only where there are any."""
     return [
         int(np.count_nonzero(~np.isfinite(a.astype(np.float32)))) if int(m) > _limit(a.dtype) else 0
@@ -125,7 +125,7 @@ def _largest(arrays: Sequence[Array]) -> list[Array]:
 def _mask(dtype: Any) -> int:
     """All bits but the sign's."""
     signed = jnp.finfo(dtype).min < 0
-    return (1 << (8 * dtype.itemsize - signed)) - 1
+    return int((1 << (8 * dtype.itemsize - signed)) - 1)
 
 
 @functools.cache
