@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxmerge.checkpoint._remote import is_remote
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
 
@@ -27,7 +29,7 @@ class Orbax:
         """From the tree of Orbax's descriptions."""
         self.path, self.name, self._tree = path, path.name, tree
         self.metadata: dict[str, str] = {}
-        self.files = tuple(sorted(str(p) for p in path.rglob("*") if p.is_file()))
+        self.files = _files(path)
         self.leaves = {leaf_name(p): _leaf(p, meta) for p, meta in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
     def read(self, name: str, index: Index = ()) -> Any:
@@ -83,6 +85,14 @@ def _leaf(path: tuple, meta: Any) -> Leaf:
     return Leaf(tuple(meta.shape), np.dtype(meta.dtype), sharding if isinstance(sharding, Sharding) else None, path)
 
 
+def _files(path: epath.Path) -> tuple[str, ...]:
+    """All files of a local checkpoint; of a remote one those that name the others."""
+    if is_remote(path):
+        names = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
+        return tuple(str(p) for d in dict.fromkeys((path, _base(path))) for n in names if (p := d / n).exists())
+    return tuple(sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.is_file()))
+
+
 def _here() -> Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -105,7 +115,7 @@ def _arrays(path: epath.Path) -> dict[str, Any]:
     base = _base(path)
     described = json.loads((base / "_METADATA").read_text())
     ocdbt, zarr3 = described.get("use_ocdbt", True), described.get("use_zarr3", False)
-    root = str(base) if "://" in str(base) else f"file://{base}"
+    root = str(base) if is_remote(base) else f"file://{base}"
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened = {}
     for entry in described["tree_metadata"].values():
