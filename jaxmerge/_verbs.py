@@ -1,8 +1,9 @@
-"""The commands that take files: plan and merge a recipe, inspect a checkpoint.
+"""The commands that take files: plan and merge a recipe, inspect a checkpoint, extract an adapter.
 
 jaxmerge plan recipe.yml --coefficients weight
 jaxmerge merge recipe.yml merged/ --memory 2GB
 jaxmerge inspect checkpoint [other]
+jaxmerge extract model base adapter/ --rank 32 --error 0.1
 """
 
 import dataclasses
@@ -56,16 +57,31 @@ class Inspect:
     """Of two checkpoints: read them, and print the norm of their difference layer by layer."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Extract:
+    """Take what a model learned out of it as an adapter (LoRA): of each matrix the nearest update of low rank."""
+
+    rank: int = 32
+    """The most that a matrix keeps."""
+    error: float = 0.0
+    """A matrix keeps no more than it needs to lose at most this share of its change; 0: all of the rank."""
+    include: str = ""
+    """Take matrices whose names this regular expression is found in."""
+    exclude: str = "embed|lm_head|head$"
+    """And not those that this one is found in."""
+
+
 VERBS: dict[str, tuple[type, tuple[str, ...], int]] = {  # options, what is named, how many names are needed
     "plan": (Plan, ("recipe",), 1),
     "merge": (Merge, ("recipe", "out"), 2),
     "inspect": (Inspect, ("checkpoint", "other"), 1),
+    "extract": (Extract, ("model", "base", "out"), 3),
 }
 
 
 def takes(argv: Sequence[str]) -> bool:
     """Whether a command line is one of these rather than `plan METHOD` or `merge METHOD`."""
-    if argv[:1] == ["inspect"]:
+    if argv[:1] in (["inspect"], ["extract"]):
         return True
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
     return bool(argv) and argv[0] in VERBS and (named.endswith(RECIPES) or pathlib.Path(named).is_file())
@@ -91,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as e:  # --help, or an argument that tyro has explained
         return e.code if isinstance(e.code, int) else 2
     try:
-        {"plan": _plan, "merge": _merge, "inspect": _inspect}[verb](parsed, parsed.options)
+        {"plan": _plan, "merge": _merge, "inspect": _inspect, "extract": _extract}[verb](parsed, parsed.options)
     except (ValueError, OSError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
@@ -275,3 +291,25 @@ def _compare(console: Any, a: Any, b: Any, *, by_layer: bool) -> None:
         ratio = f"{apart / norm:.3g}" if norm else "-"
         table.add_row(layer, f"{norm:.4g}", f"{apart:.4g}", ratio, f"{100 * changed / max(size, 1):.3g} %")
     console.print(table)
+
+
+def _extract(files: Any, options: Extract) -> None:
+    from rich.console import Console
+
+    from jaxmerge import checkpoint, recipe
+    from jaxmerge.recipe._extract import write
+
+    if pathlib.Path(files.out).exists():
+        raise FileExistsError(f"{files.out} exists; choose another place.")
+    model, base = checkpoint.open(files.model), checkpoint.open(files.base)
+    tensors, beside, found = recipe.extract(model, base, **dataclasses.asdict(options))
+    write(files.out, tensors, beside)
+    ranks, console = found.ranks.values(), Console()
+    console.print(
+        f"{files.out}: {len(ranks)} matrices, of rank {min(ranks, default=0)} to {max(ranks, default=0)}", markup=False
+    )
+    if found.errors:
+        worst = max(found.errors, key=found.errors.__getitem__)
+        console.print(f"at most {100 * found.errors[worst]:.3g} % of a change is lost, that of {worst}", markup=False)
+    for name, norm in found.left.items():
+        console.print(f"left behind: {name}, which changed by {norm:.3g}", markup=False)

@@ -228,7 +228,7 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER]
+USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
        jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]"""
 
 

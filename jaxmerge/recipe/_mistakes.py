@@ -10,6 +10,8 @@ from jaxmerge.recipe._schema import Recipe, Reference
 from jaxmerge.recipe._vocabulary import Vocabulary
 from jaxmerge.recipe._yaml import Mistake
 
+POINTWISE = ("linear", "task_arithmetic", "passthrough", "nearswap", "ram")
+
 
 def mismatched(recipe: Recipe, rows: Sequence[Row], sources: Mapping[Reference, Source]) -> list[Mistake]:
     """Tensors of other shapes or kinds than the rest; one mistake for each model, vocabularies by themselves."""
@@ -74,3 +76,21 @@ def strangers(recipe: Recipe, rows: Sequence[Row], words: Vocabulary | None) -> 
                 text = f"token {token!r} is to come from {source[0]}, which is no input of {row.name}; name one that is."
                 found.setdefault(token, Mistake(recipe.tokenizer.mark if recipe.tokenizer else None, text))
     return list(found.values())
+
+
+def stacked(recipe: Recipe) -> tuple[list[Mistake], list[Mistake]]:
+    """What cannot be done where one array holds all layers, and what it means there."""
+    blocks = [recipe.parameters, *(m.parameters for m in recipe.modules)]
+    blocks += [p for m in recipe.modules for part in m.slices for p in (part.parameters, *(i.parameters for i in part.inputs))]
+    how = "layers are stacked in one array"
+    mistakes = [
+        Mistake(c.mark, f"{how}, {name} cannot change along them; write layout: hf, which takes them apart.")
+        for block in blocks
+        for name, setting in block.items()
+        for c in setting
+        if len(c.values) > 1
+    ]
+    sliced = [part.mark for m in recipe.modules for part in m.slices if any(i.layers for i in part.inputs)]
+    mistakes += [Mistake(mark, f"{how}, slices need them apart; write layout: hf.") for mark in sliced[:1]]
+    note = f"{how}: what a method finds out of a tensor (a threshold, a norm) it finds out of all layers; layout: hf for each."
+    return mistakes, [] if recipe.method_name in POINTWISE else [Mistake(None, note)]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
@@ -302,6 +303,7 @@ class _Reader:
     def own(self, fields: dict[str, Node]) -> dict[str, Any]:
         """Our keys, with what holds where they are absent."""
         self.word(fields, "format", ("safetensors", "orbax"))
+        self.word(fields, "layout", ("hf", *LAYOUTS))
         self.word(fields, "integers", ("agree", "base"))
         self.word(fields, "nonfinite", ("refuse", "allow"))
         seed = fields["seed"].value if "seed" in fields else 0

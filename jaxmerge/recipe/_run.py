@@ -1,51 +1,17 @@
 """Recipes planned and carried out: document by document, everything checked before a tensor is read."""
 
-import functools
+import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import jax.numpy as jnp
+from collections.abc import Callable
+from typing import Any
 
 from jaxmerge import checkpoint
-from jaxmerge.checkpoint import CheckpointPlan, MergeReport, Source
-from jaxmerge.recipe._card import beside
-from jaxmerge.recipe._mistakes import mismatched, strangers, weightless
-from jaxmerge.recipe._names import vocabulary_axis
-from jaxmerge.recipe._open import Absent, Planned, open_model
+from jaxmerge.checkpoint import MergeReport, Source
+from jaxmerge.recipe._document import RecipePlan, plan_document
+from jaxmerge.recipe._open import Planned
 from jaxmerge.recipe._read import read
-from jaxmerge.recipe._resolve import Row, resolve
-from jaxmerge.recipe._schema import Recipe, Reference
-from jaxmerge.recipe._transform import Work, work
-from jaxmerge.recipe._vocabulary import aligned, report, vocabulary
+from jaxmerge.recipe._schema import Recipe
 from jaxmerge.recipe._yaml import Mistake, RecipeError
-
-ENGINE = ("format", "memory", "integers", "nonfinite")
-"""Keys of a recipe that are arguments of the engine."""
-
-
-class RecipePlan(NamedTuple):
-    """What one document of a recipe will do; nothing but headers has been read.
-
-    Attributes:
-      recipe: what it says.
-      rows: which tensors of which models go into each tensor of the output, with which values of every parameter.
-      work: the transform and the checkpoints that the engine gets.
-      headers: bytes, passes, memory.
-      options: the engine's other arguments.
-      beside: files that go with the output: configuration, tokenizer, card, the recipe.
-      vocabulary: how many rows of each model are its own, borrowed, averaged, zero; empty where vocabularies are as they are.
-      notes: what should be known, but is no mistake.
-    """
-
-    recipe: Recipe
-    rows: tuple[Row, ...]
-    work: Work
-    headers: CheckpointPlan
-    options: dict[str, Any]
-    beside: dict[str, str | bytes]
-    vocabulary: dict[str, dict[str, int]]
-    notes: tuple[Mistake, ...]
 
 
 def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
@@ -67,7 +33,8 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
     plans: list[RecipePlan] = []
     earlier: dict[str, Source] = {}
     for document in _in_order(read(text, name), name):
-        found = _plan(document, earlier, options, mistakes)
+        found, wrong = plan_document(document, earlier, options, document.name or "A merge")
+        mistakes += wrong
         if found is not None:
             plans.append(found)
         if document.name is not None:
@@ -111,8 +78,7 @@ def merge(
     earlier: dict[str, Source] = {}
     for document in _in_order(read(text, name), name):
         last = len(done) + 1 == len(planned)
-        mistakes: list[Mistake] = []
-        todo = _plan(document, earlier, options, mistakes, out.name if last else str(document.name))
+        todo, mistakes = plan_document(document, earlier, options, out.name if last else str(document.name))
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
         place = out if last else parts / str(document.name)
@@ -129,6 +95,8 @@ def merge(
             on_progress=tell,
             **todo.options,
         )
+        if "adapter_config.json" in todo.beside:
+            _as_adapter(place)
         done.append((todo, report))
         if document.name is not None:
             earlier[document.name] = checkpoint.open(place)
@@ -164,59 +132,10 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
     return found
 
 
-def _plan(
-    recipe: Recipe, earlier: Mapping[str, Source], options: Mapping[str, Any], mistakes: list[Mistake], title: str = "A merge"
-) -> RecipePlan | None:
-    """One document's plan; None, and mistakes, where there can be none."""
-    sources: dict[Reference, Source] = {}
-    for reference, mark in recipe.references().items():
-        try:
-            sources[reference] = open_model(reference.model, earlier)
-        except Absent as e:
-            mistakes.append(Mistake(mark, str(e)))
-    if any(reference not in sources or not sources[reference].leaves for reference in recipe.references()):
-        return None
-    rows, wrong, notes = resolve(recipe, sources)
-    words, mistaken, more = vocabulary(recipe, sources)
-    wrong, notes = wrong + mistaken, notes + more
-    if not wrong:
-        wrong += mismatched(recipe, rows, sources) + weightless(recipe, rows) + strangers(recipe, rows, words)
-    if not wrong and not rows:
-        wrong.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
-    if wrong:
-        mistakes += wrong
-        return None
-    arguments = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
-    arguments |= {k: v for k, v in options.items() if v is not None}
-    by_name = {row.name: row for row in rows}
-
-    def adapt(model: Reference, there: str, name: str) -> tuple[Source, str]:
-        if words is None or vocabulary_axis(name) is None:
-            return sources[model], there
-        return aligned(words, by_name[name], recipe.base, sources, model)
-
-    try:
-        todo = work(recipe.method, rows, adapt, recipe.own["seed"])
-        apart = {k: v for k, v in arguments.items() if k not in ("integers", "nonfinite")}
-        headers = checkpoint.plan(todo.tx, todo.base, todo.models, **apart)
-    except ValueError as e:
-        mistakes.append(Mistake(recipe.marks[""], str(e)))
-        return None
-    mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
-    found, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
-    mistakes += wrong
-    tables = {} if words is None else report(words, list(sources), recipe.base)
-    return RecipePlan(recipe, rows, todo, headers, arguments, found, tables, (*recipe.notes, *notes))
-
-
-def _dtypes(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source]) -> dict[str, Any]:
-    """The output's dtype: as the recipe says; that of the base, tensor by tensor; where inputs differ, what holds them all.
-
-    Inputs are read as they are and cast once, at the end: mergekit casts them to `dtype` before it merges.
-    """
-    wanted = recipe.out_dtype or recipe.dtype
-    kinds: list[set] = [{sources[model].leaves[n].dtype for model, n in row.inputs} for row in rows]
-    differ = [k for k in kinds if len(k) > 1 and all(d is not None and jnp.issubdtype(d, jnp.floating) for d in k)]
-    if not differ:
-        return {"out_dtype": wanted}
-    return {"dtype": "float32", "out_dtype": wanted or functools.reduce(jnp.promote_types, set().union(*differ)).name}
+def _as_adapter(place: pathlib.Path) -> None:
+    """The names that PEFT looks for."""
+    old, new = "model.safetensors", "adapter_model.safetensors"
+    (place / old).rename(place / new)
+    receipt = json.loads((place / "jaxmerge.json").read_text())
+    receipt["files"] = {new if f == old else f: h for f, h in receipt["files"].items()}
+    (place / "jaxmerge.json").write_text(json.dumps(receipt, indent=1) + "\n")
