@@ -7,7 +7,7 @@ A plan is computed from data by a pure function and is small. It is applied by a
     identity, from_parents            plans to start from
     tokens, words, params             the planners: which tokens, bytes, weights become one?
     attention, virtual                what a plan means to attention; attention as if nothing had merged
-    checkpoint, testing               merge checkpoints on disk; the laws, as tests (loaded on first use)
+    checkpoint, recipe, testing       merge checkpoints on disk, as YAML says; the laws, as tests (loaded on first use)
 """
 
 import importlib
@@ -27,6 +27,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name in ("checkpoint", "testing"):  # these need more than jax and numpy
+    if name in ("checkpoint", "recipe", "testing"):  # these need more than jax and numpy
         return importlib.import_module(f"jaxmerge.{name}")
     raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")

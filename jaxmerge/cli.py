@@ -1,5 +1,8 @@
-"""`jaxmerge plan|merge METHOD`: merge checkpoints from the command line. `jaxmerge doctor`: which kernels run here.
+"""`jaxmerge plan|merge|inspect|doctor`: merge checkpoints from the command line, as a recipe says or by a method and its options.
 
+jaxmerge plan  recipe.yml
+jaxmerge merge recipe.yml ckpt/merged
+jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 jaxmerge doctor
@@ -11,7 +14,7 @@ import pathlib
 import sys
 from typing import Any, Literal
 
-from jaxmerge import params
+from jaxmerge import _verbs, params
 from jaxmerge.params._transform import Hyperparameter
 from jaxmerge.params.spectral._spectral import Select
 
@@ -192,15 +195,23 @@ NEED_NO_BASE = (
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    models: tuple[pathlib.Path, ...]
-    """Orbax checkpoints to merge."""
-    base: pathlib.Path | None = None
+    models: tuple[str, ...]
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, or gs:// and the like."""
+    base: str | None = None
     """The checkpoint that they were trained from."""
+    format: Literal["orbax", "safetensors"] | None = None
+    """Of the output; None: as the base (or the first model) is stored."""
     mesh: str = ""
-    """Devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all devices
-    on fsdp. "saved": as the base was saved."""
-    batch_mib: int = 256
-    """Leaves are read in batches of about so many MiB of each input: this bounds memory."""
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all
+    devices on fsdp. "saved": as the base was saved."""
+    memory: str | None = None
+    """What buffers and arrays may take, such as 2GB."""
+    dtype: str | None = None
+    """Cast inputs to it first, such as bfloat16; arithmetic is float32 all the same."""
+    out_dtype: str | None = None
+    """Of the output; None: --dtype, or what each leaf of the base has."""
+    max_shard_bytes: str = "5GB"
+    """Safetensors files larger than this are split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +224,13 @@ class InputsAndOutput(Inputs):
     """Leaves that are not floating point must agree, or are taken from the base."""
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
+    resume: bool = True
+    """Go on where the same merge was cut off (safetensors)."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]\n       jaxmerge doctor"
+USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT | doctor
+       jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv == ["doctor"]:
         _doctor()
         return 0
+    if _verbs.takes(argv):
+        return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
         return 2
@@ -270,7 +286,18 @@ def _transform(method: str, parsed: Any) -> params.MergeTransform:
 
 
 def _arguments(files: Inputs) -> dict[str, Any]:
-    return {"sharding": _sharding(files.mesh), "batch_bytes": files.batch_mib << 20}
+    """How `plan` and `merge` are to do it."""
+    from jaxmerge import checkpoint
+
+    kind = files.format or checkpoint.open(files.base or files.models[0]).format
+    return {
+        "format": kind,
+        "sharding": _sharding(files.mesh) if kind == "orbax" or files.mesh else None,
+        "memory": files.memory,
+        "dtype": files.dtype,
+        "out_dtype": files.out_dtype,
+        "max_shard_bytes": files.max_shard_bytes,
+    }
 
 
 def _sharding(mesh: str) -> Any:
@@ -313,7 +340,7 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
         parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
         dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))
         table.add_row(
-            checkpoint.path.name,
+            checkpoint.name,
             str(len(checkpoint.leaves)),
             f"{parameters:,}",
             _size(sum(h.bytes for h in headers)),
@@ -322,8 +349,8 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"batches: {len(plan.batches)}; passes over the files: {plan.passes}; reads {_size(plan.bytes_read)}, writes "
-        f"{_size(plan.bytes_written)}; peak memory about {_size(plan.peak_bytes)} over all devices"
+        f"output: {plan.format}, {len(plan.batches or plan.units)} batches; passes over the files: {plan.passes}; reads "
+        f"{_size(plan.bytes_read)}, writes {_size(plan.bytes_written)}; peak memory about {_size(plan.peak_bytes)}"
     )
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")
@@ -333,17 +360,18 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
 
 def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from jaxmerge import checkpoint
 
     _checked(tx, files).check()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
+        task = bar.add_task("merging", total=None, figures="")
 
         def show(p):
-            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total)
+            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left, peak {_size(p.peak_bytes)}"
+            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
 
         report = checkpoint.merge(
             tx,
@@ -353,6 +381,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
             integers=files.integers,
             nonfinite=files.nonfinite,
             overwrite=files.overwrite,
+            resume=files.resume,
             on_progress=show,
             **_arguments(files),
         )
@@ -396,20 +425,25 @@ def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
 
     plan = report.headers
     moved = plan.bytes_read + plan.bytes_written
-    table = Table("leaves", "read", "written", "seconds", "GB/s", title=str(files.out))
+    table = Table("leaves", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
     table.add_row(
-        str(len(plan.shardings)),
+        str(len(plan.out)),
         _size(plan.bytes_read),
         _size(plan.bytes_written),
         f"{report.seconds:.1f}",
         f"{moved / report.seconds / 1e9:.2f}",
+        _size(report.peak_bytes),
     )
     console.print(table)
+    if report.resumed:
+        console.print(f"went on from {_size(report.resumed)} that an earlier run had written")
+    if report.buffered:
+        console.print(f"through the page cache, as direct I/O was refused: {', '.join(report.buffered)}")
     found = _masks(report)
     if found:
         table = Table("model", "kept", "threshold")
         for path, kept, threshold in zip(files.models, *found, strict=True):
-            table.add_row(path.name, kept, threshold)
+            table.add_row(pathlib.Path(path).name, kept, threshold)
         console.print(table)
     for name, counts in report.nonfinite.items():
         console.print(f"not finite: {name}: {sum(counts)} values")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import _merge
+from jaxmerge.checkpoint import _sharded
 from tests.hlo import collectives
 
 # Orbax says so whenever a checkpoint is read without a target; only tests do that.
@@ -68,7 +68,7 @@ def test_equals_the_merge_in_memory(saved, tmp_path, name):
     seen = []
     # a batch holds a leaf or two: thresholds of the whole model are found in passes over the files
     report = checkpoint.merge(
-        tx, paths["base"], [paths["a"], paths["b"]], tmp_path / "out", batch_bytes=700, on_progress=seen.append
+        tx, paths["base"], [paths["a"], paths["b"]], tmp_path / "out", memory=4200, on_progress=seen.append
     )
     assert len(report.headers.batches) > 3
     assert report.headers.passes == {"ties": 4, "ties_official": 5}.get(name, 1) == seen[-1].stages
@@ -109,11 +109,11 @@ def test_compiled_programs_gather_nothing(mesh):
     (settings, *rest) = (s.settings("w", (2 if i < 3 else 1, 8, 4)) for i, s in enumerate(tx.match.steps[:4]))
     survey = tx.match.steps[0].survey
     query, notes = survey.start({"w": settings})
-    read = _merge._reader((), survey.read, sharding, True).lower(query, [], arrays).compile()
+    read = _sharded._reader((), survey.read, sharding, True).lower(query, [], arrays).compile()
     assert set(collectives(read)) == {"all-reduce"}
     query, notes = survey.step(query, notes, {"w": np.full((2, 2048), 1, np.uint64)})
     settings = [survey.finish(notes, {"w": settings})["w"], *rest, tx.match.steps[4].settings("w", (1, 8, 4))]
-    merge = _merge._merger(tx.match.steps, sharding, True).lower(settings, arrays).compile()
+    merge = _sharded._merger(tx.match.steps, sharding, True).lower(settings, arrays).compile()
     assert set(collectives(merge)) == {"all-reduce"}
 
 
@@ -210,7 +210,7 @@ jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank
 from jaxmerge import checkpoint, params
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 for name, tx in {"ties": params.ties(0.2, tie="majority"), "dare": params.dare_linear(0.5, seed=3)}.items():
-    report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/two_{name}", batch_bytes=700)
+    report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/two_{name}", memory=4200)
     assert report.headers.shardings["blocks/0/w"].spec == jax.P("fsdp"), report.headers.shardings
 """
 

@@ -17,6 +17,7 @@ LIGHT = {"jax", "numpy", "jaxtyping", "jaxmerge"}
 ALLOWED = {
     "jaxmerge": LIGHT,
     "jaxmerge/checkpoint": LIGHT | {"orbax", "tensorstore", "etils"},
+    "jaxmerge/recipe": LIGHT | {"yaml"},
     "jaxmerge/cli.py": LIGHT | {"tyro", "rich"},
     "models": LIGHT | {"flax", "models"},
     "scripts": LIGHT | {"flax", "optax", "orbax", "rich", "tyro", "models", "scripts", "sklearn", "matplotlib", "PIL"},
@@ -34,7 +35,9 @@ BELOW = {
     "params": {"_plan", "_collectives"},
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
-    "cli": {"_plan", "_kernels", "params", "checkpoint"},
+    "recipe": {"params", "checkpoint"},
+    "_verbs": {"params", "checkpoint", "recipe", "cli"},
+    "cli": {"_plan", "_kernels", "_verbs", "params", "checkpoint", "recipe"},
 }
 
 
@@ -119,6 +122,7 @@ SURFACE = {
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
         update_selective varm weigh widen window_average wudi""",
     "jaxmerge.checkpoint": "CheckpointPlan MergeError MergeReport Progress fsdp merge plan",
+    "jaxmerge.recipe": "Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read stacks",
 }
 
 

@@ -3,6 +3,8 @@
 plan(tx, base, models)              headers only: bytes, batches, passes, every mismatch
 merge(tx, base, models, out)        refuses what plan refuses; the output appears whole or not at all
 fsdp(mesh)                          a sharding rule: split the largest dimension
+open(path)                          a source: one checkpoint, lazily; headers alone are read
+renamed subset derived              views of a source, which are sources again
 """
 
 from jaxmerge.checkpoint._merge import MergeReport as MergeReport, Progress as Progress, merge as merge
@@ -12,3 +14,12 @@ from jaxmerge.checkpoint._plan import (
     plan as plan,
 )
 from jaxmerge.checkpoint._sharding import fsdp as fsdp
+from jaxmerge.checkpoint._source import (
+    Derived as Derived,
+    Leaf as Leaf,
+    Source as Source,
+    derived as derived,
+    open as open,
+    renamed as renamed,
+    subset as subset,
+)

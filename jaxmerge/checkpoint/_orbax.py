@@ -1,8 +1,11 @@
 """The only file that knows Orbax: headers, some leaves in, some leaves out, an output that appears whole."""
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,41 +13,54 @@ from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
 
 PathLike = Any
 
 
-class Header(NamedTuple):
-    """What a checkpoint says of one leaf.
+class Orbax:
+    """An Orbax checkpoint: a `Source`."""
 
-    Attributes:
-      path: its key path.
-      shape, dtype: of an array; (), None for anything else.
-      sharding: as saved, if those devices exist here; else None.
-      meta: Orbax's own description.
-    """
+    format: Format = "orbax"
 
-    path: tuple
-    shape: tuple[int, ...]
-    dtype: np.dtype | None
-    sharding: Sharding | None
-    meta: Any
+    def __init__(self, path: epath.Path, tree: Any):
+        """From the tree of Orbax's descriptions."""
+        self.path, self.name, self._tree = path, path.name, tree
+        self.metadata: dict[str, str] = {}
+        self.files = _files(path)
+        self.leaves = {leaf_name(p): _leaf(p, meta) for p, meta in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
-    @property
-    def bytes(self) -> int:
-        return 0 if self.dtype is None else int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+    def read(self, name: str, index: Index = ()) -> Any:
+        leaf = self.leaves[name]
+        if leaf.dtype is None:
+            return self.load({name: _here()})[name]
+        return np.asarray(_arrays(self.path)[name][index].read().result())
+
+    def load(self, shardings: Mapping[str, Sharding]) -> dict[str, Any]:
+        def target(key_path, meta):
+            name = leaf_name(key_path)
+            if name not in shardings:
+                return ocp.PLACEHOLDER
+            leaf = self.leaves[name]
+            if leaf.dtype is None:
+                return meta
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+
+        loaded = ocp.load(self.path, jax.tree_util.tree_map_with_path(target, self._tree))
+        flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
+        return {name: leaf for path, leaf in flat if (name := leaf_name(path)) in shardings}
+
+    def extent(self, name: str) -> Extent | None:
+        return None
+
+    def identity(self) -> str:
+        where = _base(self.path) / "_METADATA"
+        return digest(str(self.path), where.read_text(), int(where.stat().mtime))
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that has been looked at, not read: its tree of descriptions, and a header per leaf name."""
-
-    path: epath.Path
-    tree: Any
-    leaves: dict[str, Header]
-
-
-def open_checkpoint(path: PathLike) -> Checkpoint:
+def open_checkpoint(path: PathLike) -> Orbax:
     """Read a checkpoint's headers.
 
     Raises:
@@ -54,50 +70,70 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
-        tree = ocp.metadata(path).metadata
+        return Orbax(path, ocp.metadata(path).metadata)
     except Exception as e:  # Orbax raises many kinds
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"{path} is not an Orbax checkpoint that can be read: {reason}") from e
-    leaves = {}
-    for key_path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        is_array = hasattr(meta, "shape") and hasattr(meta, "dtype")
-        sharding = None
-        if is_array:
-            with contextlib.suppress(Exception):  # saved on devices that are not here
-                sharding = getattr(meta, "sharding", None)
-        header = Header(
-            key_path,
-            tuple(meta.shape) if is_array else (),
-            np.dtype(meta.dtype) if is_array else None,
-            sharding if isinstance(sharding, Sharding) else None,
-            meta,
-        )
-        leaves[leaf_name(key_path)] = header
-    return Checkpoint(path, tree, leaves)
 
 
-def read(checkpoint: Checkpoint, shardings: dict[str, Sharding]) -> dict[str, Any]:
-    """Read some leaves, arrays straight onto their shardings: each process reads what its devices hold."""
-
-    def target(key_path, meta):
-        name = leaf_name(key_path)
-        if name not in shardings:
-            return ocp.PLACEHOLDER
-        header = checkpoint.leaves[name]
-        if header.dtype is None:
-            return meta
-        return jax.ShapeDtypeStruct(header.shape, header.dtype, sharding=shardings[name])
-
-    loaded = ocp.load(checkpoint.path, jax.tree_util.tree_map_with_path(target, checkpoint.tree))
-    flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
-    return {name: leaf for path, leaf in flat if (name := leaf_name(path)) in shardings}
+def _leaf(path: tuple, meta: Any) -> Leaf:
+    if not (hasattr(meta, "shape") and hasattr(meta, "dtype")):
+        return Leaf((), None, path=path)
+    sharding = None
+    with contextlib.suppress(Exception):  # saved on devices that are not here
+        sharding = getattr(meta, "sharding", None)
+    return Leaf(tuple(meta.shape), np.dtype(meta.dtype), sharding if isinstance(sharding, Sharding) else None, path)
 
 
-def groups(checkpoint: Checkpoint) -> list[list[str]]:
+def _files(path: epath.Path) -> tuple[str, ...]:
+    """All files of a local checkpoint; of a remote one those that name the others."""
+    if is_remote(path):
+        names = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
+        return tuple(str(p) for d in dict.fromkeys((path, _base(path))) for n in names if (p := d / n).exists())
+    return tuple(sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.is_file()))
+
+
+def _here() -> Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _base(path: epath.Path) -> epath.Path:
+    """The directory of the arrays: that of the tree's description, at the top (older layouts) or one below."""
+    if (path / "_METADATA").exists():
+        return path
+    inner = [p.parent for p in path.glob("*/_METADATA")]
+    if len(inner) != 1:
+        raise ValueError(f"{path} holds {len(inner)} trees of arrays; name the directory of one.")
+    return inner[0]
+
+
+@functools.lru_cache(maxsize=32)
+def _arrays(path: epath.Path) -> dict[str, Any]:
+    """Every array as tensorstore sees it: slices of it can be read."""
+    import tensorstore as ts
+
+    base = _base(path)
+    described = json.loads((base / "_METADATA").read_text())
+    ocdbt, zarr3 = described.get("use_ocdbt", True), described.get("use_zarr3", False)
+    root = str(base) if is_remote(base) else f"file://{base}"
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    opened = {}
+    for entry in described["tree_metadata"].values():
+        keys = [str(k["key"]) for k in entry["key_metadata"]]
+        if entry["value_metadata"].get("value_type") in ("string", "None"):
+            continue
+        at = ".".join(keys)
+        store = {"driver": "ocdbt", "base": f"{root}/", "path": f"{at}/"} if ocdbt else f"{root}/{at}/"
+        spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store, "recheck_cached_data": False}
+        opened["/".join(keys)] = ts.open(spec, open=True, read=True, context=context)
+    return {name: future.result() for name, future in opened.items()}
+
+
+def groups(leaves: Mapping[str, Leaf]) -> list[list[str]]:
     """Leaf names in sorted order, those of one list or tuple together: Orbax writes a sequence in one call."""
     found: dict[str, list[str]] = {}
-    for name in sorted(checkpoint.leaves):
-        path = checkpoint.leaves[name].path
+    for name in sorted(leaves):
+        path = leaves[name].path or ()
         cut = next((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None)
         found.setdefault(name if cut is None else f"sequence {leaf_name(path[:cut])}", []).append(name)
     return list(found.values())
@@ -106,8 +142,8 @@ def groups(checkpoint: Checkpoint) -> list[list[str]]:
 class Writer:
     """An output that appears whole or not at all: written aside, renamed at the end."""
 
-    def __init__(self, out: PathLike, like: Checkpoint, *, overwrite: bool):
-        self.out, self.like = epath.Path(out).absolute(), like
+    def __init__(self, out: PathLike, leaves: Mapping[str, Leaf], *, overwrite: bool):
+        self.out, self.leaves = epath.Path(out).absolute(), leaves
         self.aside = self.out.parent / f"{self.out.name}.merging"
         if self.out.exists() and not overwrite:
             raise FileExistsError(f"{self.out} exists; choose another place, or pass overwrite (--overwrite).")
@@ -116,7 +152,7 @@ class Writer:
 
     def write(self, leaves: dict[str, Any]) -> None:
         """Add some leaves, whole groups."""
-        ocp.partial.save(self.aside, _prune(self.like.tree, leaves))
+        ocp.partial.save(self.aside, _tree(leaves, self.leaves))
 
     def finish(self) -> None:
         """Make the output appear."""
@@ -155,21 +191,26 @@ class Writer:
             multihost_utils.sync_global_devices(f"jaxmerge: {self.out.name}")
 
 
-def _prune(tree: Any, leaves: dict[str, Any]) -> Any:
-    """The part of a tree that holds these leaves."""
-    nothing = object()
+def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
+    """The tree that holds these values: along the leaves' key paths, or along the "/" in their names."""
+    root: dict = {}
+    for name in sorted(values):
+        path = leaves[name].path or tuple(jax.tree_util.DictKey(part) for part in name.split("/"))
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = values[name]
 
-    def walk(node, path):
-        if isinstance(node, dict):
-            kept = {k: walk(v, (*path, jax.tree_util.DictKey(k))) for k, v in node.items()}
-            kept = {k: v for k, v in kept.items() if v is not nothing}
-            return kept if kept else nothing
-        if isinstance(node, (list, tuple)):
-            kept = [walk(v, (*path, jax.tree_util.SequenceKey(i))) for i, v in enumerate(node)]
-            return nothing if all(v is nothing for v in kept) else kept
-        return leaves.get(leaf_name(path), nothing)
+    def built(node):
+        if not isinstance(node, dict) or not all(
+            isinstance(k, tuple | jax.tree_util.DictKey | jax.tree_util.SequenceKey) for k in node
+        ):
+            return node
+        if node and all(isinstance(k, jax.tree_util.SequenceKey) for k in node):
+            return [built(node[k]) for k in sorted(node, key=lambda k: k.idx)]
+        return {k.key: built(v) for k, v in node.items()}
 
-    return walk(tree, ())
+    return built(root)
 
 
 def same(values: Iterable[Any]) -> bool:

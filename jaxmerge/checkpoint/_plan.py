@@ -1,6 +1,5 @@
 """What a merge will do, from the headers alone: leaves, bytes, batches, passes, and every mismatch."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
-from jaxmerge.checkpoint import _orbax
+from jaxmerge.checkpoint._budget import parse_size
+from jaxmerge.checkpoint._feed import Unit
+from jaxmerge.checkpoint._layout import Layout
 from jaxmerge.checkpoint._sharding import Rule, all_devices, split_evenly
+from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
+from jaxmerge.checkpoint._units import by_ranges
 from jaxmerge.params._transform import Match, MergeTransform, Step
 
-BATCH_BYTES = 1 << 28
+MEMORY = 1 << 30
 
 
 class MergeError(ValueError):
@@ -25,23 +28,35 @@ class CheckpointPlan(NamedTuple):
 
     Attributes:
       base, models: the checkpoints; base may be None.
+      format: of the output.
       floating, exact: names of the leaves that are merged, and of those that must agree; sorted.
-      shardings: where each leaf goes.
-      batches: names of the leaves that are in memory together.
+      out: {leaf: shape and dtype of the output}, in the order in which they are written.
+      shardings: where each leaf of an Orbax output goes; nothing where files are written by ranges.
+      batches: names of the leaves of an Orbax output that are in memory together.
+      units: parts of leaves of a safetensors output that are in memory together; of all processes, in groups of one process.
+      entire: leaves that a method must see whole, and that therefore count against the memory.
+      rooms: how many units of a process are in memory at once.
+      layout: the files of a safetensors output; None for Orbax.
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
       bytes_read, bytes_written: over all passes and all processes.
-      peak_bytes: estimate of the largest batch at work, over all devices: its inputs and output, and float32 copies of its
-        largest leaf.
+      peak_bytes: estimate of what buffers and arrays take at their most: of an Orbax output over all devices, else on one
+        process; the runtime itself takes some 300 MB.
       problems: every reason to refuse; empty if there is none.
     """
 
-    base: Any
-    models: tuple[Any, ...]
+    base: Source | None
+    models: tuple[Source, ...]
+    format: Format
     floating: tuple[str, ...]
     exact: tuple[str, ...]
+    out: dict[str, Leaf]
     shardings: dict[str, Sharding]
     batches: tuple[tuple[str, ...], ...]
+    units: tuple[tuple[Unit, ...], ...]
+    entire: frozenset[str]
+    rooms: int
+    layout: Layout | None
     settings: tuple[dict[str, Any], ...]
     passes: int
     bytes_read: int
@@ -50,9 +65,19 @@ class CheckpointPlan(NamedTuple):
     problems: tuple[str, ...]
 
     @property
-    def reference(self) -> Any:
-        """The checkpoint whose tree, dtypes and shardings the output has: the base, or the first model."""
+    def reference(self) -> Source:
+        """The checkpoint whose leaves and dtypes the output has: the base, or the first model."""
         return self.models[0] if self.base is None else self.base
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """The base, if there is one, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def shapes(self) -> frozenset[str]:
+        """The floating-point leaves."""
+        return frozenset(self.floating)
 
     def check(self) -> None:
         """Refuse, with every reason in one message."""
@@ -65,38 +90,49 @@ def plan(
     base: Any | None,
     models: Sequence[Any],
     *,
+    format: Format | None = None,
     sharding: Sharding | Rule | None = None,
-    batch_bytes: int = BATCH_BYTES,
+    memory: int | str | None = None,
+    dtype: Any = None,
+    out_dtype: Any = None,
+    max_shard_bytes: int | str = "5GB",
 ) -> CheckpointPlan:
     """Find out what a merge will do, and everything that speaks against it, before a tensor byte is read.
 
     Args:
       tx: what to do, such as `params.ties(density=0.2)`.
-      base: directory of the checkpoint that the models were trained from; None merges the models themselves.
-      models: directories of Orbax checkpoints.
-      sharding: where leaves go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None: as the base (or the
-        first model) was saved, if those devices exist here, else `fsdp` over all devices.
-      batch_bytes: leaves are read in batches of about so many bytes of each input; a larger leaf is a batch of its own.
+      base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
+      models: checkpoints, paths or sources; formats may be mixed.
+      format: "orbax" or "safetensors"; None: as the base (or the first model) is stored.
+      sharding: where the leaves of an Orbax output go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None: as
+        the base (or the first model) was saved, if those devices exist here, else `fsdp` over all devices.
+      memory: bytes, or such as "2GB", that buffers and arrays may take; None: 1 GiB, and for leaves that a method must see
+        whole up to half of what is free.
+      dtype: cast inputs to it before anything else; arithmetic is float32 all the same.
+      out_dtype: of the output's floating-point leaves; None: `dtype`, or what each leaf of the base has.
+      max_shard_bytes: safetensors files larger than this are split.
 
     Raises:
-      FileNotFoundError, ValueError: a path is not an Orbax checkpoint. All else is listed in `problems`.
+      FileNotFoundError, ValueError: a path is not a checkpoint, or is damaged. All else is listed in `problems`.
     """
-    opened_base = None if base is None else _orbax.open_checkpoint(base)
-    opened = tuple(_orbax.open_checkpoint(m) for m in models)
+    opened_base = None if base is None else open_source(base)
+    opened = tuple(open_source(m) for m in models)
     if not opened:
         raise MergeError("no models; name at least one checkpoint.")
     reference = opened_base or opened[0]
+    format = reference.format if format is None else format
+    if format not in ("orbax", "safetensors"):
+        raise MergeError(f'format must be "orbax" or "safetensors", got {format!r}.')
     leaves = reference.leaves
-    problems = _mismatches(reference, [m for m in opened if m is not reference])
+    inputs = (reference, *(m for m in opened if m is not reference))
+    problems = _mismatches(reference, inputs[1:], cast=dtype is not None)
     for name, header in leaves.items():
         if header.dtype is not None and (header.dtype == np.float64 or header.dtype.kind == "c"):
             problems.append(f"  {name}: {header.dtype} cannot be merged exactly in float32; cast it in the checkpoint")
-
-    shardings = _shardings(leaves, sharding)
-    for name, target in shardings.items():
-        problems += split_evenly(name, leaves[name].shape, target)
     floating = tuple(n for n in sorted(leaves) if _is_floating(leaves[n]))
     exact = tuple(n for n in sorted(leaves) if not _is_floating(leaves[n]))
+    result, trouble = _result(leaves, floating, dtype, out_dtype)
+    problems += trouble
 
     settings, steps = (), ()
     if not isinstance(tx.match, Match):
@@ -107,51 +143,98 @@ def plan(
         steps = tx.match.steps
         settings, trouble = _settings(steps, {n: (len(opened), *leaves[n].shape) for n in floating})
         problems += trouble
-
-    batches = _batches(_orbax.groups(reference), leaves, batch_bytes)
-    inputs = len(opened) + (opened_base is not None)
     looks = 1 + sum(step.survey.rounds for step in steps if step.survey is not None)
-    passes = 1 if len(batches) == 1 else looks
-    size = sum(leaves[n].bytes for n in floating)
+    size = sum(leaves[n].bytes for n in floating) * len(inputs)
     rest = sum(leaves[n].bytes for n in exact)
+    common = {
+        "base": opened_base,
+        "models": opened,
+        "format": format,
+        "floating": floating,
+        "exact": exact,
+        "out": result,
+        "settings": settings,
+        "bytes_written": sum(leaf.bytes for leaf in result.values()),
+    }
+    if format == "safetensors":
+        if sharding is not None:
+            problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
+        ways = by_ranges(inputs, result, floating, steps, settings, memory, parse_size(max_shard_bytes, "max_shard_bytes"))
+        again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
+        return CheckpointPlan(
+            **common,
+            shardings={},
+            batches=(),
+            units=ways.units,
+            entire=ways.entire,
+            rooms=ways.rooms,
+            layout=ways.layout,
+            passes=looks,
+            bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
+            peak_bytes=ways.peak,
+            problems=(*problems, *ways.problems),
+        )
+    from jaxmerge.checkpoint import _orbax
+
+    shardings = _shardings(leaves, sharding)
+    for name, target in shardings.items():
+        problems += split_evenly(name, leaves[name].shape, target)
+    budget = parse_size(memory, "memory") if memory is not None else MEMORY
+    batches = _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
+    passes = 1 if len(batches) == 1 else looks
     peak = 0
     for batch in batches:
-        work = max((math.prod(leaves[n].shape) for n in batch if _is_floating(leaves[n])), default=0)
-        peak = max(peak, sum(leaves[n].bytes for n in batch) * (inputs + 1) + 2 * 4 * len(opened) * work)
+        work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
+        peak = max(peak, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
     return CheckpointPlan(
-        base=opened_base,
-        models=opened,
-        floating=floating,
-        exact=exact,
+        **common,
         shardings=shardings,
         batches=tuple(map(tuple, batches)),
-        settings=settings,
+        units=(),
+        entire=frozenset(),
+        rooms=0,
+        layout=None,
         passes=passes,
-        bytes_read=size * inputs * passes + rest * (inputs + 1),
-        bytes_written=size + rest,
+        bytes_read=size * passes + rest * (len(inputs) + 1),
         peak_bytes=peak,
         problems=tuple(problems),
     )
+
+
+def _result(leaves: dict[str, Leaf], floating: Sequence[str], dtype: Any, out_dtype: Any) -> tuple[dict[str, Leaf], list[str]]:
+    """The output's leaves, and what is wrong with the dtypes."""
+    wanted = dtype if out_dtype is None else out_dtype
+    problems = []
+    for what, d in (("dtype", dtype), ("out_dtype", out_dtype)):
+        if d is not None and not jnp.issubdtype(jnp.dtype(d), jnp.floating):
+            problems.append(f"  {what}: {jnp.dtype(d)} is not a floating-point type")
+    if problems or wanted is None:
+        return dict(leaves), problems
+    change = frozenset(floating)
+    return {n: leaf._replace(dtype=jnp.dtype(wanted)) if n in change else leaf for n, leaf in leaves.items()}, problems
 
 
 def _is_floating(header: Any) -> bool:
     return header.dtype is not None and jnp.issubdtype(header.dtype, jnp.floating)
 
 
-def _mismatches(reference: Any, others: Sequence[Any]) -> list[str]:
-    """Every leaf that is missing, unexpected, or of another shape or dtype."""
+def _mismatches(reference: Source, others: Sequence[Source], *, cast: bool) -> list[str]:
+    """Every leaf that is missing, unexpected, or of another shape or dtype; floating-point leaves may differ if they are cast."""
     problems = []
     for other in others:
         ours, theirs = reference.leaves, other.leaves
-        problems += [f"  missing in {other.path.name}: {n}" for n in sorted(ours.keys() - theirs.keys())]
-        problems += [f"  unexpected in {other.path.name}: {n}" for n in sorted(theirs.keys() - ours.keys())]
+        problems += [f"  missing in {other.name}: {n}" for n in sorted(ours.keys() - theirs.keys())]
+        problems += [f"  unexpected in {other.name}: {n}" for n in sorted(theirs.keys() - ours.keys())]
         for n in sorted(ours.keys() & theirs.keys()):
             a, b = ours[n], theirs[n]
-            where = f"in {other.path.name}, {{}} in {reference.path.name}"
+            where = f"in {other.name}, {{}} in {reference.name}"
             if a.shape != b.shape:
                 problems.append(f"  shape of {n}: {b.shape} " + where.format(a.shape))
-            if a.dtype != b.dtype:
-                problems.append(f"  dtype of {n}: {b.dtype or 'not an array'} " + where.format(a.dtype or "not an array"))
+            if a.dtype != b.dtype and not (cast and _is_floating(a) and _is_floating(b)):
+                remedy = "; pass dtype= (--dtype) to cast" if _is_floating(a) and _is_floating(b) else ""
+                problems.append(
+                    f"  dtype of {n}: {b.dtype or 'not an array'} " + where.format(a.dtype or "not an array") + remedy
+                )
     return problems
 
 

@@ -174,7 +174,7 @@ def slerp(t: Hyperparameter = 0.5, *, threshold: float = 0.9995) -> MergeTransfo
 
 def breadcrumbs(
     density: Hyperparameter = 0.9,
-    gamma: float = 0.01,
+    gamma: Hyperparameter = 0.01,
     *,
     weight: Hyperparameter = 1.0,
     scale: Hyperparameter = 1.0,
@@ -206,7 +206,7 @@ def breadcrumbs(
 
 def breadcrumbs_ties(
     density: Hyperparameter = 0.9,
-    gamma: float = 0.01,
+    gamma: Hyperparameter = 0.01,
     *,
     weight: Hyperparameter = 1.0,
     scale: Hyperparameter = 1.0,

@@ -97,7 +97,7 @@ def keep_base() -> MergeTransform:
     Source: MergeLM's excluded parameters.
     """
     zeros = lambda plan, x: jnp.where(x[:1] == 0, x[:1], 0)  # laid out as x, which a constant would not be
-    return atom(Step(lambda name, shape: (), lambda settings, x: (), zeros, models=1))
+    return atom(Step(lambda name, shape: (), lambda settings, x: (), zeros, models=1, blocks=True))
 
 
 # --- chains side by side ---------------------------------------------------------------------------------------------
@@ -155,7 +155,23 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     models = {step.models for step in steps.values()} - {None}
     needs = tuple(dict.fromkeys(need for step in steps.values() for need in step.needs))
     survey = next((_of_label(key, step.survey) for key, step in steps.items() if step.survey is not None), None)
-    return atom(Step(settings, match, merge, models=models.pop() if models else None, survey=survey, needs=needs, lazy=True))
+
+    def resolve(settings, x):
+        return {key: s if (found := steps[key].resolve) is None else found(s, x) for key, s in settings.items()}
+
+    return atom(
+        Step(
+            settings,
+            match,
+            merge,
+            models=models.pop() if models else None,
+            survey=survey,
+            needs=needs,
+            lazy=True,
+            blocks=all(step.blocks for step in steps.values()),
+            resolve=resolve if any(step.resolve for step in steps.values()) else None,
+        )
+    )
 
 
 def _of_label(key: str, survey: Survey) -> Survey:

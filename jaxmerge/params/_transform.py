@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
 from jaxmerge.params._deferred import Deferred, Entries, defer, entries, last
+from jaxmerge.params.order._host import Patterns
 
 Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
@@ -37,6 +38,7 @@ class Survey(NamedTuple):
       read: (query, block of a stacked leaf) -> uint32 counts, additive over the blocks of a leaf.
       step: (query, notes, counts by leaf, uint64, in sorted order) -> (query, notes).
       finish: (notes, settings by leaf) -> settings.
+      look: `read` on the host, where it is faster there: (query, the block's magnitudes as integers (K, n)) -> counts.
     """
 
     settle: Callable[[dict, dict], dict]
@@ -45,6 +47,7 @@ class Survey(NamedTuple):
     read: Callable[[Any, Array], Array]
     step: Callable[[Any, Any, dict], tuple[Any, Any]]
     finish: Callable[[Any, dict], dict]
+    look: Callable[[Any, np.ndarray], np.ndarray] | None = None
 
 
 class Need(NamedTuple):
@@ -73,6 +76,10 @@ class Step(NamedTuple):
       needs: what it looks at; nothing for an atom that is pointwise.
       lazy: `match`, `survey.settle`, and `merge` where it draws or factors, take leaves `Deferred` as they may be, and read
         them (`entries`) where they look; what they leave may be deferred too.
+      blocks: whether `match` and `merge` take any flat block of a leaf (K, n) for itself, given what `resolve` found; an entry
+        "origin" in the settings is then the index of the block's first entry in the leaf, as (row, column) of `coordinates`.
+      resolve: (settings, magnitudes of x on the host) -> settings with which `match` need not look at the tensor; None where
+        nothing is to be found.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -82,6 +89,8 @@ class Step(NamedTuple):
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
     lazy: bool = False
+    blocks: bool = False
+    resolve: Callable[[Any, Patterns], Any] | None = None
 
 
 class Match(NamedTuple):

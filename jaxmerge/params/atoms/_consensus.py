@@ -79,11 +79,11 @@ def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model",
 
     as_is = lambda settings, x: settings
     if tie == "+1":
-        return atom(Step(settings, as_is, merge))
+        return atom(Step(settings, as_is, merge, blocks=True))
     if scope == "tensor":
         return atom(Step(settings, majority, merge, needs=(Need("order", "tensor"),)))
     survey = Survey(settle, 1, lambda settings: ((), None), read, lambda *state: ((), sum(state[2].values())), finish)
-    return atom(Step(settings, as_is, merge, survey=survey, needs=(Need("order", "model"),)))
+    return atom(Step(settings, as_is, merge, survey=survey, needs=(Need("order", "model"),), blocks=True))
 
 
 def _ups_and_downs(x: Array) -> tuple[q.Words, q.Words]:
@@ -104,7 +104,7 @@ def sum_experts() -> MergeTransform:
       >>> tx.merge(tx.match(stacked), stacked)["w"].tolist()
       [[3.0]]
     """
-    return atom(Step(_nothing, lambda settings, x: settings, lambda plan, x: total(x), models=1))
+    return atom(Step(_nothing, lambda settings, x: settings, lambda plan, x: total(x), models=1, blocks=True))
 
 
 def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
@@ -127,7 +127,7 @@ def mean_agreeing(weight: Hyperparameter = 1.0) -> MergeTransform:
         mass = total(each(lambda x, w: jnp.where(x != 0, w, 0), x, plan["weight"]))[0]
         return (total(x)[0] / jnp.where(mass == 0, 1, mass))[None]
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, blocks=True))
 
 
 def max_agreeing(*, tie: Literal["first", "last"] = "first") -> MergeTransform:
@@ -156,7 +156,7 @@ def max_agreeing(*, tie: Literal["first", "last"] = "first") -> MergeTransform:
             best = jnp.where(beats(jnp.abs(rival), jnp.abs(best)) | jnp.isnan(rival), rival, best)
         return best[None]
 
-    return atom(Step(_nothing, lambda settings, x: settings, merge, models=1))
+    return atom(Step(_nothing, lambda settings, x: settings, merge, models=1, blocks=True))
 
 
 def _nothing(name, shape):

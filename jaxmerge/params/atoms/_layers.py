@@ -57,7 +57,7 @@ def select_layers(
         w = over(plan["weight"], x)
         return total(jnp.where(w == 0, 0, x * w))
 
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1))
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, blocks=True))
 
 
 def layer_swapping(
@@ -170,4 +170,6 @@ def window_average(
             )
         return {"weight": np.concatenate([np.zeros(models - n), f[:-1] - f[1:]]).astype(np.float32)}
 
-    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: total(x * over(plan["weight"], x)), models=1))
+    return atom(
+        Step(settings, lambda settings, x: settings, lambda plan, x: total(x * over(plan["weight"], x)), models=1, blocks=True)
+    )

@@ -50,7 +50,7 @@ def elect_largest() -> MergeTransform:
         largest = functools.reduce(jnp.maximum, agreeing)
         return jnp.where(jnp.isnan(s), jnp.nan, largest * sign)[None]
 
-    return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
+    return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1, blocks=True))
 
 
 def emr(stacked: Stacked) -> Masked:
@@ -130,7 +130,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
         votes = total(each(lambda x: (jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype), x))[0]
         return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)[None]
 
-    return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1))
+    return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1, blocks=True))
 
 
 def mask(masks: Mapping[str, Any]) -> MergeTransform:

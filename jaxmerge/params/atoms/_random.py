@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jaxmerge.params._layout import like
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, models, over, resolve
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order._blocks import by_rows
-from jaxmerge.params.order._quantile import coordinates, magnitude_bits
+from jaxmerge.params.order._quantile import ORIGIN, coordinates, magnitude_bits
 from jaxmerge.params.order._rows import as_rows, columns, outranks, rank_in_row
 from jaxmerge.params.order._words import quotient
 
@@ -51,17 +52,18 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
             "key": _keys(seed, name, shape[0]),
             "below": below,
             "density": d.astype(np.float32),
+            "origin": ORIGIN,
         }
 
     def merge(plan, x):
         below, everything = jnp.asarray(plan["below"]), jnp.asarray(plan["density"]) >= 1
 
         def keep(x, start):
-            return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x))]
+            return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
 
         return _masked(x, keep)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), lazy=True))
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), lazy=True, blocks=True))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
@@ -164,9 +166,10 @@ def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 
-def _words(keys: Array, start: Array | np.uint32, x: Array) -> list[UInt32[Array, "..."]]:
-    """A random word of each model for every entry of x (K, *shape), whose flat indices begin with start."""
-    _, _, row, column = coordinates(x.shape[1:])
+def _words(keys: Array, start: Array | np.uint32, x: Array, origin: Any = ORIGIN) -> list[UInt32[Array, "..."]]:
+    """A random word of each model for every entry of x (K, *shape): a leaf, or a block of one that begins `start` entries
+    behind its `origin`."""
+    _, _, row, column = coordinates(x.shape[1:], origin)
     words = [word for a, b in jnp.asarray(keys) for word in threefry((a, b), (row, column + start))]
     return words[: x.shape[0]]
 

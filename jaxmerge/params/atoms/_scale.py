@@ -40,7 +40,7 @@ def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
             w = w / w.sum()
         return {"weight": float32(w)}
 
-    return atom(Step(settings, _as_is, _times("weight")))
+    return atom(Step(settings, _as_is, _times("weight"), blocks=True))
 
 
 def scale(factor: Hyperparameter) -> MergeTransform:
@@ -59,7 +59,7 @@ def scale(factor: Hyperparameter) -> MergeTransform:
     def settings(name, shape):
         return {"factor": float32(resolve(factor, name, shape[0], "scale: factor"))}
 
-    return atom(Step(settings, _as_is, _times("factor")))
+    return atom(Step(settings, _as_is, _times("factor"), blocks=True))
 
 
 def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:
@@ -103,7 +103,9 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
         return _times("factor")(plan, last(left(step, plan["mask"], x)))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
-    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs, lazy=True))
+    blocks = step.blocks and norm == "inv_p"
+    resolve = step.resolve if blocks else None
+    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs, lazy=True, blocks=blocks, resolve=resolve))
 
 
 def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:

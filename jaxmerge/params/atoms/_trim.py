@@ -1,7 +1,7 @@
 """Trim: keep the largest entries of each model's task vector, or a band below the largest."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from jax import Array, lax
 
 from jaxmerge.params._deferred import Entries, entries
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, each, over, resolve
-from jaxmerge.params.order import _quantile as q
+from jaxmerge.params.order import _host as host, _quantile as q
 from jaxmerge.params.order._rows import as_rows, columns, first_in_row, kth_in_row
 
 Scope = Literal["model", "tensor", "row"]
 Counts = Callable[[np.ndarray, int], list[int]]
-"""(density of each model, size) -> how many of the largest entries lie above each cut, for each model."""
+"""(shares (models, ...), size) -> how many of the largest entries lie above each cut, for each model."""
 
 
 def trim(
@@ -57,16 +57,16 @@ def trim(
     """
     _check("trim", density, extra, scope=scope, rounding=rounding, ties=ties)
 
-    def counts(density, n):
-        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for d in density]
-        return [0 if d == 0 else min(max(1, k) + extra, n) for d, k in zip(density, k, strict=True)]
+    def counts(shares, n):
+        k = [int(d * n) if rounding == "floor" else n - int((1 - d) * n) for (d,) in shares]
+        return [0 if d == 0 else min(max(1, k) + extra, n) for (d,), k in zip(shares, k, strict=True)]
 
-    return _cut("trim", density, counts, 1, scope=scope, ties=ties)
+    return _cut(lambda name, models: _density(density, name, models, "trim")[:, None], counts, 1, scope=scope, ties=ties)
 
 
 def trim_band(
     density: Hyperparameter,
-    gamma: float = 0.01,
+    gamma: Hyperparameter = 0.01,
     *,
     scope: Scope = "tensor",
     rounding: Literal["floor", "ceil"] = "floor",
@@ -80,7 +80,7 @@ def trim_band(
 
     Args:
       density: the share to keep, in [0, 1].
-      gamma: the share of outliers to drop, in [0, 1].
+      gamma: the share of outliers to drop, in [0, 1]; one number, one per model, or a function of the leaf's name.
       scope, ties: see `trim`.
       rounding: "ceil" drops int((1 - density - gamma) N) from below and int((1 - density) N) in all.
       extra: entries kept beyond, at the lower end.
@@ -101,24 +101,30 @@ def trim_band(
     outlier is to be dropped). MergeLLM: rounding="ceil", extra=1, ties="all".
     """
     _check("trim_band", density, extra, scope=scope, rounding=rounding, ties=ties)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"trim_band: gamma must be between 0 and 1, the share of outliers to drop; got {gamma}.")
+    _check("trim_band", gamma, extra, scope=scope, rounding=rounding, ties=ties)
+    if not callable(gamma):
+        _between("trim_band: gamma", gamma, "the share of outliers to drop", "")
 
-    def counts(density, n):
+    def counts(shares, n):
         above, within = [], []
-        for d in density:
+        for d, g in shares:
             if rounding == "floor":
                 kept = int(d * n)
-                top = min(int(gamma * n), n - kept)
+                top = min(int(g * n), n - kept)
             else:
-                low = max(int((1 - d - gamma) * n), 0)
+                low = max(int((1 - d - g) * n), 0)
                 top = int((1 - d) * n) - low
                 kept = n - low - top
             above.append(top)
             within.append(0 if d == 0 else min(top + kept + extra, n))
         return above + within
 
-    return _cut("trim_band", density, counts, 2, scope=scope, ties=ties)
+    def shares(name, models):
+        d = _density(density, name, models, "trim_band")
+        g = resolve(gamma, name, models, "trim_band: gamma")
+        return np.stack([d, _between("trim_band: gamma", g, "the share of outliers to drop", f" at leaf {name!r}")], axis=1)
+
+    return _cut(shares, counts, 2, scope=scope, ties=ties)
 
 
 def _check(what, density, extra, *, scope, rounding, ties):
@@ -132,10 +138,10 @@ def _check(what, density, extra, *, scope, rounding, ties):
     if extra < 0:
         raise ValueError(f"{what}: extra must be 0 or more, got {extra}.")
     if scope == "model" and callable(density):
-        raise ValueError(f'{what}: a density by leaf needs scope="tensor"; at scope "model" there is one threshold.')
+        raise ValueError(f'{what}: a share by leaf needs scope="tensor"; at scope "model" there is one threshold.')
 
 
-def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
+def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *, scope: Scope, ties: str) -> MergeTransform:
     """Keep what lies above the last cut, less what lies above the one before. A plan has the values of the first cut for every
     model, then those of the next."""
 
@@ -147,17 +153,21 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         return jnp.swapaxes(values.reshape(cuts, -1, *values.shape[1:]), 0, 1)
 
     def settings(name, shape):
-        d = _density(density, name, shape[0], what)
+        found = shares(name, shape[0])  # (models, ...), the density first
         entries = shape[-1:] if scope == "row" and len(shape) > 1 else shape[1:]
         n = int(np.prod(entries, dtype=object))
-        return {"density": d.astype(np.float32), "exact": d, "size": n, "count": q.to_words(counts(d, n))}
+        return {"density": found[:, 0].astype(np.float32), "exact": found, "size": n, "count": q.to_words(counts(found, n))}
 
     def select(settings, x):
+        if "cut" in settings:  # `resolve` has been there
+            return settings
         k = tuple(jnp.asarray(settings["count"]))
         t, *beside = q.place(x, k, _magnitudes)
         return plan(jnp.asarray(settings["density"]), t, beside, q.subtract(k, q.smaller(beside[0], k)), x)
 
     def share(settings, x):  # the whole model has spoken: what is left is this leaf's part of the ties
+        if "cut" in settings:
+            return settings
         t = lax.bitcast_convert_type(jnp.asarray(settings["threshold"]), jnp.uint32)
         quota = tuple(jnp.asarray(settings["quota"]))
         return plan(jnp.asarray(settings["density"]), t, q.sides(x, t, _magnitudes), quota, x)
@@ -175,14 +185,43 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
         if cuts > 1:
             (high_above, high), (low_above, low) = (w.reshape(cuts, -1) for w in kept)
             kept = q.subtract((high, low), (high_above, low_above))
-        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density}
+        return {"threshold": threshold, "cut": cut, "kept": jnp.stack(kept), "density": density, "origin": q.ORIGIN}
+
+    def on_host(settings, x):
+        """The plan of `select` or `share`, from the magnitudes as they stream by."""
+        none = np.tile(settings["density"] == 0, cuts)
+        if "threshold" in settings:
+            quota = q.from_words(settings["quota"]).astype(np.int64)
+            found = host.locate(x, settings["threshold"].view(np.uint32), quota)
+        else:
+            k = q.from_words(settings["count"]).astype(np.int64)
+            found = host.select(x, np.maximum(k, 1))
+            quota = k - np.minimum(found.above, k)
+            if (k == 0).any():
+                found = host.locate(x, np.where(k == 0, q.INF, found.pattern), np.where(k == 0, 0, quota))
+                quota = np.where(k == 0, 0, quota)
+        tied = np.where(none, 0, found.tied) if ties == "all" else np.minimum(found.tied, quota)
+        cut = q.position(x.shape, np.where(tied == 0, 0, x.size if ties == "all" else found.cut))
+        kept = found.above + tied
+        if cuts > 1:
+            high, low = kept.reshape(cuts, -1)
+            kept = low - high
+        threshold = found.pattern.view(np.float32)
+        return {
+            "threshold": threshold,
+            "cut": cut,
+            "kept": q.to_words(kept),
+            "density": settings["density"],
+            "origin": q.ORIGIN,
+        }
 
     def merge(plan, x):
         t = lax.bitcast_convert_type(plan["threshold"], jnp.uint32)
 
         def one(x, t, row, column):
             bits = q.magnitude_bits(x)
-            above = [(bits > t[c]) | ((bits == t[c]) & q.before((row[c], column[c]), x)) for c in range(cuts)]
+            first = lambda c: q.before((row[c], column[c]), x, plan["origin"])
+            above = [(bits > t[c]) | ((bits == t[c]) & first(c)) for c in range(cuts)]
             return jnp.where(inside(above), x, 0)
 
         return each(one, x, *map(by_model, (t, *plan["cut"])))
@@ -215,10 +254,11 @@ def _cut(what: str, density: Hyperparameter, counts: Counts, cuts: int, *, scope
 
     needs = (Need("order", scope),)
     if scope == "tensor":
-        return atom(Step(leaf_settings, select, merge, needs=needs, lazy=True))
+        return atom(Step(leaf_settings, select, merge, needs=needs, lazy=True, blocks=True, resolve=on_host))
     if scope == "row":
         return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
-    return atom(Step(settings, share, merge, survey=_survey(counts, cuts), needs=needs, lazy=True))
+    survey = _survey(counts, cuts)
+    return atom(Step(settings, share, merge, survey=survey, needs=needs, lazy=True, blocks=True, resolve=on_host))
 
 
 def _magnitudes(x: Entries) -> Array:
@@ -227,10 +267,15 @@ def _magnitudes(x: Entries) -> Array:
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:
     """Densities as concrete numbers: how many to keep is decided on the host."""
-    d = np.asarray(resolve(density, name, models, f"{what}: density"), np.float64)
-    if not ((d >= 0) & (d <= 1)).all():
-        raise ValueError(f"{what}: density must be between 0 and 1, the share to keep; got {d.tolist()} at leaf {name!r}.")
-    return d
+    d = resolve(density, name, models, f"{what}: density")
+    return _between(f"{what}: density", d, "the share to keep", f" at leaf {name!r}")
+
+
+def _between(what: str, share: Any, meaning: str, where: str) -> np.ndarray:
+    share = np.asarray(share, np.float64)
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"{what} must be between 0 and 1, {meaning}; got {share.tolist()}{where}.")
+    return share
 
 
 def _survey(counts: Counts, cuts: int) -> Survey:
@@ -269,6 +314,9 @@ def _survey(counts: Counts, cuts: int) -> Survey:
     def read(query, x):
         return q.histogram(jnp.concatenate([q.magnitude_bits(x)] * cuts), query["prefix"], query["shift"])
 
+    def look(query, bits):
+        return host.histogram(bits, query["prefix"], int(query["shift"]), q.DIGIT)
+
     def step(query, notes, counts):
         digit, left = q.next_digit(np.sum(list(counts.values()), axis=0), notes["left"])
         prefix = (query["prefix"] << np.uint32(q.DIGIT)) | digit.astype(np.uint32)
@@ -286,4 +334,4 @@ def _survey(counts: Counts, cuts: int) -> Survey:
             out[name] = {"density": settings[name]["density"], "threshold": threshold, "quota": q.to_words(quota)}
         return out
 
-    return Survey(settle, q.ROUNDS, start, read, step, finish)
+    return Survey(settle, q.ROUNDS, start, read, step, finish, look)

@@ -20,7 +20,7 @@ def one_model(what: str) -> MergeTransform:
             raise ValueError(f"{what}: takes one model beside the base, got {shape[0]}; merge them first, or one at a time.")
         return ()
 
-    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1))
+    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1, blocks=True))
 
 
 def passthrough(scale: Hyperparameter = 1.0) -> MergeTransform:
@@ -66,7 +66,7 @@ def nearswap(t: Hyperparameter) -> MergeTransform:
     def merge(plan, x):
         return each(lambda x, t: x * jnp.clip(t / jnp.maximum(jnp.abs(x), 1e-6), 0, 1), x, plan["t"])
 
-    return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge)))
+    return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge, blocks=True)))
 
 
 def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:

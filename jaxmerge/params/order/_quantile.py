@@ -39,6 +39,8 @@ INF = np.uint32(0x7F800000)
 DIGIT = 11
 """Bits per round of the streamed radix selection: 3 rounds over 31 bits."""
 ROUNDS = 3
+ORIGIN = np.zeros(2, np.uint32)
+"""Where a whole leaf begins."""
 SAMPLE = 1 << 14
 """Entries of a model that say where to look first."""
 
@@ -144,11 +146,14 @@ def _each(f: Callable, models: int, *arrays: Array):
     return parts[0] if n == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
 
-def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
-    """The flat index as two 32-bit numbers that order as it does: how many rows and columns; each element's row and column."""
-    split = len(shape)
-    while split > 0 and math.prod(shape[split - 1 :]) < 1 << 32:
-        split -= 1
+def coordinates(
+    shape: tuple[int, ...], origin: Array | np.ndarray = ORIGIN
+) -> tuple[int, int, Array | np.ndarray, Array | np.ndarray]:
+    """The flat index as two 32-bit numbers that order as it does: how many rows and columns; each element's row and column.
+
+    A block within one row of a leaf counts from `origin`, the row and column of its first entry.
+    """
+    split = _split(shape)
 
     def flat(axes: range) -> tuple[int, Array]:
         stride, index = 1, jnp.zeros((1,) * len(shape), jnp.uint32)
@@ -159,7 +164,25 @@ def coordinates(shape: tuple[int, ...]) -> tuple[int, int, Array, Array]:
         return stride, index
 
     (rows, row), (columns, column) = flat(range(split)), flat(range(split, len(shape)))
-    return rows, columns, row, column
+    return rows, columns, row + origin[0], column + origin[1]
+
+
+def position(shape: tuple[int, ...], flat: int | np.ndarray) -> np.ndarray:
+    """Flat indices as the (row, column) of `coordinates`; the end is the first column of the row after the last."""
+    columns = row_size(shape)
+    return np.stack([np.asarray(flat) // columns, np.asarray(flat) % columns]).astype(np.uint32)
+
+
+def row_size(shape: tuple[int, ...]) -> int:
+    """How many columns `coordinates` has: all entries, if 32 bits can count them."""
+    return max(math.prod(shape[_split(shape) :]), 1)
+
+
+def _split(shape: tuple[int, ...]) -> int:
+    split = len(shape)
+    while split > 0 and math.prod(shape[split - 1 :]) < 1 << 32:
+        split -= 1
+    return split
 
 
 def first(
@@ -242,9 +265,9 @@ def first_tied(
     return cut, (high, low)
 
 
-def before(cut: tuple[Array, Array] | UInt32[Array, "2"], x: Array) -> Bool[Array, "..."]:
-    """Which elements of one model's leaf lie before the cut, by flat index."""
-    _, _, row, column = coordinates(x.shape)
+def before(cut: tuple[Array, Array] | UInt32[Array, "2"], x: Array, origin: Array | np.ndarray = ORIGIN) -> Bool[Array, "..."]:
+    """Which elements of one model's leaf, or of a block of it that begins at `origin`, lie before the cut, by flat index."""
+    _, _, row, column = coordinates(x.shape, origin)
     return (row < cut[0]) | ((row == cut[0]) & (column < cut[1]))
 
 

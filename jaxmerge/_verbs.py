@@ -1,0 +1,315 @@
+"""The commands that take files: plan and merge a recipe, inspect a checkpoint, extract an adapter.
+
+jaxmerge plan recipe.yml --coefficients weight
+jaxmerge merge recipe.yml merged/ --memory 2GB
+jaxmerge inspect checkpoint [other]
+jaxmerge extract model base adapter/ --rank 32 --error 0.1
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+RECIPES = (".yml", ".yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    format: Literal["orbax", "safetensors"] | None = None
+    """Of the output; None: as the base (or the first model) is stored."""
+    memory: str | None = None
+    """What buffers and arrays may take, such as 2GB."""
+    out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the output, in place of what the recipe says."""
+    max_shard_bytes: str = "5GB"
+    """Safetensors files larger than this are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Options):
+    """Find every mistake in a recipe, and what it would do, from headers alone."""
+
+    coefficients: str | None = None
+    """Print the value of every parameter at every tensor whose name this regular expression is found in; "." for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge(Options):
+    """Merge as a recipe says: mergekit's YAML, or ours."""
+
+    overwrite: bool = False
+    """Replace what is there."""
+    resume: bool = True
+    """Go on where the same merge was cut off."""
+    parts: pathlib.Path | None = None
+    """Where the results of documents go that others refer to; None: beside the output, with .parts after its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show a checkpoint's tensors; or compare two."""
+
+    leaves: str | None = None
+    """List the tensors whose names this regular expression is found in; "." for all."""
+    by_layer: bool = False
+    """Of two checkpoints: read them, and print the norm of their difference layer by layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extract:
+    """Take what a model learned out of it as an adapter (LoRA): of each matrix the nearest update of low rank."""
+
+    rank: int = 32
+    """The most that a matrix keeps."""
+    error: float = 0.0
+    """A matrix keeps no more than it needs to lose at most this share of its change; 0: all of the rank."""
+    include: str = ""
+    """Take matrices whose names this regular expression is found in."""
+    exclude: str = "embed|lm_head|head$"
+    """And not those that this one is found in."""
+
+
+VERBS: dict[str, tuple[type, tuple[str, ...], int]] = {  # options, what is named, how many names are needed
+    "plan": (Plan, ("recipe",), 1),
+    "merge": (Merge, ("recipe", "out"), 2),
+    "inspect": (Inspect, ("checkpoint", "other"), 1),
+    "extract": (Extract, ("model", "base", "out"), 3),
+}
+
+
+def takes(argv: Sequence[str]) -> bool:
+    """Whether a command line is one of these rather than `plan METHOD` or `merge METHOD`."""
+    if argv[:1] in (["inspect"], ["extract"]):
+        return True
+    named = next((a for a in argv[1:] if not a.startswith("-")), "")
+    return bool(argv) and argv[0] in VERBS and (named.endswith(RECIPES) or pathlib.Path(named).is_file())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of them; 0 when done, 2 when the user must change something."""
+    import tyro
+
+    verb = argv[0]
+    kind, names, needed = VERBS[verb]
+    name = lambda k: Annotated[str, tyro.conf.Positional] if k < needed else Annotated[str | None, tyro.conf.Positional]
+    fields = [(n, name(k)) if k < needed else (n, name(k), dataclasses.field(default=None)) for k, n in enumerate(names)]
+    command = dataclasses.make_dataclass("Command", [*fields, ("options", kind, dataclasses.field(default_factory=kind))])
+    try:
+        parsed = tyro.cli(
+            command,
+            prog=f"jaxmerge {verb}",
+            description=kind.__doc__,
+            args=list(argv[1:]),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except SystemExit as e:  # --help, or an argument that tyro has explained
+        return e.code if isinstance(e.code, int) else 2
+    try:
+        {"plan": _plan, "merge": _merge, "inspect": _inspect, "extract": _extract}[verb](parsed, parsed.options)
+    except (ValueError, OSError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _engine(options: Options) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+
+
+# --- plan and merge --------------------------------------------------------------------------------------------------
+
+
+def _plan(files: Any, options: Plan) -> None:
+    from rich.console import Console
+
+    from jaxmerge import recipe
+
+    console = Console()
+    plans = recipe.plan(pathlib.Path(files.recipe), **_engine(options))
+    for plan in plans:
+        _show(console, plan)
+        if options.coefficients is not None:
+            _coefficients(plan, options.coefficients)
+    console.print("nothing speaks against this recipe")
+
+
+def _show(console: Any, plan: Any) -> None:
+    from rich.table import Table
+
+    from jaxmerge.cli import _size
+
+    headers = plan.headers
+    title = f"{plan.recipe.name or 'the recipe'}: {plan.recipe.method_name}"
+    table = Table("", "tensors", "bytes", "dtypes", title=title)
+    for source in headers.inputs:
+        leaves = [leaf for leaf in source.leaves.values() if leaf.dtype is not None]
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        table.add_row(source.name, str(len(leaves)), _size(sum(leaf.bytes for leaf in leaves)), dtypes)
+    dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in headers.out.values() if leaf.dtype is not None}))
+    table.add_row(f"output, {headers.format}", str(len(headers.out)), _size(headers.bytes_written), dtypes)
+    console.print(table)
+    console.print(
+        f"passes over the files: {headers.passes}; reads {_size(headers.bytes_read)}, writes {_size(headers.bytes_written)}; "
+        f"peak memory about {_size(headers.peak_bytes)}, and some 300 MB for the runtime"
+    )
+    if plan.vocabulary:
+        table = Table("rows of the vocabulary", *next(iter(plan.vocabulary.values())))
+        for model, kinds in plan.vocabulary.items():
+            table.add_row(model, *(f"{n:,}" for n in kinds.values()))
+        console.print(table)
+    for note in plan.notes:
+        where = f"{note.mark.line}:{note.mark.column}: " if note.mark else ""
+        console.print(f"note: {where}{note.text}", markup=False)
+
+
+def _coefficients(plan: Any, pattern: str) -> None:
+    """One line a tensor, to be read and to be searched."""
+    import re
+
+    number = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
+    for row in plan.rows:
+        if re.search(pattern, row.name):
+            values = [
+                f"{n}={'[' + ', '.join(map(number, v)) + ']' if isinstance(v, list) else number(v)}"
+                for n, v in row.values.items()
+            ]
+            print(row.name, f"t={row.t:g}", *values)
+
+
+def _merge(files: Any, options: Merge) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.table import Table
+
+    from jaxmerge import recipe
+    from jaxmerge.cli import _size
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("planning", total=None, figures="")
+
+        def show(name, p):
+            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left"
+            bar.update(task, description=f"{name}: pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
+
+        done = recipe.merge(
+            pathlib.Path(files.recipe),
+            files.out,
+            parts=options.parts,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            on_progress=show,
+            **_engine(options),
+        )
+    table = Table("document", "tensors", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
+    console = Console()
+    for plan, report in done:
+        headers = report.headers
+        moved = headers.bytes_read + headers.bytes_written
+        table.add_row(
+            plan.recipe.name or plan.recipe.method_name,
+            str(len(headers.out)),
+            _size(headers.bytes_read),
+            _size(headers.bytes_written),
+            f"{report.seconds:.1f}",
+            f"{moved / report.seconds / 1e9:.2f}",
+            _size(report.peak_bytes),
+        )
+    console.print(table)
+    for plan, report in done:
+        for note in plan.notes:
+            console.print(f"note: {note.text}", markup=False)
+        for name, counts in report.nonfinite.items():
+            console.print(f"not finite: {name}: {sum(counts)} values", markup=False)
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def _inspect(files: Any, options: Inspect) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxmerge import checkpoint
+    from jaxmerge.cli import _size
+    from jaxmerge.recipe import stacks
+
+    console = Console()
+    sources = [checkpoint.open(path) for path in (files.checkpoint, files.other) if path is not None]
+    table = Table("", "format", "tensors", "parameters", "bytes", "dtypes", "layers")
+    for source in sources:
+        leaves = [leaf for leaf in source.leaves.values() if leaf.dtype is not None]
+        kinds: dict[str, int] = {}
+        for leaf in leaves:
+            kinds[str(leaf.dtype)] = kinds.get(str(leaf.dtype), 0) + leaf.bytes
+        layers = ", ".join(f"{stack.rstrip('./_')} {n}" for stack, n in stacks(source.leaves).items())
+        table.add_row(
+            source.name,
+            source.format,
+            str(len(leaves)),
+            f"{sum(leaf.size for leaf in leaves):,}",
+            _size(sum(leaf.bytes for leaf in leaves)),
+            ", ".join(f"{kind} ({_size(n)})" for kind, n in sorted(kinds.items())),
+            layers,
+        )
+    console.print(table)
+    if options.leaves is not None:
+        _leaves(sources[0], options.leaves)
+    if len(sources) > 1:
+        _compare(console, *sources, by_layer=options.by_layer)
+
+
+def _leaves(source: Any, pattern: str) -> None:
+    import re
+
+    for name, leaf in source.leaves.items():
+        if re.search(pattern, name):
+            print(name, leaf.dtype or "not an array", list(leaf.shape))
+
+
+def _compare(console: Any, a: Any, b: Any, *, by_layer: bool) -> None:
+    """What is only in one, what differs in shape and dtype; and the norms of differences, block by block."""
+    from rich.table import Table
+
+    from jaxmerge.recipe import differences
+
+    only = {a.name: sorted(a.leaves.keys() - b.leaves.keys()), b.name: sorted(b.leaves.keys() - a.leaves.keys())}
+    for name, leaves in only.items():
+        for leaf in leaves:
+            print(f"only in {name}: {leaf}")
+    both = [n for n in a.leaves if n in b.leaves]
+    for n in both:
+        if a.leaves[n].shape != b.leaves[n].shape or a.leaves[n].dtype != b.leaves[n].dtype:
+            x, y = a.leaves[n], b.leaves[n]
+            print(f"differs: {n}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}")
+    if not by_layer:
+        return
+    table = Table("layer", "norm", "norm of the difference", "ratio", "entries that differ")
+    for layer, (norm, apart, changed, size) in differences(a, b).items():
+        ratio = f"{apart / norm:.3g}" if norm else "-"
+        table.add_row(layer, f"{norm:.4g}", f"{apart:.4g}", ratio, f"{100 * changed / max(size, 1):.3g} %")
+    console.print(table)
+
+
+def _extract(files: Any, options: Extract) -> None:
+    from rich.console import Console
+
+    from jaxmerge import checkpoint, recipe
+    from jaxmerge.recipe._extract import write
+
+    if pathlib.Path(files.out).exists():
+        raise FileExistsError(f"{files.out} exists; choose another place.")
+    model, base = checkpoint.open(files.model), checkpoint.open(files.base)
+    tensors, beside, found = recipe.extract(model, base, **dataclasses.asdict(options))
+    write(files.out, tensors, beside)
+    ranks, console = found.ranks.values(), Console()
+    console.print(
+        f"{files.out}: {len(ranks)} matrices, of rank {min(ranks, default=0)} to {max(ranks, default=0)}", markup=False
+    )
+    if found.errors:
+        worst = max(found.errors, key=found.errors.__getitem__)
+        console.print(f"at most {100 * found.errors[worst]:.3g} % of a change is lost, that of {worst}", markup=False)
+    for name, norm in found.left.items():
+        console.print(f"left behind: {name}, which changed by {norm:.3g}", markup=False)

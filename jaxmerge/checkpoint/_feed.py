@@ -1,0 +1,219 @@
+"""Reading ahead and writing behind: units of leaves into rooms that are used again and again, results in order to disk."""
+
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmerge.checkpoint import _direct
+from jaxmerge.checkpoint._source import Source
+
+LANES = 4
+"""Inputs that are read at once."""
+FLUSH = 1 << 22
+"""Bytes that are written at once."""
+
+
+class Unit(NamedTuple):
+    """Entries [start, stop) of a leaf, flat: what is in memory together of every input."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def read_ahead(
+    units: Sequence[Unit],
+    inputs: Sequence[Source],
+    reader: _direct.Reader,
+    *,
+    rooms: int,
+    alone: frozenset[str] = frozenset(),
+    prepare: Callable[[Unit, list[np.ndarray]], None] | None = None,
+) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+    """Each unit with its entries of every input, flat; the arrays are good until the next one is asked for.
+
+    Args:
+      units: in the order in which they are wanted.
+      inputs: the checkpoints.
+      reader: what reads files.
+      rooms: how many units are in memory at once, 2 or more.
+      alone: leaves of which only the first input is wanted.
+      prepare: what is to be done with a unit while the one before is worked on; in a thread of its own.
+    """
+    if not units:
+        return
+    size = max(u.size * max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units)  # type: ignore[union-attr]
+    free: queue.Queue = queue.Queue()
+    for _ in range(min(rooms, len(units))):
+        free.put([_direct.buffer(size + 2 * _direct.PAGE) for _ in inputs])
+    read: queue.Queue = queue.Queue()
+    ready: queue.Queue = queue.Queue()
+
+    def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
+        leaf, extent = source.leaves[unit.name], source.extent(unit.name)
+        if extent is None:
+            return flat_range(source, unit)
+        width = leaf.dtype.itemsize  # type: ignore[union-attr]
+        data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
+        return data.view(leaf.dtype)
+
+    def reading() -> None:
+        with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:
+            for unit in units:
+                if (room := free.get()) is None:
+                    return
+                several = inputs[:1] if unit.name in alone else inputs
+                futures = [lanes.submit(fill, s, unit, r) for s, r in zip(several, room, strict=False)]
+                read.put((unit, [f.result() for f in futures], room))
+
+    def preparing() -> None:
+        for _ in units:
+            if (item := read.get()) is None:
+                return
+            if not isinstance(item, BaseException) and prepare is not None:
+                prepare(*item[:2])
+            ready.put(item)
+
+    def guarded(work: Callable[[], None], onward: queue.Queue) -> None:
+        try:
+            work()
+        except BaseException as e:
+            onward.put(e)
+
+    stages = [
+        threading.Thread(target=guarded, args=(reading, read), name="jaxmerge-read", daemon=True),
+        threading.Thread(target=guarded, args=(preparing, ready), name="jaxmerge-prepare", daemon=True),
+    ]
+    for stage in stages:
+        stage.start()
+    try:
+        for _ in units:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            unit, arrays, room = item
+            yield unit, arrays
+            free.put(room)
+    finally:
+        free.put(None)
+        read.put(None)
+        for stage in stages:
+            stage.join()
+
+
+def flat_range(source: Source, unit: Unit) -> np.ndarray:
+    """A unit's entries from a source that is not a local file: whole rows are read and cut to size."""
+    leaf = source.leaves[unit.name]
+    if unit.size == leaf.size:
+        return np.ascontiguousarray(source.read(unit.name)).reshape(-1)
+    row = leaf.size // leaf.shape[0]
+    first, last = unit.start // row, -(-unit.stop // row)
+    rows = np.ascontiguousarray(source.read(unit.name, (slice(first, last),))).reshape(-1)
+    return rows[unit.start - first * row : unit.stop - first * row]
+
+
+class WriteBehind:
+    """Bytes, in order, to a few files; a thread writes while the next are computed."""
+
+    def __init__(self, rooms: int = 4):
+        self._free: queue.Queue = queue.Queue()
+        for _ in range(rooms):
+            self._free.put(_direct.buffer(FLUSH + _direct.PAGE))
+        self._full: queue.Queue = queue.Queue()
+        self._files: dict[str, _direct.Writer] = {}
+        self._file, self._at, self._begin = "", 0, 0
+        self._room: np.ndarray | None = None
+        self._error: BaseException | None = None
+        self.buffered: set[str] = set()
+        self.written = 0
+        self._thread = threading.Thread(target=self._work, name="jaxmerge-write", daemon=True)
+        self._thread.start()
+
+    def write(self, file: str, offset: int, data: np.ndarray) -> None:
+        """Write bytes, soon."""
+        if (file, offset) != (self._file, self._at):
+            self._flush()
+            self._file, self._at = file, offset
+        done = 0
+        while done < data.size:
+            if self._room is None:
+                self._room, self._begin = self._take(), self._at
+            lead = self._begin % _direct.PAGE
+            used = lead + self._at - self._begin
+            n = min(data.size - done, FLUSH - used)
+            self._room[used : used + n] = data[done : done + n]
+            done, self._at = done + n, self._at + n
+            if used + n == FLUSH:
+                self._flush()
+
+    def mark(self, note: Any) -> None:
+        """Call `note` when all that came before is on disk."""
+        self._flush()
+        self._full.put(note)
+        self._check()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        self._flush()
+        self._full.put(None)
+        self._thread.join()
+        self._check()
+
+    def abandon(self) -> None:
+        """Leave off, whatever is under way."""
+        self._error = self._error or RuntimeError("abandoned")
+        self._full.put(None)
+        self._thread.join()
+
+    def _take(self) -> np.ndarray:
+        room = self._free.get()
+        self._check()
+        return room
+
+    def _flush(self) -> None:
+        if self._room is not None:
+            lead = self._begin % _direct.PAGE
+            self._full.put((self._file, self._begin, self._room, lead, lead + self._at - self._begin))
+            self._room = None
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._full.get()) is not None:
+            try:
+                if self._error is None:
+                    self._do(item)
+            except BaseException as e:
+                self._error = e
+            if isinstance(item, tuple):
+                self._free.put(item[2])
+        for file, writer in self._files.items():
+            if writer.buffered:
+                self.buffered.add(file)
+            writer.close()
+
+    def _do(self, item: Any) -> None:
+        if not isinstance(item, tuple):
+            for writer in self._files.values():
+                writer.sync()
+            item()
+            return
+        file, offset, room, start, stop = item
+        if file not in self._files:
+            self._files[file] = _direct.Writer(file)
+        self._files[file].write(room[start:stop], offset)
+        self.written += stop - start

@@ -1,0 +1,196 @@
+"""A merge that can be killed: where it works, what it has finished, and how its output appears.
+
+out.merging/            locked while someone works there
+  *.safetensors         of their final sizes from the start
+  journal-0.jsonl       one line for what is safely on disk; one file per process
+"""
+
+import base64
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import shutil
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmerge.checkpoint import _processes
+from jaxmerge.checkpoint._source import digest
+
+
+class Busy(OSError):
+    """Another merge works at the same place."""
+
+
+class Workplace:
+    """A directory beside `out` that becomes `out` when all is done.
+
+    Args:
+      out: where the output appears.
+      rank: of this process.
+      overwrite: replace what is there.
+    """
+
+    def __init__(self, out: pathlib.Path, *, rank: int, overwrite: bool):
+        self.out, self.rank, self.overwrite = out, rank, overwrite
+        self.directory = out.parent / f"{out.name}.merging"
+        if out.exists() and not overwrite:
+            raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
+        self._lock = -1
+        if rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                who = os.pread(self._lock, 64, 0).decode().strip() or "unknown"
+                os.close(self._lock)
+                raise Busy(f"another merge (process {who}) is writing {out}; wait for it, or choose another place.") from e
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        _processes.wait(f"workplace {out.name}")
+
+    def begin(self, identity: str, prepare: Callable[[], None], *, resume: bool) -> list[dict[str, Any]]:
+        """What this very merge has finished before, if `resume`; else the place is cleared and prepared.
+
+        Args:
+          identity: tells one merge from another.
+          prepare: makes the files.
+        """
+        lines = self._lines() if resume else []
+        known = bool(lines) and lines[0].get("merge") == identity
+        if not all(_processes.everyone(known)):
+            _processes.wait("journals read")
+            if self.rank == 0:
+                for path in self.directory.iterdir():
+                    if path.name != "lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                prepare()
+            _processes.wait("place prepared")
+            lines = [{"merge": identity}]
+            self.note(lines[0])
+        return lines[1:]
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Add a line, for good."""
+        with open(self._journal(), "a") as f:
+            f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def finish(self, files: Mapping[str, str | bytes]) -> None:
+        """Write what goes beside the tensors, and make the output appear."""
+        _processes.wait("all written")
+        if self.rank == 0:
+            for name, content in files.items():
+                (self.directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            for path in self.directory.glob("journal-*.jsonl"):
+                path.unlink()
+            (self.directory / "lock").unlink()
+            for path in (*self.directory.iterdir(), self.directory):
+                sync(path)
+            old = self.out.parent / f"{self.out.name}.replaced"
+            if self.out.exists():
+                if old.exists():  # killed between two renames, some other time
+                    shutil.rmtree(old)
+                self.out.rename(old)
+            self.directory.rename(self.out)
+            sync(self.out.parent)
+            if old.exists():
+                shutil.rmtree(old)
+            os.close(self._lock)
+        _processes.wait("output there")
+
+    def leave(self, *, keep: bool) -> None:
+        """Go without having finished; what is done may be kept, to go on from."""
+        if self.rank == 0:
+            if not keep:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(self.directory)
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
+
+    def _journal(self) -> pathlib.Path:
+        return self.directory / f"journal-{self.rank}.jsonl"
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be torn
+            for line in self._journal().read_text().splitlines(keepends=True):
+                if line.endswith("\n"):
+                    lines.append(json.loads(line))
+        return lines
+
+
+def sync(path: pathlib.Path) -> None:
+    """Whatever was written to a file or directory is on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- values as JSON, bit for bit -------------------------------------------------------------------------------------
+
+
+def pack(value: Any) -> Any:
+    """Nested dicts, lists and arrays as JSON; tuples come back as lists."""
+    if isinstance(value, dict):
+        return {"d": {k: pack(v) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"l": [pack(v) for v in value]}
+    array = np.asarray(value)
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"a": data, "t": array.dtype.name, "s": list(array.shape)}
+
+
+def unpack(packed: Any) -> Any:
+    """What `pack` was given."""
+    if "d" in packed:
+        return {k: unpack(v) for k, v in packed["d"].items()}
+    if "l" in packed:
+        return [unpack(v) for v in packed["l"]]
+    return np.frombuffer(base64.b64decode(packed["a"]), np.dtype(packed["t"])).reshape(packed["s"]).copy()
+
+
+# --- which function ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(value: Any, depth: int = 12) -> Any:
+    """What a function does, as far as its name, its code and what it closes over tell: JSON."""
+    if depth == 0:
+        return "..."
+    inner = functools.partial(fingerprint, depth=depth - 1)
+    if hasattr(value, "__wrapped__"):  # jit
+        return inner(value.__wrapped__)
+    if isinstance(value, types.FunctionType):
+        cells = []
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                cells.append(inner(cell.cell_contents))
+        code = value.__code__
+        return [
+            value.__module__,
+            value.__qualname__,
+            digest(code.co_code.hex(), str(code.co_names)),
+            cells,
+            inner(value.__defaults__),
+        ]
+    if isinstance(value, functools.partial):
+        return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
+    if isinstance(value, dict):
+        return {str(k): inner(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, *(inner(v) for v in value)]
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__jax_array__") or type(value).__name__ == "ArrayImpl":
+        array = np.asarray(value)
+        return [str(array.dtype), list(array.shape), digest(array.tobytes().hex())]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,82 @@
+"""How an output in safetensors lies on disk: which leaf in which file, and where in it."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxmerge.checkpoint._safetensors import NAMES, header_bytes
+from jaxmerge.checkpoint._source import Extent, Leaf
+
+INDEX = "model.safetensors.index.json"
+
+
+class Layout(NamedTuple):
+    """Files to be.
+
+    Attributes:
+      heads: {file: the bytes it begins with}.
+      sizes: {file: its size}.
+      extents: {leaf: where it will lie}, in the order of the bytes, file by file.
+      index: the index's text; None where there is one file.
+    """
+
+    heads: dict[str, bytes]
+    sizes: dict[str, int]
+    extents: dict[str, Extent]
+    index: str | None
+
+
+def layout(leaves: Mapping[str, Leaf], metadata: Mapping[str, str], max_shard_bytes: int) -> Layout:
+    """Fill files with leaves, in their order, to at most so many bytes each (a larger leaf has a file to itself).
+
+    Raises:
+      ValueError: a leaf that safetensors cannot hold.
+    """
+    alien = [f"{n} ({leaf.dtype or 'not an array'})" for n, leaf in leaves.items() if leaf.dtype not in NAMES]
+    if alien:
+        raise ValueError(f"safetensors cannot hold {', '.join(alien[:5])}; leave them out (subset), or write Orbax.")
+    groups: list[dict[str, Leaf]] = [{}]
+    room = max_shard_bytes
+    for name, leaf in leaves.items():
+        if groups[-1] and leaf.bytes > room:
+            groups.append({})
+            room = max_shard_bytes
+        groups[-1][name] = leaf
+        room -= leaf.bytes
+    total = len(groups)
+    files = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else ["model.safetensors"]
+    heads, sizes, extents = {}, {}, {}
+    for file, group in zip(files, groups, strict=True):
+        heads[file], begins = header_bytes(group, {"format": "pt", **metadata})
+        extents |= {n: Extent(file, begins[n], leaf.bytes) for n, leaf in group.items()}
+        sizes[file] = len(heads[file]) + sum(leaf.bytes for leaf in group.values())
+    index = None
+    if total > 1:
+        size = sum(leaf.bytes for leaf in leaves.values())
+        where = {n: extents[n].file for n in sorted(extents)}
+        index = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
+    return Layout(heads, sizes, extents, index)
+
+
+def prepare(directory: str, planned: Layout) -> None:
+    """Make the files, with their heads and sizes; the disk's room for them is taken now, where it can be.
+
+    Raises:
+      OSError: there is not enough room, or no permission.
+    """
+    for file, size in planned.sizes.items():
+        fd = os.open(os.path.join(directory, file), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as e:
+                if e.errno not in (22, 95):  # not on this file system
+                    raise
+                os.ftruncate(fd, size)
+            os.pwrite(fd, planned.heads[file], 0)
+        finally:
+            os.close(fd)
+    if planned.index is not None:
+        with open(os.path.join(directory, INDEX), "w") as f:
+            f.write(planned.index)

@@ -1,0 +1,140 @@
+"""What is compiled: a few programs for flat blocks of fixed sizes, whatever the shapes of the leaves.
+
+Leaves of one structure of settings share them: what differs by leaf (coefficients, thresholds, the place of a block) is a runtime
+value. A leaf that must be seen whole has a program of its own shape.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxmerge.params._deferred import Entries, defer, last
+from jaxmerge.params._stack import reduced
+from jaxmerge.params._transform import Step, left
+from jaxmerge.params.order._quantile import magnitude_bits
+
+SIZES = (1 << 21, 1 << 18, 1 << 12)
+"""Entries of a block. All but the last piece of a leaf fill theirs."""
+
+
+def pieces(size: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, size of the program) of the blocks that make up so many entries."""
+    start = 0
+    while start < size:
+        fits = next((s for s in sizes if s <= size - start), sizes[-1])
+        yield start, min(start + fits, size), fits
+        start += fits
+
+
+def padded(arrays: Sequence[np.ndarray], start: int, stop: int, size: int) -> list[np.ndarray]:
+    """A piece of each array, filled up with zeros."""
+    parts = [a[start:stop] for a in arrays]
+    if stop - start == size:
+        return parts
+    filled = [np.zeros(size, a.dtype) for a in arrays]
+    for room, part in zip(filled, parts, strict=True):
+        room[: part.size] = part
+    return filled
+
+
+@functools.lru_cache(maxsize=64)
+def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
+    """(settings, origin, inputs) -> the merged block, the plans, the largest magnitude of each input as an integer."""
+
+    def merge(settings: Any, origin: Array, arrays: Sequence[Array]) -> tuple:
+        zero, x = stacked(arrays, has_base, cast)
+        plans = []
+        for step, s in zip(steps, placed(settings, origin), strict=True):
+            plans.append(step.match(s, x))
+            x = left(step, plans[-1], x)
+        x = reduced(last(x))
+        return (x if zero is None else zero + x).astype(out), plans, _largest(arrays)
+
+    return jax.jit(merge)
+
+
+@functools.lru_cache(maxsize=64)
+def patterns(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
+    """(settings, origin, inputs) -> the magnitudes of what these steps leave of a block, as integers (K, n)."""
+
+    def look(settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
+        return magnitude_bits(after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+
+    return jax.jit(look)
+
+
+@functools.lru_cache(maxsize=64)
+def surveyor(steps: tuple[Step, ...], read: Any, has_base: bool, cast: Any) -> Any:
+    """(query, settings, origin, inputs) -> counts of what these steps leave of a block."""
+
+    def look(query: Any, settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
+        return read(query, after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+
+    return jax.jit(look)
+
+
+def placed(settings: Any, origin: Array) -> Any:
+    """Settings of a block that begins at `origin`."""
+    if isinstance(settings, dict):
+        return {k: origin if k == "origin" else placed(v, origin) for k, v in settings.items()}
+    return type(settings)(placed(v, origin) for v in settings) if isinstance(settings, list | tuple) else settings
+
+
+def strange(largest: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[int]:
+    """How many entries of each input are NaN or inf, from their largest magnitudes; counted only where there are any."""
+    return [
+        int(np.count_nonzero(~np.isfinite(a.astype(np.float32)))) if int(m) > _limit(a.dtype) else 0
+        for m, a in zip(largest, arrays, strict=True)
+    ]
+
+
+def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Array:
+    """What these steps leave."""
+    for step, s in zip(steps, settings, strict=True):
+        x = left(step, step.match(s, x), x)
+    return last(x)
+
+
+def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array | None, Entries]:
+    """The base (or None) and the models less the base, float32, deferred."""
+    wide = [(jnp.asarray(a) if cast is None else jnp.asarray(a).astype(cast)).astype(jnp.float32) for a in arrays]
+    if not has_base:
+        return None, defer(jnp.stack, wide)
+    zero, *rest = wide
+    return zero, defer(_task_vectors, zero, rest)
+
+
+def _task_vectors(zero: Array, models: Sequence[Array]) -> Array:
+    return jnp.stack([m - zero for m in models])
+
+
+def _largest(arrays: Sequence[Array]) -> list[Array]:
+    """The largest magnitude of each input as an integer; one loop for those of one dtype."""
+    found: list[Any] = [None] * len(arrays)
+    for dtype in dict.fromkeys(a.dtype for a in arrays):
+        mine = [i for i, a in enumerate(arrays) if a.dtype == dtype]
+        integer = np.dtype(f"uint{8 * dtype.itemsize}")
+        mask = integer.type(_mask(dtype))
+        bits = [lax.bitcast_convert_type(arrays[i], integer) & mask for i in mine]
+        step = lambda a, b: [jnp.maximum(p, q) for p, q in zip(a, b, strict=True)]
+        axes = tuple(range(arrays[mine[0]].ndim))
+        for i, m in zip(mine, lax.reduce(bits, [integer.type(0)] * len(bits), step, axes), strict=True):
+            found[i] = m
+    return found
+
+
+def _mask(dtype: Any) -> int:
+    """All bits but the sign's."""
+    signed = jnp.finfo(dtype).min < 0
+    return int((1 << (8 * dtype.itemsize - signed)) - 1)
+
+
+@functools.cache
+def _limit(dtype: np.dtype) -> int:
+    """The magnitude of the largest number that is finite."""
+    return int(np.array(jnp.finfo(dtype).max, dtype).view(f"uint{8 * dtype.itemsize}"))

@@ -1,0 +1,196 @@
+"""A merge into safetensors, from the first byte to the output that appears: workplace, journal, surveys, blocks, receipt."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmerge.checkpoint import _journal, _processes, _receipt
+from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
+from jaxmerge.checkpoint._layout import INDEX, prepare
+from jaxmerge.checkpoint._merge import differing, strange
+from jaxmerge.checkpoint._plan import CheckpointPlan
+from jaxmerge.checkpoint._source import Extent, digest
+from jaxmerge.checkpoint._stream import Stream, Task
+from jaxmerge.params._transform import MergeTransform
+
+CHECKPOINT = 1 << 26
+"""Bytes of output after which the journal says what is safe."""
+
+
+def run(
+    tx: MergeTransform,
+    headers: CheckpointPlan,
+    out: Any,
+    *,
+    cast: Any,
+    integers: str,
+    nonfinite: str,
+    overwrite: bool,
+    resume: bool,
+    recipe: Any,
+    beside: Mapping[str, str | bytes] | None,
+    tell: Callable[..., None] | None,
+) -> dict[str, Any]:
+    """Merge into safetensors; fields of the report."""
+    assert headers.layout is not None
+    place = _journal.Workplace(pathlib.Path(out).absolute(), rank=jax.process_index(), overwrite=overwrite)
+    keep = False
+    try:
+        task = make_task(tx, headers, cast)
+        options = {"integers": integers, "nonfinite": nonfinite, "dtype": _name(cast)}
+        identity = digest(
+            _journal.fingerprint(tx.match.steps),  # type: ignore[attr-defined]
+            _journal.pack(list(headers.settings)),
+            [s.identity() for s in headers.inputs],
+            [headers.base is not None, options, jax.process_count(), headers.layout, task.units],
+            _receipt.versions(),
+        )
+        lines = place.begin(identity, lambda: prepare(str(place.directory), headers.layout), resume=resume)
+        keep = bool(lines)
+        stream = Stream(task, headers.settings, _Teller(headers, tell))
+        if integers == "agree":
+            _check_exact(headers, stream)
+        done = _recall(stream, lines)
+        surveyed = {line["survey"] for line in lines if "survey" in line}
+        for i, step in enumerate(task.steps):
+            if step.survey is None:
+                continue
+            if i in surveyed:
+                stream.advance.stage += step.survey.rounds
+                continue
+            stream.survey(i)
+            place.note({"survey": i, "settings": _journal.pack(stream.settings[i])})
+            keep = True
+        stream.advance.stage = headers.passes
+        resumed = sum(u.size * headers.out[u.name].dtype.itemsize for u in task.units[:done])
+        stream.advance.skip(sum(_bytes(headers, u) for u in task.units[:done]))
+        buffered = _write(stream, place, headers, done)
+        bad: dict[str, list[int]] = {}
+        found: dict[str, Any] = {}
+        for mine in _processes.everyone({"bad": stream.bad, "found": _journal.pack(stream.found)}):
+            found |= _journal.unpack(mine["found"])
+            for n, counts in mine["bad"].items():
+                bad[n] = [a + b for a, b in zip(counts, bad.get(n, [0] * len(counts)), strict=True)]
+        if bad and nonfinite == "refuse":
+            keep = False
+            raise strange(bad, headers)
+        receipt = _receipt.write(headers, place.directory, stream.settings, options, recipe)
+        place.finish(
+            dict(beside or {}) | {_receipt.NAME: receipt} | ({INDEX: headers.layout.index} if headers.layout.index else {})
+        )
+    except BaseException as e:
+        place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))
+        raise
+    by_step = tuple({n: found[n][i] for n in headers.floating if n in found} for i in range(len(task.steps)))
+    return {"plan": by_step, "nonfinite": bad, "resumed": resumed, "buffered": tuple(sorted(buffered | stream.reader.buffered))}
+
+
+def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
+    """What this process does of a merge."""
+    weights = [sum(_bytes(headers, u) for u in group) for group in headers.units]
+    mine = _processes.share(headers.units, weights, jax.process_index(), jax.process_count())
+    return Task(
+        steps=tx.match.steps,  # type: ignore[attr-defined]
+        inputs=headers.inputs,
+        has_base=headers.base is not None,
+        floating=frozenset(headers.floating),
+        cast=None if cast is None else jax.numpy.dtype(cast),
+        out={n: leaf.dtype for n, leaf in headers.out.items() if leaf.dtype is not None},
+        units=tuple(u for group in mine for u in group),
+        entire=headers.entire,
+        rooms=headers.rooms,
+    )
+
+
+class _Teller:
+    """Counts bytes, and tells."""
+
+    def __init__(self, headers: CheckpointPlan, tell: Callable[..., None] | None):
+        self.stage, self.stages, self.done, self.skipped = 1, headers.passes, 0, 0
+        self.total, self._tell = (headers.bytes_read + headers.bytes_written) // jax.process_count(), tell
+
+    def __call__(self, read: int, written: int) -> None:
+        self.done += read + written
+        if self._tell is not None:
+            self._tell(self.stage, self.stages, self.done, max(self.total, self.done), self.skipped)
+
+    def skip(self, n: int) -> None:
+        self.done += n
+        self.skipped += n
+
+
+def _bytes(headers: CheckpointPlan, unit: Unit) -> int:
+    """What a unit reads and writes."""
+    inputs = headers.inputs if unit.name in headers.shapes else headers.inputs[:1]
+    return unit.size * (
+        sum(s.leaves[unit.name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
+        + headers.out[unit.name].dtype.itemsize  # type: ignore[union-attr]
+    )
+
+
+def _recall(stream: Stream, lines: list[dict[str, Any]]) -> int:
+    """Put back what an earlier run found; how many units it finished."""
+    done = 0
+    for line in lines:
+        if "survey" in line:
+            stream.settings[line["survey"]] = _journal.unpack(line["settings"])
+        else:
+            done = line["units"]
+            stream.found |= _journal.unpack(line["found"])
+            stream.bad = line["bad"]
+    return done
+
+
+def _write(stream: Stream, place: _journal.Workplace, headers: CheckpointPlan, done: int) -> set[str]:
+    """The merge itself; files that were not written past the page cache."""
+    assert headers.layout is not None
+    where = {n: Extent(str(place.directory / e.file), e.offset, e.bytes) for n, e in headers.layout.extents.items()}
+    sink = WriteBehind()
+    noted, since = set(stream.found), 0
+    units = stream.task.units
+
+    def mark(n: int) -> Callable[[], None] | None:
+        nonlocal noted, since
+        since += units[n - 1].size * where[units[n - 1].name].bytes // max(headers.out[units[n - 1].name].size, 1)
+        if since < CHECKPOINT and n < len(units):
+            return None
+        since = 0
+        new = {k: v for k, v in stream.found.items() if k not in noted}
+        noted |= set(new)
+        line = {"units": n, "found": _journal.pack(new), "bad": {k: list(v) for k, v in stream.bad.items()}}
+        return lambda: place.note(line)
+
+    try:
+        stream.merge(sink, where, done, mark)
+        sink.close()
+    except BaseException:
+        sink.abandon()
+        raise
+    finally:
+        stream.reader.close()
+    return sink.buffered
+
+
+def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
+    exact = frozenset(headers.exact)
+    units = [u for u in stream.task.units if u.name in exact]
+    differ = set()
+    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, rooms=2):
+        stream.advance(first.nbytes * len(headers.inputs), 0)
+        if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):
+            differ.add(unit.name)
+    differ = sorted(set().union(*_processes.everyone(sorted(differ))))
+    if differ:
+        raise differing(differ)
+
+
+def _safe(place: _journal.Workplace) -> bool:
+    """Whether something is there to go on from."""
+    return len(place._lines()) > 1
+
+
+def _name(dtype: Any) -> str | None:
+    return None if dtype is None else jax.numpy.dtype(dtype).name

@@ -1,0 +1,86 @@
+"""What a merge was made of, beside its output: inputs and their hashes, what was asked for, what was found, versions."""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmerge.checkpoint import _journal, _remote
+from jaxmerge.checkpoint._plan import CheckpointPlan
+from jaxmerge.checkpoint._source import Source
+
+NAME = "jaxmerge.json"
+PAGES, PAGE = 64, 4096
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    import importlib.metadata
+
+    ours = importlib.metadata.version("jaxmerge")
+    return {"jaxmerge": ours, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+def write(
+    headers: CheckpointPlan, directory: pathlib.Path, settings: Sequence[dict[str, Any]], options: dict[str, Any], recipe: Any
+) -> str:
+    """The receipt of an output in this directory, as JSON text; on the first process."""
+    if jax.process_index() != 0:
+        return ""
+    assert headers.layout is not None
+    out = {n: leaf.dtype.name for n, leaf in headers.out.items() if leaf.dtype is not None}
+    content = {
+        "versions": versions(),
+        "recipe": recipe,
+        "options": options,
+        "base": None if headers.base is None else describe(headers.base),
+        "models": [describe(m) for m in headers.models],
+        "files": {f: sample_hash(directory / f) for f in headers.layout.sizes},
+        "dtypes": {d: sum(1 for v in out.values() if v == d) for d in sorted(set(out.values()))},
+        "settings": [_journal.pack(s) for s in settings],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """A source as a receipt has it."""
+    return {
+        "name": source.name,
+        "path": str(source.path),
+        "format": source.format,
+        "files": {f: sample_hash(f) for f in source.files},
+    }
+
+
+def sample_hash(path: Any) -> str:
+    """SHA-256 of a file's size, its first MiB and 64 pages from all over it: a fingerprint in milliseconds.
+
+    It sees a file that was exchanged, cut or trained further; not one byte changed on purpose between the pages.
+    """
+    size = _remote.stat(path)[0]
+    h = hashlib.sha256(size.to_bytes(8, "little"))
+    h.update(_remote.read(path, 0, min(size, 1 << 20)))
+    if size > 1 << 20:
+        step = max((size - (1 << 20)) // PAGES, PAGE)
+        for at in range(1 << 20, size, step):
+            h.update(_remote.read(path, at, min(PAGE, size - at)))
+    return h.hexdigest()
+
+
+def read(out: Any) -> dict[str, Any]:
+    """The receipt of a merged checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = os.path.join(str(out), NAME)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or not into safetensors.")
+    with open(path) as f:
+        return json.load(f)

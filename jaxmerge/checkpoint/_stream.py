@@ -1,0 +1,255 @@
+"""The executor of merges that end in files: by ranges of bytes, in bounded memory, reading, computing and writing at once.
+
+A leaf whose entries are merged one by one streams through in blocks. One whose threshold must be found first is held while numpy
+finds it, or, where it does not fit, read again. One that a method must see whole (norms, rows, singular vectors) is held, and
+counts against the memory. Every process has units of its own; only counts travel.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmerge.checkpoint import _direct, _processes, _programs as programs
+from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
+from jaxmerge.checkpoint._source import Extent, Source
+from jaxmerge.params._transform import Step
+from jaxmerge.params.order._host import Patterns
+from jaxmerge.params.order._quantile import position, row_size
+
+LOOK = 1 << 17
+"""Entries of which magnitudes are looked at together: they stay in the processor's cache. As many make a sample."""
+SAMPLED = 8 * LOOK
+"""Entries from which on a leaf is worth one."""
+
+
+class Task(NamedTuple):
+    """A merge, as the executor sees it.
+
+    Attributes:
+      steps, inputs: the chain; the base, if there is one, and the models.
+      has_base: whether the first input is one.
+      floating: leaves that are merged, in the order of the output; the others are copied from the first input.
+      cast, out: {leaf: dtype} of the arithmetic's inputs (None: as they are) and of the output.
+      units: all leaves' parts, in the order of the output; this process's own.
+      entire: leaves that must be seen whole.
+      rooms: how many units are in memory at once.
+    """
+
+    steps: tuple[Step, ...]
+    inputs: tuple[Source, ...]
+    has_base: bool
+    floating: frozenset[str]
+    cast: Any
+    out: Mapping[str, np.dtype]
+    units: tuple[Unit, ...]
+    entire: frozenset[str]
+    rooms: int
+
+
+class Stream:
+    """One merge under way."""
+
+    def __init__(self, task: Task, settings: Sequence[dict[str, Any]], advance: Callable[[int, int], None]):
+        """`advance` is told of every unit's bytes: read and written."""
+        self.task, self.settings = task, [dict(s) for s in settings]
+        self.reader, self.advance = _direct.Reader(), advance
+        self.found: dict[str, list[Any]] = {}
+        self.bad: dict[str, list[int]] = {}
+        self._on_device: tuple[Any, Any] = (None, None)
+
+    # --- statistics of the whole model ---
+
+    def survey(self, i: int) -> None:
+        """Complete the settings of step i with a statistic of the whole model."""
+        task, survey = self.task, self.task.steps[i].survey
+        assert survey is not None
+        query, notes = survey.start(self.settings[i])
+        units = [u for u in task.units if u.name in task.floating]
+        for _ in range(survey.rounds):
+            counts: dict[str, np.ndarray] = {}
+            for unit, arrays in self._units(units, i):
+                found = self._counts(i, survey, query, unit, arrays)
+                counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
+                self.advance(sum(a.nbytes for a in arrays), 0)
+            counts = _processes.summed(counts)
+            query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
+        self.settings[i] = survey.finish(notes, self.settings[i])
+
+    def _counts(self, i: int, survey: Any, query: Any, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
+        task, name = self.task, unit.name
+        if name in task.entire:
+            shape = self._shape(name)
+            look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
+            counts = look(
+                query, [s[name] for s in self.settings[:i]], np.zeros(2, np.uint32), [a.reshape(shape) for a in arrays]
+            )
+            return np.asarray(counts).astype(np.uint64)
+        settings = self._placed(i, name)
+        total: Any = np.uint64(0)
+        if survey.look is not None:
+            for _, bits in self._magnitudes(i, settings, unit, arrays):
+                total = total + survey.look(query, bits)
+            return total
+        look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
+        for start, stop, _ in programs.pieces(unit.size):
+            origin = self._origin(unit, start)
+            total = total + np.asarray(look(query, settings, origin, [a[start:stop] for a in arrays])).astype(np.uint64)
+        return total
+
+    # --- the merge ---
+
+    def merge(self, sink: WriteBehind, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
+        """Write every unit from the `done`-th on; `mark(n)`, when n units are handed over, says what to do once they are safe."""
+        task = self.task
+        for n, (unit, arrays) in enumerate(self._units(task.units[done:], len(task.steps)), done):
+            if unit.name not in task.floating:
+                sink.write(where[unit.name].file, where[unit.name].offset + unit.start * arrays[0].itemsize, _raw(arrays[0]))
+                self.advance(arrays[0].nbytes, arrays[0].nbytes)
+            else:
+                width = task.out[unit.name].itemsize
+                for start, block in self._merged(unit, arrays):
+                    at = where[unit.name].offset + (unit.start + start) * width
+                    sink.write(where[unit.name].file, at, _raw(block))
+                self.advance(sum(a.nbytes for a in arrays), unit.size * width)
+            note = mark(n + 1)
+            if note is not None:
+                sink.mark(note)
+
+    def _merged(self, unit: Unit, arrays: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """(offset in the unit, block) of the output."""
+        task, name = self.task, unit.name
+        run = programs.merger(task.steps, task.has_base, task.cast, task.out[name])
+        if name in task.entire:
+            shape = self._shape(name)
+            whole = [a.reshape(shape) for a in arrays]
+            block, plans, largest = run([s[name] for s in self.settings], np.zeros(2, np.uint32), whole)
+            block = np.asarray(block)
+            self._note(name, plans, largest, arrays)
+            yield 0, block.reshape(-1)
+            return
+        settings = self._placed(len(task.steps), name)
+        for start, stop, size in programs.pieces(unit.size):
+            parts = programs.padded(arrays, start, stop, size)
+            block, plans, largest = run(settings, self._origin(unit, start), parts)
+            block = np.asarray(block)
+            self._note(name, plans, largest, [p[: stop - start] for p in parts])
+            yield start, block[: stop - start]
+
+    def _note(self, name: str, plans: Any, largest: Any, arrays: Sequence[np.ndarray]) -> None:
+        if name not in self.found:
+            self.found[name] = jax.tree.map(np.asarray, plans)
+        counts = programs.strange(largest, arrays)
+        if any(counts):
+            self.bad[name] = [a + b for a, b in zip(counts, self.bad.get(name, [0] * len(counts)), strict=True)]
+
+    # --- thresholds of a leaf ---
+
+    def _waits(self, name: str, before: int) -> bool:
+        """Whether a step before this one must find something out about the leaf first."""
+        return any(
+            step.resolve is not None and is_open(s.get(name))
+            for step, s in zip(self.task.steps[:before], self.settings, strict=False)
+        )
+
+    def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
+        """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
+        name, models = unit.name, len(self.task.inputs) - self.task.has_base
+        for i, step in enumerate(self.task.steps[:before]):
+            s = self.settings[i].get(name)
+            if step.resolve is not None and is_open(s):
+                sample = None if arrays is None or unit.size < SAMPLED else functools.partial(self._sample, i, unit, arrays)
+                blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
+                self.settings[i][name] = step.resolve(s, Patterns(models, self._shape(name), blocks, sample))
+            models = step.models or models
+
+    def _placed(self, before: int, name: str) -> Any:
+        """A leaf's settings of the steps before this one, on the device."""
+        if self._on_device[0] != (name, before):
+            self._on_device = ((name, before), jax.device_put([s[name] for s in self.settings[:before]]))
+        return self._on_device[1]
+
+    def _magnitudes(
+        self, i: int, settings: Any, unit: Unit, arrays: list[np.ndarray] | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Of what the steps before i leave of a unit, from memory or from the files."""
+        task = self.task
+        look = programs.patterns(task.steps[:i], task.has_base, task.cast)
+        if settings is None:
+            settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
+        if arrays is not None:
+            for start, stop, size in programs.pieces(unit.size, (LOOK, programs.SIZES[-1])):
+                bits = look(settings, self._origin(unit, start), programs.padded(arrays, start, stop, size))
+                yield start, np.asarray(bits)[:, : stop - start]
+            return
+        parts = list(split(unit, programs.SIZES[0]))
+        for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2):
+            for start, bits in self._magnitudes(i, settings, part, held):
+                yield part.start + start, bits
+
+    def _sample(self, i: int, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
+        look = programs.patterns(self.task.steps[:i], self.task.has_base, self.task.cast)
+        step = unit.size // LOOK
+        some = [np.ascontiguousarray(a[step // 2 :: step][:LOOK]) for a in arrays]
+        return np.asarray(look([s[unit.name] for s in self.settings[:i]], np.zeros(2, np.uint32), some))
+
+    # --- units ---
+
+    def _units(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+        """Units with their arrays, read ahead; a leaf in parts whose thresholds are open is looked through before its first."""
+        run: list[Unit] = []
+        for unit in units:
+            size = self._size(unit.name)
+            if unit.size < size and unit.name in self.task.floating and self._waits(unit.name, before):
+                yield from self._read(run, before)
+                run = []
+                self._resolve(before, Unit(unit.name, 0, size), None)
+            run.append(unit)
+        yield from self._read(run, before)
+
+    def _read(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+        task = self.task
+        copied = frozenset(u.name for u in units) - task.floating
+        prepare = functools.partial(self._resolve, before)
+        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, alone=copied, prepare=prepare)
+
+    def _origin(self, unit: Unit, start: int) -> np.ndarray:
+        return position(self._shape(unit.name), unit.start + start)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.task.inputs[0].leaves[name].shape
+
+    def _size(self, name: str) -> int:
+        return self.task.inputs[0].leaves[name].size
+
+
+def split(unit: Unit, most: int, row: int = 0) -> Iterator[Unit]:
+    """A unit in parts of at most so many entries; none goes on from one `row` into the next."""
+    start = unit.start
+    while start < unit.stop:
+        stop = min(start + most, unit.stop)
+        if row:
+            stop = min(stop, (start // row + 1) * row)
+        yield Unit(unit.name, start, stop)
+        start = stop
+
+
+def parts_of(name: str, shape: tuple[int, ...], most: int) -> Iterator[Unit]:
+    """A leaf in parts, as `split`; each within one row of its coordinates."""
+    size = int(np.prod(shape, dtype=object))
+    return split(Unit(name, 0, size), most, row_size(shape))
+
+
+def is_open(settings: Any) -> bool:
+    """Whether there is something that `Step.resolve` must find."""
+    if not isinstance(settings, dict):
+        return False
+    if "cut" in settings:
+        return False
+    return "count" in settings or "quota" in settings or any(is_open(v) for v in settings.values())
+
+
+def _raw(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint8)

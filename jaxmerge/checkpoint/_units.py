@@ -1,0 +1,86 @@
+"""How the leaves of a safetensors output are cut into what is in memory together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxmerge.checkpoint import _programs as programs
+from jaxmerge.checkpoint._budget import available, parse_size, show_size
+from jaxmerge.checkpoint._feed import FLUSH, Unit
+from jaxmerge.checkpoint._layout import Layout, layout
+from jaxmerge.checkpoint._source import Leaf, Source
+from jaxmerge.checkpoint._stream import LOOK, is_open, parts_of
+from jaxmerge.params._transform import Step
+
+HOLD = 1 << 30
+
+
+class Ways(NamedTuple):
+    """See `CheckpointPlan`; `again` are leaves that are too large to be held while their thresholds are found."""
+
+    units: tuple[tuple[Unit, ...], ...]
+    entire: frozenset[str]
+    rooms: int
+    layout: Layout | None
+    again: tuple[str, ...]
+    peak: int
+    problems: tuple[str, ...]
+
+
+def by_ranges(
+    inputs: Sequence[Source],
+    out: Mapping[str, Leaf],
+    floating: Sequence[str],
+    steps: Sequence[Step],
+    settings: Sequence[dict[str, Any]],
+    memory: int | str | None,
+    max_shard_bytes: int,
+) -> Ways:
+    """Blocks for leaves that are merged entry by entry; a unit for each leaf that is held; problems where one does not fit."""
+    problems = []
+    hold = HOLD if memory is None else parse_size(memory, "memory")
+    most = max(available() // 2, HOLD) if memory is None else hold
+    leaves = inputs[0].leaves
+    width = max((leaf.dtype.itemsize for s in inputs for leaf in s.leaves.values() if leaf.dtype is not None), default=1)
+    copies = 4 * len(inputs) * width + 4 * len(inputs) * 4  # rooms, and what is computed of one block
+    block = next((s for s in programs.SIZES if s * copies <= hold), programs.SIZES[-1])
+    merged = frozenset(floating)
+    blockwise = all(step.blocks for step in steps)
+    largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
+    units: list[tuple[Unit, ...]] = []
+    entire, again, rooms = set(), [], 4
+    for name, leaf in leaves.items():
+        whole = Unit(name, 0, leaf.size)
+        there = [s.leaves[name] for s in inputs if name in s.leaves]
+        held = sum(o.bytes for o in there)
+        if name not in merged:
+            units += [(part,) for part in parts_of(name, leaf.shape, block)]
+            continue
+        piecemeal = all(s.extent(name) is not None for s in inputs if name in s.leaves)
+        look = any(step.resolve is not None and is_open(s.get(name)) for step, s in zip(steps, settings, strict=False))
+        if not blockwise:
+            entire.add(name)
+            need = held + 4 * leaf.size * (2 * len(inputs) + 1)
+            if need > most:
+                problems.append(
+                    f"  {name}: this method must see a tensor whole: {show_size(need)} of memory for {list(leaf.shape)}, "
+                    f"{show_size(most)} allowed; raise memory= (--memory), or choose a method that does not"
+                )
+            units.append((whole,))
+            work = max(work, need - held)
+        elif piecemeal and (not look or 2 * held > hold):
+            parts = tuple(parts_of(name, leaf.shape, block))
+            units += [parts] if look else [(part,) for part in parts]
+            if look:
+                again.append(name)
+            continue
+        else:
+            units.append((whole,))
+        rooms = min(rooms, max(hold // held, 2)) if held else rooms
+        largest = max(largest, held)
+    try:
+        files = layout(out, {}, max_shard_bytes)
+    except ValueError as e:
+        files = None
+        problems.append(f"  {e}")
+    peak = rooms * largest + work + 4 * FLUSH
+    return Ways(tuple(units), frozenset(entire), rooms, files, tuple(again), peak, tuple(problems))

@@ -1,0 +1,156 @@
+"""Exact order statistics on the host, for leaves that stream through it: XLA has no fast selection on a CPU, numpy does.
+
+A sample says between which two patterns the k-th largest lies; one look at all entries counts those above and notes the few
+between; the rest is found among these. Where a sample is not to be had, or was wrong, or too many entries are alike, histograms
+of the patterns take its place: one of their upper, one of their lower bits. Entries that tie at the threshold are kept by their
+flat index, lowest first, as everywhere here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+HALF = 16
+FEW = 1 << 22
+"""Entries between two patterns that are noted one by one, per model."""
+
+
+class Patterns(NamedTuple):
+    """The magnitudes of a stacked leaf (K, n), flat, as integers of 31 bits; a block at a time, as often as asked.
+
+    Attributes:
+      models, shape: K, and the leaf's shape, of n entries.
+      blocks: () -> (offset, uint32 (K, m)) until all have been seen, in order.
+      sample: () -> uint32 (K, m) from all over the leaf; or None.
+    """
+
+    models: int
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
+    sample: Callable[[], np.ndarray] | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Found(NamedTuple):
+    """Of every cut (n K): the pattern, how many are above it and at it, and the flat index before which those at it are kept."""
+
+    pattern: np.ndarray
+    above: np.ndarray
+    tied: np.ndarray
+    cut: np.ndarray
+
+
+def select(x: Patterns, k: np.ndarray) -> Found:
+    """The k-th largest of each model; k (n K,), 1 or more: the first order statistic of every model, the second, ..."""
+    if x.sample is not None:
+        low, high = _around(x.sample(), k, x)
+        found = _collect(x, k, low, high)
+        if found is not None:
+            return found
+    histogram = _histogram(x, len(k), lambda u, c: u >> HALF)
+    digit, left = _next(histogram, k)
+    low = digit << HALF
+    if histogram[np.arange(len(k)), digit].max() <= FEW:
+        found = _collect(x, k, low, low + (1 << HALF))
+        assert found is not None  # it was counted
+        return found
+    histogram = _histogram(x, len(k), lambda u, c: u[u >> HALF == digit[c]] & ((1 << HALF) - 1))
+    last, left = _next(histogram, left)
+    pattern = (low | last).astype(np.uint32)
+    return locate(x, pattern, left)
+
+
+def locate(x: Patterns, pattern: np.ndarray, quota: np.ndarray) -> Found:
+    """Where to cut so that exactly the first `quota` of the entries at each pattern (n K,) lie before."""
+    above, tied, cut = (np.zeros(len(pattern), np.int64) for _ in range(3))
+    for offset, u in x.blocks():
+        for c, t in enumerate(pattern):
+            row = u[c % x.models]
+            there = row == t
+            n = int(np.count_nonzero(there))
+            above[c] += int(np.count_nonzero(row > t))
+            if tied[c] < quota[c] <= tied[c] + n:
+                cut[c] = offset + int(np.flatnonzero(there)[quota[c] - tied[c] - 1]) + 1
+            tied[c] += n
+    return Found(pattern, above, tied, np.where(tied <= quota, x.size, cut))
+
+
+def _around(sample: np.ndarray, k: np.ndarray, x: Patterns) -> tuple[np.ndarray, np.ndarray]:
+    """Patterns about the k-th largest: where the sample puts it, give or take five times what it scatters."""
+    many = sample.shape[1]
+    part = k / x.size
+    reach = 5 * np.sqrt(part * (1 - part) * many) + 8
+    at = np.stack([(1 - part) * many - reach, (1 - part) * many + reach]).astype(np.int64)
+    low, high = np.zeros(len(k), np.int64), np.full(len(k), 1 << 31)
+    for c, (first, last) in enumerate(at.T):
+        ends = [i for i in (first, last) if 0 <= i < many]
+        values = np.partition(sample[c % x.models], ends) if ends else sample[0]
+        low[c] = values[first] if first >= 0 else 0
+        high[c] = int(values[last]) + 1 if last < many else 1 << 31
+    return low, high
+
+
+def _collect(x: Patterns, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
+    """The k-th largest, if it is in [low, high) and not too many others are."""
+    above, there = np.zeros(len(k), np.int64), np.zeros(len(k), np.int64)
+    values: list[list[np.ndarray]] = [[] for _ in k]
+    places: list[list[np.ndarray]] = [[] for _ in k]
+    room = np.empty(0, np.uint32), np.empty(0, bool)
+    for offset, u in x.blocks():
+        if room[0].size != u.shape[1]:  # memory that is there already
+            room = np.empty(u.shape[1], np.uint32), np.empty(u.shape[1], bool)
+        for c in range(len(k)):
+            row = u[c % x.models]
+            inside = np.less(np.subtract(row, np.uint32(low[c]), out=room[0]), np.uint32(high[c] - low[c]), out=room[1])
+            at = np.flatnonzero(inside)
+            there[c] += at.size
+            if there[c] > FEW:
+                return None
+            values[c].append(row[at])
+            places[c].append(at + offset)
+            if high[c] < 1 << 31:
+                above[c] += int(np.count_nonzero(np.greater_equal(row, np.uint32(high[c]), out=room[1])))
+    if not ((above < k) & (k <= above + there)).all():
+        return None
+    found = []
+    for c in range(len(k)):
+        mine, rank = np.concatenate(values[c]), int(k[c] - above[c])
+        t = np.partition(mine, mine.size - rank)[mine.size - rank]
+        larger = int(np.count_nonzero(mine > t))
+        at = np.concatenate(places[c])[mine == t]
+        quota = rank - larger
+        found.append((t, above[c] + larger, at.size, at[quota - 1] + 1 if quota < at.size else x.size))
+    pattern, above, tied, cut = (np.array(v) for v in zip(*found, strict=True))
+    return Found(pattern.astype(np.uint32), above, tied, cut)
+
+
+def _histogram(x: Patterns, cuts: int, digits: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    counts = np.zeros((cuts, 1 << HALF), np.int64)
+    for _, u in x.blocks():
+        for c in range(cuts):
+            counts[c] += np.bincount(digits(u[c % x.models], c), minlength=1 << HALF)
+    return counts
+
+
+def _next(counts: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The digit of the k-th largest, and its rank among those of that digit."""
+    from_top = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
+    digit = (from_top >= k[:, None]).sum(axis=1) - 1
+    above = np.concatenate([from_top, np.zeros((len(counts), 1), np.int64)], axis=1)
+    return digit, k - above[np.arange(len(k)), digit + 1]
+
+
+def histogram(u: np.ndarray, prefix: np.ndarray, shift: int, digit: int) -> np.ndarray:
+    """How often each next digit occurs among the patterns (K, n) that begin with the prefix (n K,): as `order`'s, in numpy."""
+    counts = []
+    for c, p in enumerate(prefix):
+        row = u[c % len(u)]
+        above = row >> np.uint32(shift)
+        mine = above if not p and shift + digit >= 31 else above[above >> np.uint32(digit) == p]
+        counts.append(np.bincount(mine & np.uint32((1 << digit) - 1), minlength=1 << digit))
+    return np.stack(counts).astype(np.uint64)

@@ -1,0 +1,199 @@
+"""What goes beside the tensors: the model's configuration, a card for the Hub, the recipe, the tokenizer's files."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmerge.checkpoint import Leaf, Source
+from jaxmerge.recipe._names import place
+from jaxmerge.recipe._resolve import Row
+from jaxmerge.recipe._schema import Path, Recipe, Reference
+from jaxmerge.recipe._templates import TEMPLATES
+from jaxmerge.recipe._tokenizer import dump, files, side_file, side_json, template, template_of
+from jaxmerge.recipe._vocabulary import Vocabulary
+from jaxmerge.recipe._yaml import Mistake, suggest
+
+DEPTHS = {  # module: keys of a configuration that say how many layers it has
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "text_decoder": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "encoder": ("num_layers", "num_hidden_layers", "encoder_layers"),
+    "decoder": ("num_decoder_layers", "decoder_layers"),
+    "vision_tower": ("num_hidden_layers", "depth"),
+    "vision_model": ("num_hidden_layers", "depth"),
+}
+INNER = {"": "text_config", "text_decoder": "text_config", "vision_tower": "vision_config", "vision_model": "vision_config"}
+
+
+def beside(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    sources: Mapping[Reference, Source],
+    *,
+    vocabulary: Vocabulary | None,
+    out: Mapping[str, Leaf],
+    title: str,
+) -> tuple[dict[str, str | bytes], list[Mistake]]:
+    """Every file beside the tensors, and what is wrong with them.
+
+    Args:
+      recipe, rows, sources: a document, resolved.
+      vocabulary: of the output, where the recipe wants one.
+      out: the output's tensors.
+      title: what the card is headed.
+    """
+    donor = sources[recipe.base or next(iter(recipe.references()))]
+    chat, mistakes = None, []
+    if recipe.chat_template:
+        try:
+            chat = template(recipe.chat_template, [sources[m] for m in recipe.references()])
+        except ValueError:
+            text = f"unknown chat_template {recipe.chat_template!r}{suggest(recipe.chat_template, ('auto', *TEMPLATES))}"
+            mistakes.append(Mistake(recipe.marks["chat_template"], text))
+    wanted = recipe.tokenizer.source if recipe.tokenizer else "base"
+    whose = sources[wanted] if isinstance(wanted, Reference) and wanted in sources else donor
+    found = files(whose, vocabulary.tokens if vocabulary else None, chat)
+    config = configuration(recipe, rows, sources, vocabulary, out)
+    if config:
+        found["config.json"] = dump(config)
+    found["mergekit_config.yml"] = recipe.text
+    found["README.md"] = card(recipe, sources, title, template_of(whose) is not None or chat is not None)
+    return found, mistakes
+
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+
+def configuration(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    sources: Mapping[Reference, Source],
+    vocabulary: Vocabulary | None,
+    out: Mapping[str, Leaf],
+) -> dict[str, Any]:
+    """The base's configuration with the output's depth, vocabulary and dtype."""
+    config = side_json(sources[recipe.base or next(iter(recipe.references()))], "config.json")
+    if not config:
+        return {}
+    for module in recipe.modules:
+        name = "" if module.name == "default" else module.name
+        if not any(i.layers for part in module.slices for i in part.inputs):
+            continue
+        firsts = [part.inputs[0] for part in module.slices]
+        order = [(i.model, layer) for i in firsts for layer in range(*(i.layers or (0, 0)))]
+        holder = _holder(config, name)
+        key = next((k for k in DEPTHS.get(name, DEPTHS[""]) if k in holder), None)
+        if key is not None:
+            _per_layer(holder, holder[key], order, name, sources)
+            holder[key] = len(order)
+    dtypes = {leaf.dtype for leaf in out.values() if leaf.dtype is not None and leaf.dtype.kind not in "iub"}
+    if len(dtypes) == 1:
+        dtype = np.dtype(next(iter(dtypes))).name
+        for holder in (config, config.get("text_config")):
+            for key in ("torch_dtype", "dtype"):
+                if isinstance(holder, dict) and key in holder:
+                    holder[key] = dtype
+        if "torch_dtype" not in config and "dtype" not in config:
+            config["torch_dtype"] = dtype
+    if vocabulary is not None:
+        _holder(config, "", "vocab_size")["vocab_size"] = vocabulary.size
+    heads = [n for n in out if place(n).part == "head"]
+    if heads and config.get("tie_word_embeddings"):  # a parent was not tied
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _holder(config: dict[str, Any], module: str, key: str = "") -> dict[str, Any]:
+    """The part of a configuration that a module's numbers stand in."""
+    inner = config.get(INNER.get(module, ""))
+    keys = (key,) if key else DEPTHS.get(module, DEPTHS[""])
+    return inner if isinstance(inner, dict) and not any(k in config for k in keys) else config
+
+
+def _per_layer(
+    holder: dict[str, Any], depth: int, order: Sequence[tuple[Reference, int]], module: str, sources: Mapping[Reference, Source]
+) -> None:
+    """Lists with an entry for each layer (their kinds, say) follow the layers."""
+    theirs = {m: _holder(side_json(sources[m], "config.json"), module) for m, _ in order}
+    for key, value in list(holder.items()):
+        if isinstance(value, list) and len(value) == depth and depth > 1:
+            columns = [(theirs[m].get(key) or [], layer) for m, layer in order]
+            if all(layer < len(column) for column, layer in columns):
+                holder[key] = [column[layer] for column, layer in columns]
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats: bool) -> str:
+    """README.md: what the Hub reads (front matter), and what people read."""
+    models = list(recipe.references())
+    hub = [p.path for m in models for p in (m.model, m.lora) if p is not None and on_hub(p)]
+    licences = {str(m): licence for m in models if (licence := licence_of(sources[m]))}
+    front: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(hub)),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "jaxmerge", recipe.method_name],
+    }
+    if chats:
+        front["pipeline_tag"] = "text-generation"
+    if licences and len(set(licences.values())) == 1 and len(licences) == len(models):
+        front["license"] = next(iter(licences.values()))
+    method = f"[{recipe.method.title}]({recipe.method.url})" if recipe.method.url else recipe.method.title
+    base = recipe.base if recipe.method.base != "input" and recipe.base in sources else None
+    lines = ["---", _front(front), "---", f"# {title}", ""]
+    lines += [
+        f"Merged with {method}" + (f" from the base {link(base)}." if base is not None else "."),
+        "",
+        "| model | licence |",
+        "|---|---|",
+    ]
+    lines += [f"| {link(m)}{' (base)' if m == base else ''} | {licences.get(str(m), '')} |" for m in models]
+    if len(set(licences.values())) > 1:
+        lines += ["", "The parents' licences differ: whoever shares this merge must keep to all of them."]
+    lines += ["", "## Recipe", "", "```yaml", recipe.text.strip(), "```", ""]
+    if recipe.own["seed"] or recipe.method_name.startswith(("dare", "della")):
+        lines += [f"Masks were drawn with seed {recipe.own['seed']}; they do not depend on devices or order.", ""]
+    lines += [
+        "Made with jaxmerge: `jaxmerge merge mergekit_config.yml out` makes it again, `jaxmerge verify` checks it against its",
+        "parents; `jaxmerge.json` holds their hashes and the value of every parameter.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front(front: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def on_hub(path: Path) -> bool:
+    """Whether a path is a model's name on the Hub rather than a place on this machine."""
+    return path.path.count("/") == 1 and not path.path.startswith((".", "/", "~")) and not os.path.exists(path.path)
+
+
+def link(model: Reference) -> str:
+    """A model as a card names it; of a place on this machine, its last part."""
+    parts = []
+    for path in (model.model, model.lora):
+        if path is not None:
+            name = str(path) if on_hub(path) else os.path.basename(str(path).rstrip("/"))
+            parts.append(f"[{name}](https://huggingface.co/{path.path})" if on_hub(path) else name)
+    return " + ".join(parts)
+
+
+def licence_of(source: Source) -> str | None:
+    """What a parent's card says of its licence."""
+    import yaml
+
+    text = (side_file(source, "README.md") or b"").decode(errors="replace")
+    if not text.startswith("---"):
+        return None
+    try:
+        front = yaml.safe_load(text.split("---")[1])
+    except yaml.YAMLError:
+        return None
+    return str(front["license"]) if isinstance(front, dict) and front.get("license") else None

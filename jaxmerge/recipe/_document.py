@@ -1,0 +1,185 @@
+"""One document of a recipe: from its words to what the engine is asked to do, with every mistake on the way."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint import CheckpointPlan, Source
+from jaxmerge.recipe._adapters import adapted, as_weights, concatenated, is_adapter
+from jaxmerge.recipe._card import beside, card
+from jaxmerge.recipe._layouts import LAYOUTS, in_one_layout
+from jaxmerge.recipe._mistakes import mismatched, stacked, strangers, weightless
+from jaxmerge.recipe._names import vocabulary_axis
+from jaxmerge.recipe._open import open_model
+from jaxmerge.recipe._resolve import Row, resolve
+from jaxmerge.recipe._schema import Recipe, Reference
+from jaxmerge.recipe._tokenizer import dump
+from jaxmerge.recipe._transform import Work, work
+from jaxmerge.recipe._vocabulary import Vocabulary, aligned, report, vocabulary
+from jaxmerge.recipe._yaml import Mistake
+
+ENGINE = ("format", "memory", "sharding", "integers", "nonfinite")
+"""Keys of a recipe that are arguments of the engine."""
+
+
+class RecipePlan(NamedTuple):
+    """What one document of a recipe will do; nothing but headers has been read.
+
+    Attributes:
+      recipe: what it says.
+      rows: which tensors of which models go into each tensor of the output, with which values of every parameter.
+      work: the transform and the checkpoints that the engine gets.
+      headers: bytes, passes, memory.
+      options: the engine's other arguments.
+      beside: files that go with the output: configuration, tokenizer, card, the recipe.
+      vocabulary: how many rows of each model are its own, borrowed, averaged, zero; empty where vocabularies are as they are.
+      notes: what should be known, but is no mistake.
+    """
+
+    recipe: Recipe
+    rows: tuple[Row, ...]
+    work: Work
+    headers: CheckpointPlan
+    options: dict[str, Any]
+    beside: dict[str, str | bytes]
+    vocabulary: dict[str, dict[str, int]]
+    notes: tuple[Mistake, ...]
+
+
+def plan_document(
+    recipe: Recipe, earlier: Mapping[str, Source], options: Mapping[str, Any], title: str
+) -> tuple[RecipePlan | None, list[Mistake]]:
+    """A document's plan, and its mistakes; None where they leave no plan.
+
+    Args:
+      recipe: the document.
+      earlier: results of other documents, by name.
+      options: arguments of the engine that stand above the recipe's keys.
+      title: what the card is headed.
+    """
+    sources, mistakes = open_all(recipe, earlier)
+    if mistakes or not all(source.leaves for source in sources.values()):
+        return None, mistakes
+    alone = [m for m, source in sources.items() if is_adapter(source)]
+    if alone:
+        return _adapters(recipe, sources, alone, options, title)
+    try:
+        sources, layout = in_one_layout(sources, recipe.base or next(iter(sources)), recipe.own.get("layout"))
+    except ValueError as e:
+        return None, [Mistake(recipe.marks.get("layout", recipe.marks[""]), str(e))]
+    one_array = layout != "hf" and LAYOUTS[layout].axis is not None
+    mistakes, notes = stacked(recipe) if one_array else ([], [])
+    rows, wrong, more = resolve(recipe, sources)
+    words, mistaken, said = vocabulary(recipe, sources)
+    mistakes, notes = [*mistakes, *wrong, *mistaken], [*notes, *more, *said]
+    if not mistakes:
+        mistakes += mismatched(recipe, rows, sources) + weightless(recipe, rows) + strangers(recipe, rows, words)
+    if not mistakes and not rows:
+        mistakes.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
+    if mistakes:
+        return None, mistakes
+    try:
+        todo = work(recipe.method, rows, _where(recipe, rows, sources, words), recipe.own["seed"])
+        arguments = _arguments(recipe, rows, sources, options)
+        headers = _headers(todo, arguments)
+    except ValueError as e:
+        return None, [Mistake(recipe.marks[""], str(e))]
+    mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
+    files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
+    tables = {} if words is None else report(words, list(sources), recipe.base)
+    found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, (*recipe.notes, *notes))
+    return found, mistakes + wrong
+
+
+def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Reference, Source], list[Mistake]]:
+    """Every model of a document, adapters in their bases; and those that cannot be opened."""
+    sources: dict[Reference, Source] = {}
+    mistakes = []
+    for reference, mark in recipe.references().items():
+        try:
+            source = open_model(reference.model, earlier)
+            if reference.lora is not None and source.leaves:
+                source = adapted(source, open_model(reference.lora, earlier))
+            sources[reference] = source
+        except ValueError as e:
+            mistakes.append(Mistake(mark, str(e)))
+    return sources, mistakes
+
+
+def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source], words: Vocabulary | None) -> Any:
+    """(model, its tensor, the output's) -> where to read it: tables of tokens in the order of the output's vocabulary."""
+    by_name = {row.name: row for row in rows}
+
+    def where(model: Reference, there: str, name: str) -> tuple[Source, str]:
+        if words is None or vocabulary_axis(name) is None:
+            return sources[model], there
+        return aligned(words, by_name[name], recipe.base, sources, model)
+
+    return where
+
+
+def _arguments(
+    recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The engine's arguments: the recipe's keys, and options above them."""
+    found: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
+    if recipe.own.get("layout") == "hf":
+        found = {"format": "safetensors"} | found
+    return found | {k: v for k, v in options.items() if v is not None}
+
+
+def _headers(todo: Work, arguments: Mapping[str, Any]) -> CheckpointPlan:
+    apart = {k: v for k, v in arguments.items() if k not in ("integers", "nonfinite")}
+    return checkpoint.plan(todo.tx, todo.base, todo.models, **apart)
+
+
+def _dtypes(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source]) -> dict[str, Any]:
+    """The output's dtype: as the recipe says; that of the base, tensor by tensor; where inputs differ, what holds them all.
+
+    Inputs are read as they are and cast once, at the end: mergekit casts them to `dtype` before it merges.
+    """
+    wanted = recipe.out_dtype or recipe.dtype
+    kinds: list[set] = [{sources[model].leaves[n].dtype for model, n in row.inputs} for row in rows]
+    differ = [k for k in kinds if len(k) > 1 and all(d is not None and jnp.issubdtype(d, jnp.floating) for d in k)]
+    if not differ:
+        return {"out_dtype": wanted}
+    return {"dtype": "float32", "out_dtype": wanted or functools.reduce(jnp.promote_types, set().union(*differ)).name}
+
+
+# --- adapters alone --------------------------------------------------------------------------------------------------
+
+
+def _adapters(
+    recipe: Recipe, sources: dict[Reference, Source], alone: list[Reference], options: Mapping[str, Any], title: str
+) -> tuple[RecipePlan | None, list[Mistake]]:
+    """Adapters into one adapter: their updates, weighted and added up, side by side."""
+    marks = recipe.references()
+    if len(alone) < len(sources):
+        text = "is an adapter and not a model; write it after the model it was trained on, as model+adapter."
+        return None, [Mistake(marks.get(m), f"{m} {text}") for m in alone]
+    if recipe.method_name != "linear":
+        text = f"adapters alone merge by linear, which adds their updates up; for {recipe.method_name} write model+adapter."
+        return None, [Mistake(recipe.marks["merge_method"], text)]
+    try:
+        rows, mistakes, notes = resolve(recipe, as_weights(sources))
+    except ValueError as e:
+        return None, [Mistake(recipe.marks[""], str(e))]
+    mistakes += weightless(recipe, rows)
+    if mistakes:
+        return None, mistakes
+    weights = {}
+    for row in rows:
+        total = math.fsum(row.values["weight"]) if row.values["normalize"] else 1.0
+        weights[row.name] = {m: w / total for (m, _), w in zip(row.inputs, row.values["weight"], strict=True)}
+    source, config = concatenated(sources, weights)
+    todo = Work(params.passthrough(), None, (source,))
+    arguments = {"out_dtype": recipe.out_dtype or recipe.dtype} | {k: v for k, v in options.items() if v is not None}
+    headers = _headers(todo, arguments)
+    files: dict[str, str | bytes] = {"adapter_config.json": dump(config), "mergekit_config.yml": recipe.text}
+    files["README.md"] = card(recipe, sources, title, False).replace("library_name: transformers", "library_name: peft")
+    mistakes = [Mistake(None, problem.strip()) for problem in headers.problems]
+    return RecipePlan(recipe, rows, todo, headers, arguments, files, {}, (*recipe.notes, *notes)), mistakes

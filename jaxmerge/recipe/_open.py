@@ -1,0 +1,94 @@
+"""From the names in a recipe to checkpoints: paths, models of the Hub that lie in its cache, results of earlier documents."""
+
+import difflib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Sharding
+
+from jaxmerge import checkpoint
+from jaxmerge.checkpoint import Leaf, Source
+from jaxmerge.checkpoint._source import Extent, Format, Index
+from jaxmerge.recipe._schema import Path
+
+
+class Absent(ValueError):
+    """A model that is not here, or cannot be read; the message says what to do."""
+
+
+def locate(path: Path) -> str:
+    """Where a model lies on this machine: its path, or that of its snapshot in the Hub's cache.
+
+    Raises:
+      Absent: neither is there.
+    """
+    if "://" in path.path or os.path.exists(path.path):
+        return path.path
+    local = path.path.startswith((".", "/", "~")) or path.path.count("/") != 1
+    if local:
+        parent = pathlib.Path(path.path).expanduser()
+        if path.path.startswith("~") and parent.exists():
+            return str(parent)
+        near = difflib.get_close_matches(parent.name, _names(parent.parent), n=1)
+        hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else "; paths are relative to where you are."
+        raise Absent(f"there is nothing at {path.path!r}{hint}")
+    folder = hub_cache() / f"models--{path.path.replace('/', '--')}"
+    named = folder / "refs" / (path.revision or "main")
+    commit = named.read_text().strip() if named.exists() else path.revision or ""
+    if commit and (folder / "snapshots" / commit).is_dir():
+        return str(folder / "snapshots" / commit)
+    revision = f" --revision {path.revision}" if path.revision else ""
+    raise Absent(
+        f"{path.path!r} is no path here, and the Hub's cache {hub_cache()} has no such model; fetch it: "
+        f"hf download {path.path}{revision}"
+    )
+
+
+def hub_cache() -> pathlib.Path:
+    """The folder where the Hub's client keeps models."""
+    home = pathlib.Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return pathlib.Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+
+
+def open_model(path: Path, earlier: Mapping[str, Source]) -> Source:
+    """A checkpoint, or what an earlier document makes.
+
+    Raises:
+      Absent: it is not there, or cannot be read.
+    """
+    if path.path in earlier:
+        return earlier[path.path]
+    try:
+        return checkpoint.open(locate(path))
+    except (OSError, ValueError) as e:
+        raise e if isinstance(e, Absent) else Absent(str(e)) from e
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+
+class Planned:
+    """What an earlier document will make: a source whose headers are known and whose tensors are not there yet."""
+
+    def __init__(self, name: str, leaves: Mapping[str, Leaf], beside: Mapping[str, str | bytes]):
+        self.beside = dict(beside)
+        self.name, self.path, self.metadata, self.files = name, epath.Path(name), {}, ()
+        self.format: Format = "safetensors"
+        self.leaves = dict(leaves)
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        raise RuntimeError(f"{self.name} is not merged yet.")
+
+    def load(self, shardings: Mapping[str, Sharding]) -> dict[str, Any]:
+        raise RuntimeError(f"{self.name} is not merged yet.")
+
+    def extent(self, name: str) -> Extent | None:
+        return Extent(self.name, 0, self.leaves[name].bytes)
+
+    def identity(self) -> str:
+        return self.name

@@ -1,0 +1,358 @@
+"""Read a recipe: every unknown key and every wrong value with its place, all of them in one message."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jaxmerge.recipe._layouts import LAYOUTS
+from jaxmerge.recipe._methods import METHODS, PARAMETERS
+from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
+from jaxmerge.recipe._settings import Settings, read_setting
+from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, suggest
+
+DTYPES = ("float32", "float16", "bfloat16")
+OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite")
+TOP = (
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template", "name", *OURS,
+)  # fmt: skip
+
+
+def read(text: str, name: str = "recipe") -> tuple[Recipe, ...]:
+    """Every document of a recipe, checked as far as its words go.
+
+    Raises:
+      RecipeError: all that is wrong with them, in one message.
+    """
+    mistakes: list[Mistake] = []
+    nodes = list(documents(text, name))
+    if not nodes:
+        raise RecipeError([Mistake(None, "it is empty; it needs merge_method, and models, slices or modules.")], name)
+    texts = [text] if len(nodes) == 1 else [t for t in re.split(r"(?m)^---[^\n]*\n?", text) if _says_something(t)]
+    recipes = [_Reader(mistakes).recipe(node, part) for node, part in zip(nodes, texts, strict=False)]
+    names = [r.name for r in recipes if r]
+    for recipe in recipes:
+        if recipe and names.count(recipe.name) > 1:
+            what = f"the name {recipe.name!r} is given to two documents" if recipe.name else "two documents have no name"
+            text = f"{what}; give each a name of its own, the last may go without."
+            mistakes.append(Mistake(recipe.marks.get("name", recipe.marks[""]), text))
+    if mistakes:
+        raise RecipeError(mistakes, name)
+    return tuple(r for r in recipes if r)
+
+
+def _says_something(text: str) -> bool:
+    return any(line.strip() and not line.lstrip().startswith(("#", "%")) for line in text.splitlines())
+
+
+class _Reader:
+    """One document: what it says, while mistakes are collected."""
+
+    def __init__(self, mistakes: list[Mistake]):
+        self.mistakes, self.notes = mistakes, []
+
+    def wrong(self, mark: Mark, text: str) -> None:
+        self.mistakes.append(Mistake(mark, text))
+
+    def recipe(self, node: Node, text: str) -> Recipe | None:
+        if not isinstance(node.value, dict):
+            self.wrong(node.mark, f"a recipe is a mapping of keys to values, got {node.plain!r}.")
+            return None
+        for key, program in (("experts", "mergekit-moe"), ("gate_mode", "mergekit-moe"), ("genome", "mergekit-evolve")):
+            if key in node.value:
+                text = f"{key!r} makes this a recipe of {program}, which builds something else than a merge of weights"
+                self.wrong(node.keys[key], f"{text}; write merge_method and models.")
+                return None
+        fields = self.mapping(node, "a recipe", TOP)
+        marks = node.keys | {"": node.mark}
+        known = isinstance(fields.get("merge_method"), Node) and fields["merge_method"].value
+        if "merge_method" not in fields:
+            self.wrong(node.mark, f"merge_method is missing{suggest('', METHODS)}")
+        elif known not in METHODS:
+            self.wrong(fields["merge_method"].mark, f"unknown merge_method {known!r}{suggest(str(known), METHODS)}")
+        method = METHODS.get(known if isinstance(known, str) else "", METHODS["linear"])
+        self.name, self.method = known if known in METHODS else "linear", method
+        self.lenient = known not in METHODS  # parameters cannot be judged without a method
+
+        given = [k for k in ("models", "slices", "modules") if k in fields and fields[k].value]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "none of models, slices and modules is given"
+            self.wrong(node.keys[given[1]] if given else node.mark, f"{what}; a recipe has exactly one of them.")
+        modules: tuple[Module, ...] = ()
+        if given[:1] == ["models"]:
+            modules = (Module("", (self.models(fields["models"]),), {}, fields["models"].mark),)
+        elif given[:1] == ["slices"]:
+            modules = (Module("", self.slices(fields["slices"]), {}, fields["slices"].mark),)
+        elif given[:1] == ["modules"]:
+            modules = self.modules(fields["modules"])
+        for key in ("dtype", "out_dtype"):
+            self.word(fields, key, DTYPES)
+        dtype, out_dtype = ((self.text(fields, k) or "").removeprefix("torch.") or None for k in ("dtype", "out_dtype"))
+        base = self.reference(fields["base_model"]) if self.there(fields, "base_model") else None
+        template = self.text(fields, "chat_template")
+        return Recipe(
+            name=self.text(fields, "name"),
+            method_name=self.name,
+            method=method,
+            base=base,
+            modules=modules,
+            parameters=self.parameters(fields.get("parameters"), own=False),
+            dtype=dtype,
+            out_dtype=out_dtype,
+            tokenizer=self.tokenizer(fields),
+            chat_template=template,
+            own=self.own(fields),
+            text=text,
+            marks=marks,
+            notes=tuple(self.notes),
+        )
+
+    # --- models ---
+
+    def models(self, node: Node) -> Slice:
+        inputs = []
+        for entry in self.sequence(node, "models"):
+            fields = self.mapping(entry, "a model", ("model", "parameters"))
+            inputs.append(self.input(entry, fields, None))
+        return Slice(tuple(i for i in inputs if i), None, {}, node.mark)
+
+    def slices(self, node: Node) -> tuple[Slice, ...]:
+        found = []
+        for entry in self.sequence(node, "slices"):
+            fields = self.mapping(entry, "a slice", ("sources", "base_model", "residual_weight", "parameters"))
+            if "sources" not in fields:
+                self.wrong(entry.mark, "a slice needs sources, each with model and layer_range.")
+                continue
+            inputs = []
+            for source in self.sequence(fields["sources"], "sources"):
+                parts = self.mapping(source, "a source", ("model", "layer_range", "parameters"))
+                inputs.append(self.input(source, parts, self.layers(source, parts)))
+            if "residual_weight" in fields:
+                self.notes.append(Mistake(fields["residual_weight"].mark, "residual_weight has no effect, as in mergekit."))
+            base = self.reference(fields["base_model"]) if self.there(fields, "base_model") else None
+            parameters = self.parameters(fields.get("parameters"), own=False)
+            found.append(Slice(tuple(i for i in inputs if i), base, parameters, entry.mark))
+        return tuple(found)
+
+    def modules(self, node: Node) -> tuple[Module, ...]:
+        if not isinstance(node.value, dict):
+            self.wrong(node.mark, "modules is a mapping of a module's name to its slices or models.")
+            return ()
+        found = []
+        for name, entry in node.value.items():
+            fields = self.mapping(entry, f"module {name}", ("slices", "models", "parameters"))
+            given = [k for k in ("models", "slices") if k in fields and fields[k].value]
+            if len(given) != 1:
+                self.wrong(entry.mark, f"module {name} needs either models or slices.")
+                continue
+            read = {"models": lambda n: (self.models(n),), "slices": self.slices}[given[0]]
+            parameters = self.parameters(fields.get("parameters"), own=False)
+            found.append(Module(name, read(fields[given[0]]), parameters, entry.mark))
+        return tuple(found)
+
+    def input(self, node: Node, fields: dict[str, Node], layers: tuple[int, int] | None) -> Input | None:
+        if not self.there(fields, "model"):
+            if isinstance(node.value, dict):
+                self.wrong(node.mark, "model is missing: name a path, or a model on the Hub.")
+            return None
+        model = self.reference(fields["model"])
+        parameters = self.parameters(fields.get("parameters"), own=True)
+        return Input(model, layers, parameters, fields["model"].mark) if model else None
+
+    def layers(self, node: Node, fields: dict[str, Node]) -> tuple[int, int] | None:
+        if "layer_range" not in fields:
+            self.wrong(node.mark, "layer_range is missing: name the first layer and the one after the last, such as [0, 16].")
+            return (0, 0)
+        value = fields["layer_range"].plain
+        whole = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
+        if not whole or not 0 <= value[0] < value[1]:
+            text = f"layer_range must be [first, last + 1] with first < last + 1, counted from 0; got {value!r}."
+            self.wrong(fields["layer_range"].mark, text)
+            return (0, 0)
+        return value[0], value[1]
+
+    def reference(self, node: Node) -> Reference | None:
+        """mergekit's "model@revision+adapter@revision", or the same as a mapping."""
+        if isinstance(node.value, dict):
+            fields = self.mapping(node, "a model", ("model", "lora", "override_architecture"))
+            parts = {k: self.path(fields[k]) for k in ("model", "lora") if self.there(fields, k)}
+            if "model" not in parts:
+                self.wrong(node.mark, "model is missing: name a path, or a model on the Hub.")
+                return None
+            return Reference(parts["model"], parts.get("lora"))
+        if not isinstance(node.value, str) or not node.value.strip():
+            self.wrong(node.mark, f"a model is named by its path, or its name on the Hub; got {node.plain!r}.")
+            return None
+        parts = node.value.split("+")
+        if len(parts) > 2 or not all(parts):
+            self.wrong(node.mark, f"{node.value!r} is not model+adapter; merge several adapters in documents of their own.")
+            return None
+        paths = [self.path(node._replace(value=part)) for part in parts]
+        return Reference(paths[0], paths[1] if len(paths) > 1 else None)
+
+    def path(self, node: Node) -> Path:
+        if isinstance(node.value, dict):
+            fields = self.mapping(node, "a path", ("path", "revision"))
+            return Path(self.text(fields, "path") or "", self.text(fields, "revision"))
+        path, _, revision = str(node.value).partition("@")
+        if "@" in revision:
+            self.wrong(node.mark, f"{node.value!r} has two revisions; write path@revision.")
+        return Path(path, revision or None)
+
+    # --- parameters ---
+
+    def parameters(self, node: Node | None, *, own: bool) -> Settings:
+        """Parameters of the method; `own` are those beside a model."""
+        if node is None or node.value is None:
+            return {}
+        if not isinstance(node.value, dict):
+            self.wrong(node.mark, f"parameters is a mapping of names to values, got {node.plain!r}.")
+            return {}
+        found = {}
+        for name, value in node.value.items():
+            p = self.method.parameters.get(name)
+            if self.lenient:
+                continue
+            if p is None and name in PARAMETERS:
+                self.notes.append(Mistake(node.keys[name], f"{name} has no effect on {self.name}."))
+            elif p is None:
+                text = f"{self.name} has no parameter {name!r}{self.hint(name)}"
+                self.wrong(node.keys[name], text)
+            elif own and p.scope == "shared":
+                text = (
+                    f"{name} is one value for all models and has no effect beside one; write it under the slice or the recipe."
+                )
+                self.notes.append(Mistake(node.keys[name], text))
+            else:
+                found[name] = read_setting(value, name, p, self.name, self.mistakes)
+        return found
+
+    def hint(self, name: str) -> str:
+        if name == "embed_slerp":
+            return ": mergekit dropped it; write t, or weight, as a condition: {part: embeddings, value: 0.5}."
+        return suggest(name, self.method.parameters)
+
+    # --- the rest ---
+
+    def tokenizer(self, fields: dict[str, Node]) -> Tokenizer | None:
+        if self.there(fields, "tokenizer") and self.there(fields, "tokenizer_source"):
+            self.wrong(
+                fields["tokenizer"].mark, "tokenizer and tokenizer_source are given; tokenizer: {source: ...} says it all."
+            )
+        if self.there(fields, "tokenizer_source"):
+            node = fields["tokenizer_source"]
+            return Tokenizer(self.vocabulary(node), {}, None, node.mark)
+        if not self.there(fields, "tokenizer"):
+            return None
+        node = fields["tokenizer"]
+        if isinstance(node.value, str):
+            self.wrong(node.mark, f"tokenizer is a mapping: write tokenizer: {{source: {node.value}}}.")
+            return None
+        parts = self.mapping(node, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
+        tokens = {}
+        if self.there(parts, "tokens"):
+            if isinstance(parts["tokens"].value, dict):
+                tokens = {token: self.token(n, token) for token, n in parts["tokens"].value.items()}
+            else:
+                self.wrong(parts["tokens"].mark, "tokens is a mapping of a token to where its row comes from.")
+        pad = None
+        if self.there(parts, "pad_to_multiple_of"):
+            pad = parts["pad_to_multiple_of"].value
+            if type(pad) is not int or pad < 1:
+                self.wrong(
+                    parts["pad_to_multiple_of"].mark, f"pad_to_multiple_of must be a whole number of 1 or more, got {pad!r}."
+                )
+                pad = None
+        source = self.vocabulary(parts["source"]) if self.there(parts, "source") else "union"
+        return Tokenizer(source, tokens, pad, node.mark)
+
+    def vocabulary(self, node: Node) -> str | Reference:
+        return node.value if node.value in ("union", "base") else self.reference(node) or "base"
+
+    def token(self, node: Node, token: str) -> TokenSource:
+        fields = self.mapping(node, f"token {token!r}", ("source", "force"))
+        force = fields["force"].value if "force" in fields else False
+        if not isinstance(force, bool):
+            self.wrong(fields["force"].mark, f"force must be true or false, got {force!r}.")
+            force = False
+        if not self.there(fields, "source"):
+            if force:
+                self.wrong(node.mark, f"token {token!r} is forced, but has no source; name a model, or {{kind: zero}}.")
+            return TokenSource(None, force=force, given=False)
+        source = fields["source"]
+        if not isinstance(source.value, dict) or "kind" not in source.value:
+            return TokenSource(self.reference(source), force=force)
+        kind = source.value["kind"].value
+        if kind == "zero":
+            self.mapping(source, "kind: zero", ("kind",))
+            return TokenSource(None, force=force)
+        if kind != "model_token":
+            self.wrong(source.value["kind"].mark, f"unknown kind {kind!r}{suggest(str(kind), ('model_token', 'zero'))}")
+            return TokenSource(None, force=force)
+        parts = self.mapping(source, "kind: model_token", ("kind", "model", "token", "token_id"))
+        given = [k for k in ("token", "token_id") if self.there(parts, k)]
+        if len(given) != 1 or not self.there(parts, "model"):
+            self.wrong(source.mark, "kind: model_token needs a model, and either token or token_id.")
+            return TokenSource(None, force=force)
+        row = parts["token_id"].value if "token_id" in given else None
+        if row is not None and (type(row) is not int or row < 0):
+            self.wrong(parts["token_id"].mark, f"token_id must be a row from 0 on, got {row!r}.")
+            row = 0
+        return TokenSource(self.reference(parts["model"]), self.text(parts, "token"), row, force)
+
+    def own(self, fields: dict[str, Node]) -> dict[str, Any]:
+        """Our keys, with what holds where they are absent."""
+        self.word(fields, "format", ("safetensors", "orbax"))
+        self.word(fields, "layout", ("hf", *LAYOUTS))
+        self.word(fields, "integers", ("agree", "base"))
+        self.word(fields, "nonfinite", ("refuse", "allow"))
+        seed = fields["seed"].value if "seed" in fields else 0
+        if type(seed) is not int:
+            self.wrong(fields["seed"].mark, f"seed must be a whole number, got {seed!r}.")
+        found = {"seed": seed, "integers": "agree", "nonfinite": "refuse"}
+        return found | {k: fields[k].value for k in OURS if k in fields}
+
+    def mapping(self, node: Node, what: str, known: Iterable[str]) -> dict[str, Node]:
+        """The fields of a mapping, unknown ones reported."""
+        known = tuple(known)
+        if not isinstance(node.value, dict):
+            self.wrong(node.mark, f"{what} is a mapping with {', '.join(known)}; got {node.plain!r}.")
+            return {}
+        for key, mark in node.keys.items():
+            if key in known:
+                continue
+            if key in PARAMETERS and "parameters" in known:
+                self.wrong(
+                    mark, f"{key!r} stands beside {', '.join(k for k in node.keys if k in known)}; it belongs under parameters."
+                )
+            elif key in TOP and "parameters" in known:
+                self.wrong(mark, f"{key!r} is a key of the recipe, not of {what}; move it to the top level.")
+            else:
+                self.wrong(mark, f"unknown key {key!r} in {what}{suggest(key, known)}")
+        return {k: v for k, v in node.value.items() if k in known}
+
+    def sequence(self, node: Node, what: str) -> list[Node]:
+        if not isinstance(node.value, list):
+            self.wrong(node.mark, f"{what} is a list; begin each entry with a dash. Got {node.plain!r}.")
+            return []
+        if not node.value:
+            self.wrong(node.mark, f"{what} is empty; name one or more.")
+        return node.value
+
+    def there(self, fields: dict[str, Node], key: str) -> bool:
+        return key in fields and fields[key].value is not None
+
+    def text(self, fields: dict[str, Node], key: str) -> str | None:
+        if not self.there(fields, key):
+            return None
+        if not isinstance(fields[key].value, str | int | float):
+            self.wrong(fields[key].mark, f"{key} must be a word, got {fields[key].plain!r}.")
+        return str(fields[key].value)
+
+    def word(self, fields: dict[str, Node], key: str, words: tuple[str, ...]) -> None:
+        if self.there(fields, key) and str(fields[key].value).removeprefix("torch.") not in words:
+            value = fields[key].plain
+            more = "; float64 cannot be merged exactly in float32" if value == "float64" else ""
+            self.wrong(
+                fields[key].mark, f"{key} must be one of {', '.join(words)}, got {value!r}{more}{suggest(str(value), words)}"
+            )

@@ -1,0 +1,141 @@
+"""Recipes planned and carried out: document by document, everything checked before a tensor is read."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jaxmerge import checkpoint
+from jaxmerge.checkpoint import MergeReport, Source
+from jaxmerge.recipe._document import RecipePlan, plan_document
+from jaxmerge.recipe._open import Planned
+from jaxmerge.recipe._read import read
+from jaxmerge.recipe._schema import Recipe
+from jaxmerge.recipe._yaml import Mistake, RecipeError
+
+
+def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
+    """Find out what a recipe will do, and every mistake in it, before a tensor is read.
+
+    Args:
+      recipe: a file, or YAML text (anything with a line break in it).
+      options: arguments of `checkpoint.plan` that stand above the recipe's own keys: format, memory, sharding, out_dtype,
+        max_shard_bytes.
+
+    Returns:
+      A plan for each document, in the order in which they are carried out.
+
+    Raises:
+      RecipeError: all mistakes of all documents, each with its line and a remedy. FileNotFoundError: there is no such file.
+    """
+    text, name = _text(recipe)
+    mistakes: list[Mistake] = []
+    plans: list[RecipePlan] = []
+    earlier: dict[str, Source] = {}
+    for document in _in_order(read(text, name), name):
+        found, wrong = plan_document(document, earlier, options, document.name or "A merge")
+        mistakes += wrong
+        if found is not None:
+            plans.append(found)
+        if document.name is not None:
+            earlier[document.name] = Planned(document.name, *((found.headers.out, found.beside) if found else ({}, {})))
+    if mistakes:
+        raise RecipeError(mistakes, name)
+    return tuple(plans)
+
+
+def merge(
+    recipe: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    parts: str | pathlib.Path | None = None,
+    on_progress: Callable[[str, checkpoint.Progress], None] | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    **options: Any,
+) -> tuple[tuple[RecipePlan, MergeReport], ...]:
+    """Merge as a recipe says. Documents that others refer to are merged first, into folders of their own.
+
+    Args:
+      recipe: a file, or YAML text (anything with a line break in it).
+      out: the directory where the last document's result appears, when it is whole.
+      parts: where the results of other documents go, each under its name; None is `out` with ".parts" after it.
+      on_progress: called with a document's name and how far it is.
+      overwrite, resume: see `checkpoint.merge`.
+      options: see `plan`.
+
+    Returns:
+      The plan and the engine's report of each document, in order.
+
+    Raises:
+      RecipeError: as `plan`, before anything is done. Else as `checkpoint.merge`.
+    """
+    planned = plan(recipe, **options)
+    text, name = _text(recipe)
+    out = pathlib.Path(out)
+    parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
+    done: list[tuple[RecipePlan, MergeReport]] = []
+    earlier: dict[str, Source] = {}
+    for document in _in_order(read(text, name), name):
+        last = len(done) + 1 == len(planned)
+        todo, mistakes = plan_document(document, earlier, options, out.name if last else str(document.name))
+        if todo is None or mistakes:  # what an earlier document made is not what was planned
+            raise RecipeError(mistakes, name)
+        place = out if last else parts / str(document.name)
+        tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
+        report = checkpoint.merge(
+            todo.work.tx,
+            todo.work.base,
+            todo.work.models,
+            place,
+            overwrite=overwrite or not last,
+            resume=resume,
+            recipe=document.text,
+            beside=todo.beside if todo.headers.format == "safetensors" else None,
+            on_progress=tell,
+            **todo.options,
+        )
+        if "adapter_config.json" in todo.beside:
+            _as_adapter(place)
+        done.append((todo, report))
+        if document.name is not None:
+            earlier[document.name] = checkpoint.open(place)
+    return tuple(done)
+
+
+def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
+    """A recipe's text, and what messages call it."""
+    if isinstance(recipe, str) and "\n" in recipe:
+        return recipe, "recipe"
+    path = pathlib.Path(recipe)
+    return path.read_text(encoding="utf-8"), path.name
+
+
+def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
+    """Documents after those that they refer to; the one without a name last.
+
+    Raises:
+      RecipeError: documents that need each other.
+    """
+    named = {r.name: r for r in recipes if r.name is not None}
+    needs = lambda r: [named[m.model.path] for m in r.references() if m.model.path in named]
+    found: list[Recipe] = []
+    waiting = sorted(recipes, key=lambda r: r.name is None)
+    while waiting:
+        ready = [r for r in waiting if all(n in found for n in needs(r))]
+        if not ready:
+            circle = ", ".join(str(r.name) for r in waiting)
+            mark = waiting[0].marks.get("name")
+            raise RecipeError([Mistake(mark, f"these documents need each other: {circle}; one must come first.")], name)
+        found.append(ready[0])
+        waiting.remove(ready[0])
+    return found
+
+
+def _as_adapter(place: pathlib.Path) -> None:
+    """The names that PEFT looks for."""
+    old, new = "model.safetensors", "adapter_model.safetensors"
+    (place / old).rename(place / new)
+    receipt = json.loads((place / "jaxmerge.json").read_text())
+    receipt["files"] = {new if f == old else f: h for f, h in receipt["files"].items()}
+    (place / "jaxmerge.json").write_text(json.dumps(receipt, indent=1) + "\n")

@@ -1,0 +1,156 @@
+"""Adapters: in their bases, on their own, and taken out of models; against dense arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmerge import checkpoint, cli, recipe
+from jaxmerge.recipe._adapters import adapted
+from scripts.bench import mergekit_cases as cases
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    cases.write(root, cases.Size())
+    return root
+
+
+MODULES = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(4) for n in "qv"]
+
+
+def lora(folder, seed, rank=2, modules=MODULES, **config):
+    """A PEFT adapter; what it adds, dense."""
+    rng, tensors, dense = np.random.default_rng(seed), {}, {}
+    alpha = config.get("lora_alpha", 4)
+    for m in modules:
+        a, b = (rng.standard_normal(s).astype(np.float32) * 0.1 for s in ((rank, 8), (8, rank)))
+        tensors |= {f"base_model.model.{m}.lora_A.weight": a, f"base_model.model.{m}.lora_B.weight": b}
+        dense[f"{m}.weight"] = b @ a * np.float32(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    folder.mkdir()
+    save_file(tensors | config.pop("tensors", {}), folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "v_proj"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return dense
+
+
+def test_a_model_with_its_adapter(models, tmp_path):
+    one = lora(tmp_path / "one", 0)
+    two = lora(tmp_path / "two", 1, rank=3, use_rslora=True)
+    base = load_file(models / "base/model.safetensors")
+    text = f"""
+merge_method: task_arithmetic
+base_model: {models}/base
+models:
+  - model: {models}/base+{tmp_path}/one
+    parameters: {{weight: 0.5}}
+  - model: {models}/base+{tmp_path}/two
+    parameters: {{weight: 2}}
+"""
+    recipe.merge(text, tmp_path / "out")
+    out = load_file(tmp_path / "out/model.safetensors")
+    for n in base:
+        expected = base[n] + (0.5 * one[n] + 2 * two[n] if n in one else 0)
+        np.testing.assert_allclose(out[n], expected, rtol=1e-5, atol=1e-6, err_msg=n)
+    assert "base + one" in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_an_adapter_may_hold(models, tmp_path):
+    """Whole modules, kernels stored the other way round, embeddings, scales by module; blocks of rows."""
+    rng = np.random.default_rng(3)
+    norm, a, b = rng.standard_normal(8), rng.standard_normal((2, 8)), rng.standard_normal((8, 2))
+    more = {
+        "base_model.model.model.norm.weight": norm.astype(np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_A": a.astype(np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": b.astype(np.float32),
+    }
+    dense = lora(tmp_path / "x", 0, tensors=more, alpha_pattern={r"layers\.1\.self_attn\.q_proj": 8})
+    base = checkpoint.open(models / "base")
+    both = adapted(base, checkpoint.open(tmp_path / "x"))
+    np.testing.assert_array_equal(both.read("model.norm.weight"), norm.astype(np.float32))
+    expected = base.read("model.embed_tokens.weight") + (b @ a).T * 2
+    np.testing.assert_allclose(both.read("model.embed_tokens.weight"), expected, rtol=1e-5, atol=1e-6)
+    n = "model.layers.1.self_attn.q_proj.weight"
+    np.testing.assert_allclose(both.read(n), base.read(n) + 2 * dense[n], rtol=1e-5, atol=1e-6)
+    part = (slice(2, 5), slice(0, 8))
+    np.testing.assert_array_equal(both.read(n, part), both.read(n)[2:5])
+    lora(tmp_path / "turned", 0, fan_in_fan_out=True)
+    turned = adapted(base, checkpoint.open(tmp_path / "turned"))
+    np.testing.assert_allclose(turned.read(n) - base.read(n), dense[n].T, rtol=1e-4, atol=1e-6)
+    assert both.identity() != turned.identity() != base.identity()
+
+
+def test_adapters_alone_add_up_exactly(tmp_path):
+    one, two = lora(tmp_path / "one", 0), lora(tmp_path / "two", 1, rank=3, modules=MODULES[:4])
+    text = f"""
+merge_method: linear
+models:
+  - model: {tmp_path}/one
+    parameters: {{weight: [1, 2]}}
+  - model: {tmp_path}/two
+    parameters: {{weight: 3}}
+parameters: {{normalize: false}}
+"""
+    recipe.merge(text, tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == 5 and config["lora_alpha"] == 5 and config["rank_pattern"][MODULES[-1]] == 2
+    names = checkpoint.open(tmp_path / "out").leaves
+    assert (tmp_path / "out/adapter_model.safetensors").exists() and len(names) == 2 * len(MODULES)
+    zeros = {f"{m}.weight": np.zeros((8, 8), np.float32) for m in MODULES}
+    save_file(zeros, tmp_path / "zeros.safetensors")
+    both = adapted(checkpoint.open(tmp_path / "zeros.safetensors"), checkpoint.open(tmp_path / "out"))
+    for n in zeros:
+        t = int(n.split(".")[2]) / 3
+        expected = (1 + t) * one[n] + (3 * two[n] if n in two else 0)
+        np.testing.assert_allclose(both.read(n), expected, rtol=1e-5, atol=1e-6, err_msg=n)
+
+
+def test_extraction_keeps_what_it_says(models, tmp_path, capsys):
+    """Of a change of rank 2 all; of one of full rank no more is lost than the bound says, at the smallest rank that does it."""
+    lora(tmp_path / "one", 0)
+    base, low = checkpoint.open(models / "base"), None
+    low = adapted(base, checkpoint.open(tmp_path / "one"))
+    tensors, _, found = recipe.extract(low, base, rank=4)
+    assert len(tensors) == 16 and max(found.errors.values()) < 1e-5 and not found.left
+    _, _, found = recipe.extract(low, base, rank=4, error=1e-4)
+    assert set(found.ranks.values()) == {2}
+    full = checkpoint.open(models / "a")
+    _, _, found = recipe.extract(full, base, rank=8, error=0.3)
+    for n, k in found.ranks.items():
+        s = np.linalg.svd(full.read(n) - base.read(n), compute_uv=False)
+        lost = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1] / np.sum(s**2))  # of what is left from each rank on
+        np.testing.assert_allclose(found.errors[n], lost[k] if k < len(s) else 0, atol=1e-4)
+        assert found.errors[n] <= 0.3 and (k == 1 or lost[k - 1] > 0.3)
+    assert "lm_head.weight" in found.left and "model.norm.weight" in found.left
+    assert cli.main(["extract", str(models / "a"), str(models / "base"), str(tmp_path / "out"), "--rank", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "of rank 8 to 8" in printed and "left behind: lm_head.weight" in printed
+    back = adapted(base, checkpoint.open(tmp_path / "out"))
+    n = "model.layers.2.mlp.up_proj.weight"
+    np.testing.assert_allclose(back.read(n), full.read(n), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe_text", "message"),
+    [
+        ("merge_method: linear\nmodels: [{model: MODELS/a+HERE/none}, {model: MODELS/b}]\n", "there is nothing at"),
+        (
+            "merge_method: linear\nmodels: [{model: MODELS/a}, {model: HERE/one}]\n",
+            "is an adapter and not a model; .* model\\+adapter",
+        ),
+        ("merge_method: karcher\nmodels: [{model: HERE/one}, {model: HERE/one}]\n", "adapters alone merge by linear"),
+        ("merge_method: linear\nmodels: [{model: MODELS/words0+HERE/one}]\n", "does not fit .* model it was trained on"),
+        ("merge_method: linear\nmodels: [{model: MODELS/a+HERE/one+HERE/one}]\n", "is not model\\+adapter"),
+        ("merge_method: linear\nmodels: [{model: MODELS/a+HERE/dora}]\n", "is a DoRA adapter"),
+    ],
+)
+def test_mistakes_with_adapters(models, tmp_path, recipe_text, message):
+    lora(tmp_path / "one", 0)
+    lora(tmp_path / "dora", 0, use_dora=True)
+    text = recipe_text.replace("MODELS", str(models)).replace("HERE", str(tmp_path))
+    if "linear" in text:
+        text += "parameters: {weight: 1}\n"
+    with pytest.raises(recipe.RecipeError, match=message):
+        recipe.plan(text)

@@ -1,0 +1,266 @@
+"""Wrong recipes: each is refused from the headers alone, with its line, what was expected, and what to do."""
+
+import time
+
+import pytest
+
+from jaxmerge import recipe
+from scripts.bench import mergekit_cases as cases
+
+BASE = 'base_model: "@base"\n'
+A, B, AB = '  - model: "@a"\n', '  - model: "@b"\n', 'models: [{model: "@a"}, {model: "@b"}]\n'
+TIES = "merge_method: ties\n" + BASE + AB
+LINEAR = "merge_method: linear\n" + AB
+SLICE = 'slices:\n  - sources:\n      - {model: "@a", layer_range: %s}\n      - {model: "@%s", layer_range: %s}\n'
+WORDS = 'merge_method: linear\nmodels: [{model: "@words0"}, {model: "@words2"}]\nparameters: {weight: 1}\n'
+WEIGH = "parameters: {weight: 1}\n"
+
+# (recipe, where, what the message says, what it advises)
+WRONG = {
+    "misspelt method": (
+        "merge_method: dare-tiess\n" + AB,
+        "1:15",
+        "unknown merge_method 'dare-tiess'",
+        "did you mean 'dare_ties'",
+    ),
+    "hyphens": ("merge_method: dare-ties\n" + BASE + AB, "1:15", "unknown merge_method", "'dare_ties'"),
+    "no method": (AB, "1:1", "merge_method is missing", "linear"),
+    "misspelt key": (LINEAR + WEIGH + "dtpye: float16\n", "4:1", "unknown key 'dtpye'", "did you mean 'dtype'"),
+    "misspelt parameter": (TIES + "parameters: {weight: 1, densty: 0.5}\n", "4:25", "no parameter 'densty'", "'density'"),
+    "weight beside the model": (
+        'merge_method: linear\nmodels:\n  - model: "@a"\n    weight: 0.5\n',
+        "4:5",
+        "'weight' stands beside model",
+        "under parameters",
+    ),
+    "a key in the wrong place": (
+        'merge_method: linear\nmodels:\n  - model: "@a"\n    dtype: float16\n',
+        "4:5",
+        "'dtype' is a key of the recipe",
+        "top level",
+    ),
+    "no base": ("merge_method: ties\n" + AB + WEIGH, "2:", "needs what they were trained from", "name base_model"),
+    "no base of slerp": ("merge_method: slerp\n" + AB + "parameters: {t: 0.5}\n", "2:", "slerp needs base_model", "t = 0"),
+    "no weight": (LINEAR, "2:", "weight is missing for", "write it under parameters"),
+    "the base without a weight": (
+        "merge_method: linear\n" + BASE + 'models:\n  - {model: "@a", parameters: {weight: 1}}\n',
+        "2:",
+        "weight is missing for",
+        "an input of linear like any other",
+    ),
+    "two documents' worth": (
+        LINEAR + "slices: []\nmodules: {}\n" + SLICE % ("[0, 2]", "b", "[0, 2]"),
+        "",
+        "occurs twice",
+        "check",
+    ),
+    "models and slices": (LINEAR + SLICE % ("[0, 2]", "b", "[0, 2]"), "", "models and slices are given", "exactly one"),
+    "neither models nor slices": ("merge_method: linear\n", "1:1", "none of models, slices and modules", "exactly one"),
+    "layer counts": (
+        'merge_method: linear\nmodels: [{model: "@a"}, {model: "@deep"}]\n' + WEIGH,
+        "2:",
+        "has 6 layers",
+        "slices of as many layers",
+    ),
+    "layer_range out of bounds": (
+        "merge_method: linear\n" + SLICE % ("[0, 2]", "b", "[3, 5]") + WEIGH,
+        "5:",
+        "ends beyond its 4 layers",
+        "layer_range [3, 5]",
+    ),
+    "layer_range upside down": (
+        "merge_method: linear\n" + SLICE % ("[2, 0]", "b", "[0, 2]") + WEIGH,
+        "4:",
+        "first < last + 1",
+        "got [2, 0]",
+    ),
+    "slices of different lengths": (
+        "merge_method: linear\n" + SLICE % ("[0, 2]", "b", "[1, 4]") + WEIGH,
+        "3:",
+        "as many layers as each other",
+        "[1, 4]",
+    ),
+    "a slice without its base": (
+        "merge_method: ties\n" + BASE + SLICE % ("[0, 2]", "b", "[0, 2]") + WEIGH,
+        "4:",
+        "not among the sources",
+        "add it with its layer_range",
+    ),
+    "vocabularies": (WORDS, "2:", "other vocabularies: 11 rows against 8", "tokenizer: {source: union}"),
+    "another width": (
+        'merge_method: linear\nmodels: [{model: "@a"}, {model: "@words0"}]\n' + WEIGH,
+        "2:",
+        "has 1 layers",
+        "models of one depth",
+    ),
+    "a dtype that is none": (LINEAR + WEIGH + "dtype: bfloat15\n", "4:8", "dtype must be one of", "did you mean 'bfloat16'"),
+    "float64": (LINEAR + WEIGH + "dtype: float64\n", "4:8", "got 'float64'", "float32"),
+    "weights that sum to zero": (
+        'merge_method: linear\nmodels:\n  - {model: "@a", parameters: {weight: 1}}\n'
+        '  - {model: "@b", parameters: {weight: -1}}\n',
+        "",
+        "sum to 0",
+        "normalize: false",
+    ),
+    "weights that sum to zero in one layer": (
+        'merge_method: linear\nmodels:\n  - {model: "@a", parameters: {weight: [1, 0]}}\n'
+        '  - {model: "@b", parameters: {weight: [1, 0]}}\n',
+        "",
+        "layers.3",
+        "change them",
+    ),
+    "an empty gradient": (LINEAR + "parameters: {weight: []}\n", "3:22", "an empty list", "one value or more"),
+    "t outside": (
+        "merge_method: slerp\n" + BASE + 'models: [{model: "@base"}, {model: "@a"}]\nparameters: {t: [0, 1.5]}\n',
+        "4:21",
+        "between 0 and 1",
+        "got 1.5",
+    ),
+    "density outside": (
+        TIES + "parameters: {weight: 1, density: 50}\n",
+        "4:34",
+        "density of ties must be a number between 0 and 1",
+        "got 50",
+    ),
+    "a word for a number": (LINEAR + "parameters: {weight: half}\n", "3:22", "weight of linear must be a number", "got 'half'"),
+    "a number for a flag": (LINEAR + "parameters: {weight: 1, normalize: 2}\n", "3:36", "must be true or false", "got 2"),
+    "three models for slerp": (
+        "merge_method: slerp\n" + BASE + AB + "parameters: {t: 0.5}\n",
+        "3:",
+        "takes 1 model beside the base, got 2",
+        "slerp",
+    ),
+    "one model for model_stock": (
+        "merge_method: model_stock\n" + BASE + "models:\n" + A,
+        "4:",
+        "takes 2 or more models beside the base, got 1",
+        "model_stock",
+    ),
+    "two models for passthrough": ("merge_method: passthrough\n" + AB, "2:", "takes 1 model, got 2", "passthrough"),
+    "the base alone": (
+        "merge_method: ties\n" + BASE + 'models: [{model: "@base"}]\n',
+        "3:",
+        "got 0",
+        "the base alone gives the base",
+    ),
+    "a model twice": ("merge_method: linear\nmodels:\n" + A + A + WEIGH, "4:", "listed twice", "the sum of its weights"),
+    "a filter that fits nothing": (
+        LINEAR + "parameters:\n  weight:\n    - {filter: self_atn, value: 1}\n    - value: 0.5\n",
+        "5:7",
+        "'self_atn' fits no tensor",
+        "'self_attn'",
+    ),
+    "a regex that is none": (
+        LINEAR + "parameters:\n  weight:\n    - {regex: '(', value: 1}\n    - value: 0.5\n",
+        "5:15",
+        "is not a regex",
+        "(",
+    ),
+    "conditions without an end": (
+        LINEAR + "parameters:\n  weight:\n    - {filter: mlp, value: 1}\n",
+        "",
+        "no condition of weight",
+        "a value that has no filter",
+    ),
+    "a condition in the shade": (
+        LINEAR + "parameters:\n  weight:\n    - value: 1\n    - {filter: mlp, value: 0}\n",
+        "5:7",
+        "fits every tensor",
+        "put it last",
+    ),
+    "della's epsilon": (
+        "merge_method: della\n" + BASE + AB + "parameters: {weight: 1, density: 0.1, epsilon: 0.2}\n",
+        "3:",
+        "leaves the range",
+        "below 0.1",
+    ),
+    "a path that is not there": (
+        'merge_method: linear\nmodels: [{model: "@a"}, {model: "@words7"}]\n' + WEIGH,
+        "2:",
+        "there is nothing at",
+        "did you mean",
+    ),
+    "a model that is not in the cache": (
+        'merge_method: linear\nmodels: [{model: "@a"}, {model: org/model}]\n' + WEIGH,
+        "2:",
+        "is no path here",
+        "hf download org/model",
+    ),
+    "a token that is not there": (WORDS + 'tokenizer: {tokens: {dog: {source: "@words2"}}}\n', "4:", "'dog'", "words2"),
+    "a vocabulary of a model without one": (LINEAR + WEIGH + "tokenizer: {source: union}\n", "4:", "tokenizer.json", "@a"),
+    "two vocabularies": (WORDS + "tokenizer: {source: union}\ntokenizer_source: base\n", "4:", "are given", "says it all"),
+    "an unknown kind of row": (WORDS + "tokenizer: {tokens: {dog: {source: {kind: none}}}}\n", "4:", "unknown kind", "zero"),
+    "two documents of one name": (
+        "name: x\n" + LINEAR + WEIGH + "---\nname: x\n" + LINEAR + WEIGH,
+        "6:1",
+        "given to two documents",
+        "a name of its own",
+    ),
+    "documents in a circle": (
+        "name: x\nmerge_method: linear\nmodels: [{model: y}]\n"
+        + WEIGH
+        + "---\nname: y\nmerge_method: linear\nmodels: [{model: x}]\n"
+        + WEIGH,
+        "1:1",
+        "need each other",
+        "one must come first",
+    ),
+    "a recipe of another program": (
+        BASE + "gate_mode: hidden\nexperts: []\n",
+        "3:1",
+        "mergekit-moe",
+        "merge_method and models",
+    ),
+    "not YAML": ("merge_method: [linear\nmodels: x: y\n", "2:", "not YAML", "colons"),
+    "a scope with gradients": (
+        TIES + "parameters: {weight: [0, 1], density: 0.5, scope: model}\n",
+        "",
+        "one weight",
+        "scope: tensor",
+    ),
+    "embed_slerp": (
+        LINEAR + "parameters: {weight: 1, embed_slerp: true}\n",
+        "3:25",
+        "no parameter 'embed_slerp'",
+        "part: embeddings",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    cases.write(root, cases.Size())
+    return root
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_recipe_is_told_what_to_do(models, monkeypatch, tmp_path, name):
+    text, where, *parts = WRONG[name]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(recipe.RecipeError) as refused:
+        recipe.plan(text.replace("@", f"{models}/"))
+    assert time.monotonic() - began < 5
+    message = str(refused.value)
+    print(message)
+    for part in parts:
+        assert part.replace("@", f"{models}/") in message, message
+    assert f"recipe:{where}" in message if where else "recipe" in message, message
+
+
+def test_all_mistakes_in_one_message(models):
+    text = "merge_methd: ties\nmodels:\n  - model: 7\n  - modl: x\nparameters: {weight: [1, a]}\ndtype: x\n"
+    with pytest.raises(recipe.RecipeError) as refused:
+        recipe.plan(text)
+    message = str(refused.value)
+    for part in ("unknown key 'merge_methd'", "merge_method is missing", "got 7", "unknown key 'modl'", "dtype must be one of"):
+        assert part in message, message
+    assert message.startswith("the recipe has ") and len(refused.value.mistakes) >= 5
+
+
+def test_two_mistakes_of_two_models(models, tmp_path):
+    text = 'merge_method: linear\nmodels: [{model: "@x"}, {model: "@y"}]\n' + WEIGH
+    with pytest.raises(recipe.RecipeError) as refused:
+        recipe.plan(text.replace("@", f"{models}/"))
+    assert len(refused.value.mistakes) == 2
