@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.params._deferred import last
+from jaxmerge.params._deferred import entries, last
 from jaxmerge.params._names import by_name
 from jaxmerge.params._transform import Match, MergeTransform, Step, Survey, atom, chain, left
 
@@ -154,7 +154,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
 
     models = {step.models for step in steps.values()} - {None}
     needs = tuple(dict.fromkeys(need for step in steps.values() for need in step.needs))
-    survey = next((_of_label(key, step.survey) for key, step in steps.items() if step.survey is not None), None)
+    survey = next((_of_label(key, step.survey, step.lazy) for key, step in steps.items() if step.survey is not None), None)
 
     def resolve(settings, x):
         return {key: s if (found := steps[key].resolve) is None else found(s, x) for key, s in settings.items()}
@@ -174,8 +174,9 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     )
 
 
-def _of_label(key: str, survey: Survey) -> Survey:
+def _of_label(key: str, survey: Survey, lazy: bool) -> Survey:
     """A survey of the leaves of one label; of none, where no leaf has it."""
+    see = (lambda x: x) if lazy else entries
 
     def mine(settings):
         return {name: s[key] for name, s in settings.items() if key in s}
@@ -185,7 +186,7 @@ def _of_label(key: str, survey: Survey) -> Survey:
 
     def settle(settings, leaves):
         own = mine(settings)
-        return back(settings, survey.settle(own, {name: leaves[name] for name in own})) if own else settings
+        return back(settings, survey.settle(own, {name: see(leaves[name]) for name in own})) if own else settings
 
     def start(settings):
         own = mine(settings)

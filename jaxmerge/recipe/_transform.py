@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from jaxmerge.checkpoint import Source
 from jaxmerge.params import MergeTransform, partition
+from jaxmerge.params._deferred import last
 from jaxmerge.params._partition import inner_steps, models_left, settings_of
-from jaxmerge.params._transform import Step, atom
+from jaxmerge.params._transform import Step, atom, left
 from jaxmerge.recipe._methods import Method
 from jaxmerge.recipe._mosaic import Mosaic
 from jaxmerge.recipe._resolve import Row
@@ -105,14 +106,14 @@ def _uneven(tx: MergeTransform, counts: Mapping[str, int]) -> MergeTransform:
         x, plans = x[: int(k)], []
         for step, s in zip(steps, values, strict=True):
             plans.append(step.match(s, x))
-            x = step.merge(plans[-1], x)
+            x = last(left(step, plans[-1], x))
         return {k: tuple(plans)}
 
     def merge(plan, x):
         [(k, plans)] = plan.items()
         x = x[: int(k)]
         for step, p in zip(steps, plans, strict=True):
-            x = step.merge(p, x)
+            x = last(left(step, p, x))
         return x
 
     needs = tuple(dict.fromkeys(need for step in steps for need in step.needs))
