@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.params._deferred import last
+from jaxmerge.params._deferred import Entries, last
 from jaxmerge.params._names import by_name
 from jaxmerge.params._transform import Match, MergeTransform, Step, Survey, atom, chain, left
 
@@ -217,7 +217,7 @@ def models_left(steps: tuple[Step, ...]) -> int | None:
     return left[-1] if left else None
 
 
-def run(steps: tuple[Step, ...], settings: tuple[Any, ...], x: Array) -> Array:
+def run(steps: tuple[Step, ...], settings: tuple[Any, ...], x: Entries) -> Array:
     """Match and merge one leaf, step by step."""
     for step, s in zip(steps, settings, strict=True):
         x = left(step, step.match(s, x), x)

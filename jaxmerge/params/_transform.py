@@ -76,8 +76,8 @@ class Step(NamedTuple):
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
-    match: Callable[[Any, Array], Any]
-    merge: Callable[[Any, Array], Array]
+    match: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Entries]
     models: int | None = None
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
