@@ -17,7 +17,7 @@ from jax.core import Tracer
 class Deferred:
     """f(*args), a stacked leaf (K, *shape), to be computed by whoever reads it."""
 
-    def __init__(self, f: Callable[..., Array], args: tuple[Any, ...]):
+    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...]):
         self.f, self.args = f, args
 
     def tree_flatten(self):
@@ -39,7 +39,7 @@ class Deferred:
 Entries = Array | Deferred
 
 
-def defer(f: Callable[..., Array], *args: Any) -> Entries:
+def defer(f: Callable[..., Any], *args: Any) -> Entries:
     """f(*args), later; at once outside jit, where every reading would be a program of its own."""
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
     return Deferred(f, args) if traced else f(*args)

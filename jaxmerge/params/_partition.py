@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.params._deferred import entries, last
+from jaxmerge.params._deferred import Entries, entries, last
 from jaxmerge.params._names import by_name
 from jaxmerge.params._transform import Match, MergeTransform, Step, Survey, atom, chain, left
 
@@ -25,8 +25,7 @@ def partition(transforms: Mapping[str, MergeTransform], label: Callable[[str], s
       With one transform for all labels it is that transform. Each label's leaves come out as if there were no others.
 
     Raises:
-      ValueError: a label without a transform; chains that leave different numbers of models; two statistics of the whole model
-        in the step that reduces the models (merge one of them with scope="tensor").
+      ValueError: a label without a transform; chains that leave different numbers of models.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -113,26 +112,14 @@ def _reductions(steps: Iterable[Step]) -> tuple[int, ...]:
 
 
 def _columns(chains: Mapping[str, tuple[Step, ...]]) -> list[dict[str, Step]]:
-    """Steps to be done at once, at most one for each label: all reduce together, and one at a time looks at the whole model."""
+    """Steps to be done at once, at most one for each label; all labels reduce together."""
     waiting = {key: list(steps) for key, steps in chains.items()}
     left = dict.fromkeys(chains)
     columns = []
     while any(waiting.values()):
         reduces = {key: bool(w) and w[0].models is not None and w[0].models != left[key] for key, w in waiting.items()}
-        together = any(reduces.values()) and all(reduces.values())
-        column: dict[str, Step] = {}
-        for key, steps in waiting.items():
-            surveyed = any(s.survey is not None for s in column.values())
-            if not steps or reduces[key] != together or (steps[0].survey is not None and surveyed):
-                continue
-            column[key] = steps[0]
-        if together and len(column) < len(waiting):
-            raise ValueError(
-                'partition: two chains look at the whole model in the step that reduces the models; use scope="tensor" in one.'
-            )
-        for key, step in column.items():
-            waiting[key].pop(0)
-            left[key] = left[key] if step.models is None else step.models
+        column = {key: w.pop(0) for key, w in waiting.items() if w and reduces[key] == all(reduces.values())}
+        left |= {key: step.models for key, step in column.items() if step.models is not None}
         columns.append(column)
     return columns
 
@@ -154,7 +141,8 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
 
     models = {step.models for step in steps.values()} - {None}
     needs = tuple(dict.fromkeys(need for step in steps.values() for need in step.needs))
-    survey = next((_of_label(key, step.survey, step.lazy) for key, step in steps.items() if step.survey is not None), None)
+    surveys = {key: step.survey for key, step in steps.items() if step.survey is not None}
+    survey = _of_labels(surveys, {key: step.lazy for key, step in steps.items()}) if surveys else None
 
     def resolve(settings, x):
         return {key: s if (found := steps[key].resolve) is None else found(s, x) for key, s in settings.items()}
@@ -174,38 +162,50 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     )
 
 
-def _of_label(key: str, survey: Survey, lazy: bool) -> Survey:
-    """A survey of the leaves of one label; of none, where no leaf has it."""
-    see = (lambda x: x) if lazy else entries
+def _of_labels(surveys: Mapping[str, Survey], lazy: Mapping[str, bool]) -> Survey:
+    """Surveys one after the other, each of the leaves of its label; of none, where no leaf has it."""
 
-    def mine(settings):
-        return {name: s[key] for name, s in settings.items() if key in s}
+    def of(key, settings):
+        return {name: s[key] for name, s in sorted(settings.items()) if key in s}
 
-    def back(settings, found):
+    def back(key, settings, found):
         return {name: {key: found[name]} if name in found else s for name, s in settings.items()}
 
     def settle(settings, leaves):
-        own = mine(settings)
-        return back(settings, survey.settle(own, {name: see(leaves[name]) for name in own})) if own else settings
+        for key, survey in surveys.items():
+            see = (lambda x: x) if lazy[key] else entries
+            if own := of(key, settings):
+                settings = back(key, settings, survey.settle(own, {name: see(leaves[name]) for name in own}))
+        return settings
+
+    def begin(key, notes):
+        own = of(key, notes["settings"])
+        query, notes[key] = surveys[key].start(own) if own else (None, None)
+        return {key: query}, notes | {"round": 0}
 
     def start(settings):
-        own = mine(settings)
-        query, notes = survey.start(own) if own else (None, None)
-        return query, {"leaves": sorted(own), "notes": notes}
+        return begin(next(iter(surveys)), {"settings": settings})
 
     def read(query, x):
-        return jnp.zeros(1, jnp.uint32) if query is None else survey.read(query, x)
+        ((key, asked),) = query.items()
+        return jnp.zeros(1, jnp.uint32) if asked is None else surveys[key].read(asked, x)
 
     def step(query, notes, counts):
-        if query is None:
-            return query, notes
-        query, inner = survey.step(query, notes["notes"], {name: counts[name] for name in notes["leaves"]})
-        return query, notes | {"notes": inner}
+        ((key, asked),) = query.items()
+        notes = notes | {"round": notes["round"] + 1}
+        if own := of(key, notes["settings"]):
+            asked, notes[key] = surveys[key].step(asked, notes[key], {name: counts[name] for name in own})
+        following = list(surveys)[list(surveys).index(key) + 1 :]
+        done = notes["round"] == surveys[key].rounds
+        return begin(following[0], notes) if done and following else ({key: asked}, notes)
 
     def finish(notes, settings):
-        return back(settings, survey.finish(notes["notes"], mine(settings))) if notes["leaves"] else settings
+        for key, survey in surveys.items():
+            if own := of(key, settings):
+                settings = back(key, settings, survey.finish(notes[key], own))
+        return settings
 
-    return Survey(settle, survey.rounds, start, read, step, finish)
+    return Survey(settle, sum(survey.rounds for survey in surveys.values()), start, read, step, finish)
 
 
 # --- a chain inside an atom ------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def models_left(steps: tuple[Step, ...]) -> int | None:
     return left[-1] if left else None
 
 
-def run(steps: tuple[Step, ...], settings: tuple[Any, ...], x: Array) -> Array:
+def run(steps: tuple[Step, ...], settings: tuple[Any, ...], x: Entries) -> Array:
     """Match and merge one leaf, step by step."""
     for step, s in zip(steps, settings, strict=True):
         x = left(step, step.match(s, x), x)

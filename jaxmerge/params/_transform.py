@@ -83,8 +83,8 @@ class Step(NamedTuple):
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
-    match: Callable[[Any, Array], Any]
-    merge: Callable[[Any, Array], Array]
+    match: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Entries]
     models: int | None = None
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
@@ -124,8 +124,14 @@ class MergeTransform(NamedTuple):
 
 def atom(step: Step) -> MergeTransform:
     """One step as a transform. Leaves of one shape share a compilation, also outside jit."""
-    match = step.match if step.lazy else lambda settings, x: step.match(settings, entries(x))
-    return _transform((step._replace(match=jax.jit(match), merge=jax.jit(step.merge)),))
+    match, survey = step.match, step.survey
+    if not step.lazy:
+        match = lambda settings, x: step.match(settings, entries(x))
+        if survey is not None:
+            settle = survey.settle
+            all_of = lambda leaves: {name: entries(x) for name, x in leaves.items()}
+            survey = survey._replace(settle=lambda settings, leaves: settle(settings, all_of(leaves)))
+    return _transform((step._replace(match=jax.jit(match), merge=jax.jit(step.merge), survey=survey),))
 
 
 def per_leaf(
@@ -221,8 +227,7 @@ def fold(steps: tuple[Step, ...], stacked: PyTree[Entries]) -> tuple[Plan, Stack
     for step in steps:
         settings = {name: step.settings(name, leaves[name].shape) for name in ordered}
         if step.survey is not None:
-            seen = leaves if step.lazy else {name: entries(x) for name, x in leaves.items()}
-            settings = settled(step.survey.settle(settings, {name: seen[name] for name in ordered}))
+            settings = settled(step.survey.settle(settings, {name: leaves[name] for name in ordered}))
         plans = {name: settled(step.match(settings[name], leaves[name])) for name in ordered}
         leaves = {name: settled(left(step, plans[name], x)) for name, x in leaves.items()}
         plan.append(plans)

@@ -27,8 +27,9 @@ TRANSFORMS = {
     "table": params.ties(0.3, **OFFICIAL),  # trim and elect_sign look at the whole model
     "kernel": params.pcb(0.4),  # as it reduces
     "bias": params.linear([0.2, 0.3, 0.5]),
+    "second": params.pcb(0.3),  # looks at its whole model in the same step
 }
-LABEL = params.by_name({"embed": "table", "head": "table", "/w": "kernel"}, "bias")
+LABEL = params.by_name({"embed": "table", "head": "table", "0/w": "kernel", "1/w": "second"}, "bias")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,6 @@ def test_what_is_excluded():
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        ({"a": params.pcb(), "b": params.pcb(), "rest": params.linear()}, "two chains look at the whole model"),
         ({"a": params.linear(), "b": params.weigh(1.0)}, "must leave as many models"),
         ({"a": params.MergeTransform(lambda s: s, lambda p, s: s)}, "chain of this package's atoms"),
     ],

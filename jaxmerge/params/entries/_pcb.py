@@ -1,5 +1,6 @@
 """Parameter competition balancing: entries compete within their task and with the other tasks."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt32
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, chain, over, total
+from jaxmerge.params._deferred import entries
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, Survey, atom, chain, each, total
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.order import _quantile as q
 
@@ -70,9 +72,11 @@ def pcb(
         return {"size": int(np.prod(shape[1:], dtype=object)), "models": shape[0]}
 
     def order_statistics(count, leaves):
-        tails = q.kth_largest([_ordered(jnp.abs(x)) for x in leaves], tuple(count[0]), bits=32)
+        magnitudes = lambda x: each(lambda one: _ordered(jnp.abs(one)), entries(x))
+        tails = q.kth_largest(leaves, tuple(count[0]), magnitudes, bits=32)
         low, high = _value(tails).reshape(2, -1)
-        balance = q.kth_largest([_ordered(_balance(x, low, high)) for x in leaves], tuple(count[1]), bits=32)
+        balances = [_ordered(_balance(entries(x), low, high)) for x in leaves]
+        balance = q.kth_largest(balances, tuple(count[1]), bits=32)
         cut, top = _value(balance).reshape(2, -1)
         return {"low": low, "high": high, "cut": cut, "top": top}
 
@@ -80,19 +84,20 @@ def pcb(
         return order_statistics(jnp.asarray(settings["count"]), [x]) if scope == "tensor" else settings
 
     def merge(plan, x):
-        low, high, cut, top = (over(plan[k], x) for k in ("low", "high", "cut", "top"))
-        b = _balance(x, plan["low"], plan["high"])
-        # Where only one task has weight, however little, its entry is taken whole. So entries as good as at the cut count as at
-        # it: two programs may round exp and tanh differently.
-        b = jnp.where(b <= cut + 32 * jnp.finfo(jnp.float32).eps * jnp.abs(cut), cut, b)
-        spread = top - cut
-        w = (jnp.clip(b, cut, top) - cut) / jnp.where(spread == 0, 1, spread)
-        clipped = jnp.sign(x) * jnp.clip(jnp.abs(x), low, high)
-        return total(clipped * w) / jnp.maximum(total(w), 1e-12)
+        def weight(b, cut, top):
+            # Where only one task has weight, however little, its entry is taken whole. So entries as good as at the cut count
+            # as at it: two programs may round exp and tanh differently.
+            b = jnp.where(b <= cut + 32 * jnp.finfo(jnp.float32).eps * jnp.abs(cut), cut, b)
+            spread = top - cut
+            return (jnp.clip(b, cut, top) - cut) / jnp.where(spread == 0, 1, spread)
+
+        w = each(weight, _balance(x, plan["low"], plan["high"]), plan["cut"], plan["top"])
+        clipped = each(lambda x, low, high: jnp.sign(x) * jnp.clip(jnp.abs(x), low, high), x, plan["low"], plan["high"])
+        return (total(each(jnp.multiply, clipped, w))[0] / jnp.maximum(total(w)[0], 1e-12))[None]
 
     needs = (Need("order", scope),)
     if scope == "tensor":
-        return chain(atom(Step(settings, match, merge, models=1, needs=needs)), scaled(scale))
+        return chain(atom(Step(settings, match, merge, models=1, needs=needs, lazy=True)), scaled(scale))
 
     settle_leaves = jax.jit(order_statistics)
 
@@ -132,7 +137,7 @@ def pcb(
         return {name: {"low": low, "high": high, "cut": cut, "top": top} for name in settings}
 
     survey = Survey(settle, 2 * ROUNDS, start, read, step, finish)
-    return chain(atom(Step(sizes, match, merge, models=1, survey=survey, needs=needs)), scaled(scale))
+    return chain(atom(Step(sizes, match, merge, models=1, survey=survey, needs=needs, lazy=True)), scaled(scale))
 
 
 _SHIFT = np.uint32(q.DIGIT * (ROUNDS - 1))
@@ -140,9 +145,13 @@ _SHIFT = np.uint32(q.DIGIT * (ROUNDS - 1))
 
 def _balance(x: Float[Array, "K ..."], low: Float[Array, "K"], high: Float[Array, "K"]) -> Float[Array, "K ..."]:
     """exp(K a^2) tanh(x sum(x)), a in [0, 1] between the tails."""
-    spread = over(jnp.where(high == low, 1, high - low), x)
-    a = (jnp.clip(jnp.abs(x), over(low, x), over(high, x)) - over(low, x)) / spread
-    return jnp.exp(x.shape[0] * a * a) * jnp.tanh(x * total(x))
+    together = total(x)[0]
+
+    def one(x, low, high, many):
+        a = (jnp.clip(jnp.abs(x), low, high) - low) / jnp.where(high == low, 1, high - low)
+        return jnp.exp(many * a * a) * jnp.tanh(x * together)
+
+    return each(functools.partial(one, many=x.shape[0]), x, low, high)
 
 
 def _ordered(x: Float[Array, "..."]) -> UInt32[Array, "..."]:

@@ -7,7 +7,7 @@ found in the same way; so the choice does not depend on the sharding. Counts and
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def magnitude_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
 # --- the k-th largest ------------------------------------------------------------------------------------------------
 
 
-def kth_largest(leaves: list[Entries], k: Words, order: Order = lambda x: x, *, bits: int = 31) -> UInt32[Array, "_"]:
+def kth_largest(leaves: Sequence[Entries], k: Words, order: Order = lambda x: x, *, bits: int = 31) -> UInt32[Array, "_"]:
     """The k-th largest pattern (of so many bits) of each model over all the leaves; that of inf where k is 0.
 
     Args:
@@ -97,7 +97,7 @@ def sides(x: Entries, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tupl
     return fastest(together, lambda x, t: _each(lambda t: reduce(x, t), x.shape[0], t))(x, t)
 
 
-def _halve(leaves: list[Entries], k: Words, order: Order, bits: int) -> UInt32[Array, "_"]:
+def _halve(leaves: Sequence[Entries], k: Words, order: Order, bits: int) -> UInt32[Array, "_"]:
     def bit(i, t):
         candidate = t | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
         counts = [_each(lambda t, x=x: count((b := order(x)) >= over(t, b)), x.shape[0], candidate) for x in leaves]
@@ -106,7 +106,7 @@ def _halve(leaves: list[Entries], k: Words, order: Order, bits: int) -> UInt32[A
     return jnp.where((k[0] | k[1]) == 0, INF, lax.fori_loop(0, bits, bit, jnp.zeros_like(k[1])))
 
 
-def _look(leaves: list[Entries], k: Words, order: Order, bits: int) -> tuple[UInt32[Array, "_"], Words, Words]:
+def _look(leaves: Sequence[Entries], k: Words, order: Order, bits: int) -> tuple[UInt32[Array, "_"], Words, Words]:
     """With how many are above it and at least it, where k is not 0."""
     none = (k[0] | k[1]) == 0
     some = k[0], jnp.where(none, 1, k[1])
@@ -114,7 +114,7 @@ def _look(leaves: list[Entries], k: Words, order: Order, bits: int) -> tuple[UIn
     return jnp.where(none, INF, t), above, there
 
 
-def typical(leaves: list[Entries], k: Words, order: Order) -> UInt32[Array, "4 _"]:
+def typical(leaves: Sequence[Entries], k: Words, order: Order) -> UInt32[Array, "4 _"]:
     """Patterns about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
     models, size = leaves[0].shape[0], max(sum(math.prod(x.shape[1:]) for x in leaves), 1)
     # apart, or XLA keeps an array of patterns for all who ask

@@ -9,7 +9,7 @@ of them: one more pass notes the least and the greatest of each run, and the res
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def _reduce(operands: list[Array], axes: tuple[int, ...]) -> list[Array]:
 
 
 def kth_largest(
-    leaves: list[Entries],
+    leaves: Sequence[Entries],
     k: w.Words,
     order: Order,
     *,
