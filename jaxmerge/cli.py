@@ -228,8 +228,8 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
-       jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]"""
+USAGE = f"""usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]
+       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
         return 0
-    if _verbs.takes(argv):
+    if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)

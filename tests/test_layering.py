@@ -17,7 +17,7 @@ LIGHT = {"jax", "numpy", "jaxtyping", "jaxmerge"}
 ALLOWED = {
     "jaxmerge": LIGHT,
     "jaxmerge/checkpoint": LIGHT | {"orbax", "tensorstore", "etils"},
-    "jaxmerge/recipe": LIGHT | {"yaml"},
+    "jaxmerge/recipe": LIGHT | {"yaml", "etils"},
     "jaxmerge/cli.py": LIGHT | {"tyro", "rich"},
     "models": LIGHT | {"flax", "models"},
     "scripts": LIGHT | {"flax", "optax", "orbax", "rich", "tyro", "models", "scripts", "sklearn", "matplotlib", "PIL"},
