@@ -36,7 +36,7 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
       ...     print(e)
       the recipe has 2 mistakes:
         recipe:1:15: unknown merge_method 'dare-ties'; did you mean 'dare_ties'?
-        recipe:2:20: unknown key 'wieght' in a model; did you mean 'weight', under parameters?
+        recipe:2:21: unknown key 'wieght' in a model; did you mean 'weight', under parameters?
     """
     text, name = _text(recipe)
     mistakes: list[Mistake] = []
