@@ -201,8 +201,8 @@ class Inputs:
     format: Literal["orbax", "safetensors"] | None = None
     """Of the output; None: as the base (or the first model) is stored."""
     mesh: str = ""
-    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all
-    devices on fsdp. "saved": as the base was saved."""
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default:
+    all devices on fsdp. "saved": as the base was saved."""
     memory: str | None = None
     """What buffers and arrays may take, such as 2GB."""
     dtype: str | None = None
