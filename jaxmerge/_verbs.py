@@ -9,7 +9,7 @@ jaxmerge extract model base adapter/ --rank 32 --error 0.1
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 RECIPES = (".yml", ".yaml")
@@ -79,12 +79,13 @@ VERBS: dict[str, tuple[type, tuple[str, ...], int]] = {  # options, what is name
 }
 
 
-def takes(argv: Sequence[str]) -> bool:
+def takes(argv: Sequence[str], methods: Collection[str]) -> bool:
     """Whether a command line is one of these rather than `plan METHOD` or `merge METHOD`."""
-    if argv[:1] in (["inspect"], ["extract"]):
-        return True
+    if not argv or argv[0] not in VERBS:
+        return False
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
-    return bool(argv) and argv[0] in VERBS and (named.endswith(RECIPES) or pathlib.Path(named).is_file())
+    asks = argv[0] in ("inspect", "extract") or ("--help" in argv and named not in methods)
+    return asks or named.endswith(RECIPES) or pathlib.Path(named).is_file()
 
 
 def main(argv: Sequence[str]) -> int:

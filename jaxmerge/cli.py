@@ -202,8 +202,8 @@ class Inputs:
     format: Literal["orbax", "safetensors"] | None = None
     """Of the output; None: as the base (or the first model) is stored."""
     mesh: str = ""
-    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default: all
-    devices on fsdp. "saved": as the base was saved."""
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default:
+    all devices on fsdp. "saved": as the base was saved."""
     memory: str | None = None
     """What buffers and arrays may take, such as 2GB."""
     dtype: str | None = None
@@ -229,8 +229,8 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"""usage: jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT | doctor
-       jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]"""
+USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
+       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT | doctor"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv == ["doctor"]:
         _doctor()
         return 0
-    if _verbs.takes(argv):
+    if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)

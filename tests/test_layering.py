@@ -17,7 +17,7 @@ LIGHT = {"jax", "numpy", "jaxtyping", "jaxmerge"}
 ALLOWED = {
     "jaxmerge": LIGHT,
     "jaxmerge/checkpoint": LIGHT | {"orbax", "tensorstore", "etils"},
-    "jaxmerge/recipe": LIGHT | {"yaml"},
+    "jaxmerge/recipe": LIGHT | {"yaml", "etils"},
     "jaxmerge/cli.py": LIGHT | {"tyro", "rich"},
     "models": LIGHT | {"flax", "models"},
     "scripts": LIGHT | {"flax", "optax", "orbax", "rich", "tyro", "models", "scripts", "sklearn", "matplotlib", "PIL"},
@@ -121,7 +121,8 @@ SURFACE = {
         sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
         update_selective varm weigh widen window_average wudi""",
-    "jaxmerge.checkpoint": "CheckpointPlan MergeError MergeReport Progress fsdp merge plan",
+    "jaxmerge.checkpoint": """CheckpointPlan Derived Leaf MergeError MergeReport Progress Source Verified derived fsdp merge
+        open plan renamed subset verify""",
     "jaxmerge.recipe": "Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read stacks",
 }
 

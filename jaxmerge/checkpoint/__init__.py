@@ -3,6 +3,7 @@
 plan(tx, base, models)              headers only: bytes, batches, passes, every mismatch
 merge(tx, base, models, out)        refuses what plan refuses; the output appears whole or not at all
 fsdp(mesh)                          a sharding rule: split the largest dimension
+verify(out, tx)                     files, parents and a sample of the tensors against the receipt of a merge
 open(path)                          a source: one checkpoint, lazily; headers alone are read
 renamed subset derived              views of a source, which are sources again
 """
@@ -23,3 +24,4 @@ from jaxmerge.checkpoint._source import (
     renamed as renamed,
     subset as subset,
 )
+from jaxmerge.checkpoint._verify import Verified as Verified, verify as verify

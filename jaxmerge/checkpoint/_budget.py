@@ -23,7 +23,7 @@ def parse_size(value: int | str, what: str) -> int:
     return value
 
 
-def show_size(n: float) -> str:
+def show_size(n: int | float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n) < 1000:

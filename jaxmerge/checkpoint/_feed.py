@@ -50,7 +50,8 @@ def read_ahead(
     """
     if not units:
         return
-    size = max(u.size * max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units)  # type: ignore[union-attr]
+    width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
+    size = max(u.size * width[u.name] for u in units)
     free: queue.Queue = queue.Queue()
     for _ in range(min(rooms, len(units))):
         free.put([_direct.buffer(size + 2 * _direct.PAGE) for _ in inputs])
@@ -58,12 +59,12 @@ def read_ahead(
     ready: queue.Queue = queue.Queue()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
-        leaf, extent = source.leaves[unit.name], source.extent(unit.name)
-        if extent is None:
+        dtype, extent = source.leaves[unit.name].dtype, source.extent(unit.name)
+        if extent is None or dtype is None:
             return flat_range(source, unit)
-        width = leaf.dtype.itemsize  # type: ignore[union-attr]
+        width = dtype.itemsize
         data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
-        return data.view(leaf.dtype)
+        return data.view(dtype)
 
     def reading() -> None:
         with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:

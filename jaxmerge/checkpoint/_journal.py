@@ -175,13 +175,8 @@ def fingerprint(value: Any, depth: int = 12) -> Any:
             with contextlib.suppress(ValueError):  # not filled yet
                 cells.append(inner(cell.cell_contents))
         code = value.__code__
-        return [
-            value.__module__,
-            value.__qualname__,
-            digest(code.co_code.hex(), str(code.co_names)),
-            cells,
-            inner(value.__defaults__),
-        ]
+        body = digest(code.co_code.hex(), str(code.co_names))
+        return [value.__module__, value.__qualname__, body, cells, inner(value.__defaults__)]
     if isinstance(value, functools.partial):
         return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
     if isinstance(value, dict):

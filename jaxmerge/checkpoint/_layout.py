@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jaxmerge.checkpoint._budget import show_size
 from jaxmerge.checkpoint._safetensors import NAMES, header_bytes
 from jaxmerge.checkpoint._source import Extent, Leaf
 
@@ -72,7 +73,7 @@ def prepare(directory: str, planned: Layout) -> None:
                 os.posix_fallocate(fd, 0, size)
             except OSError as e:
                 if e.errno not in (22, 95):  # not on this file system
-                    raise
+                    raise OSError(e.errno, f"no room for {directory}/{file} of {show_size(size)}: {e.strerror}") from e
                 os.ftruncate(fd, size)
             os.pwrite(fd, planned.heads[file], 0)
         finally:

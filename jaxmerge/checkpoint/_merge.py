@@ -95,8 +95,8 @@ def merge(
 ) -> MergeReport:
     """Merge checkpoints into a new one, in bounded memory; no leaf is ever gathered.
 
-    Arithmetic is float32 with one cast at the end; the output has the leaves, dtypes and (Orbax) by default the shardings of the
-    base. With several processes every one of them calls this with the same arguments, and touches only its own part.
+    Arithmetic is float32 with one cast at the end; the output has the leaves, dtypes and (Orbax) by default the shardings of
+    the base. With several processes every one of them calls this with the same arguments, and touches only its own part.
 
     Args:
       tx: what to do, such as `params.ties(density=0.2)`.
@@ -120,8 +120,8 @@ def merge(
 
     Raises:
       MergeError: the plan has problems (all in one message), integer leaves differ, or values are not finite.
-      FileExistsError: `out` exists. FileNotFoundError, ValueError: an input is not a checkpoint, or is damaged. OSError: another
-      merge writes to `out`, the disk is full, a file cannot be read or written.
+      FileExistsError: `out` exists. FileNotFoundError, ValueError: an input is not a checkpoint, or is damaged. OSError:
+      another merge writes to `out`, the disk is full, a file cannot be read or written.
     """
     began = time.monotonic()
     headers = make_plan(
@@ -143,7 +143,11 @@ def merge(
     if pathlib.Path(str(out)).absolute() in [pathlib.Path(str(c.path)) for c in headers.inputs]:
         raise MergeError(f"out is one of the inputs, {out}; choose another place.")
     common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite}
-    tell = None if on_progress is None else lambda *p: on_progress(Progress(*p[:4], time.monotonic() - began, *p[4:]))
+
+    def tell(stage: int, stages: int, done: int, total: int, resumed: int = 0) -> None:
+        if on_progress is not None:
+            on_progress(Progress(stage, stages, done, total, time.monotonic() - began, resumed))
+
     if headers.format == "safetensors":
         from jaxmerge.checkpoint import _ranges
 

@@ -18,6 +18,7 @@ from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
 
 PathLike = Any
+KEYS = (jax.tree_util.DictKey, jax.tree_util.SequenceKey)
 
 
 class Orbax:
@@ -202,9 +203,7 @@ def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
         node[path[-1]] = values[name]
 
     def built(node):
-        if not isinstance(node, dict) or not all(
-            isinstance(k, tuple | jax.tree_util.DictKey | jax.tree_util.SequenceKey) for k in node
-        ):
+        if not isinstance(node, dict) or not all(isinstance(k, KEYS) for k in node):
             return node
         if node and all(isinstance(k, jax.tree_util.SequenceKey) for k in node):
             return [built(node[k]) for k in sorted(node, key=lambda k: k.idx)]

@@ -104,8 +104,8 @@ def plan(
       base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
       models: checkpoints, paths or sources; formats may be mixed.
       format: "orbax" or "safetensors"; None: as the base (or the first model) is stored.
-      sharding: where the leaves of an Orbax output go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None: as
-        the base (or the first model) was saved, if those devices exist here, else `fsdp` over all devices.
+      sharding: where the leaves of an Orbax output go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None:
+        as the base (or the first model) was saved, if those devices exist here, else `fsdp` over all devices.
       memory: bytes, or such as "2GB", that buffers and arrays may take; None: 1 GiB, and for leaves that a method must see
         whole up to half of what is free.
       dtype: cast inputs to it before anything else; arithmetic is float32 all the same.
@@ -159,7 +159,15 @@ def plan(
     if format == "safetensors":
         if sharding is not None:
             problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
-        ways = by_ranges(inputs, result, floating, steps, settings, memory, parse_size(max_shard_bytes, "max_shard_bytes"))
+        ways = by_ranges(
+            inputs=inputs,
+            out=result,
+            floating=floating,
+            steps=steps,
+            settings=settings,
+            memory=memory,
+            max_shard_bytes=parse_size(max_shard_bytes, "max_shard_bytes"),
+        )
         again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
         return CheckpointPlan(
             **common,
@@ -219,7 +227,7 @@ def _is_floating(header: Any) -> bool:
 
 
 def _mismatches(reference: Source, others: Sequence[Source], *, cast: bool) -> list[str]:
-    """Every leaf that is missing, unexpected, or of another shape or dtype; floating-point leaves may differ if they are cast."""
+    """Every leaf that is missing, unexpected, or of another shape or dtype; what is cast may differ if it is floating point."""
     problems = []
     for other in others:
         ours, theirs = reference.leaves, other.leaves

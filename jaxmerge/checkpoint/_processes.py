@@ -44,14 +44,14 @@ def summed(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return total
 
 
-def share(units: Sequence[tuple[Unit, ...]], weights: Sequence[int], rank: int, processes: int) -> tuple[tuple[Unit, ...], ...]:
-    """The units of one process, in their order: large ones to whoever has least, then runs of small ones to fill up.
+def share(groups: Sequence[tuple[Unit, ...]], weights: Sequence[int], rank: int, processes: int) -> tuple[Unit, ...]:
+    """The units of one process, in their order: large groups to whoever has least, then runs of small ones to fill up.
 
     Args:
-      units, weights: what is to be done, and how much each is.
+      groups, weights: what must stay together, and how much each is.
     """
     if processes == 1:
-        return tuple(units)
+        return tuple(unit for group in groups for unit in group)
     total, loads = sum(weights), [0] * processes
     owner: dict[int, int] = {}
     large = total // (64 * processes)
@@ -65,4 +65,4 @@ def share(units: Sequence[tuple[Unit, ...]], weights: Sequence[int], rank: int, 
                 at += 1
             owner[i] = at
             loads[at] += w
-    return tuple(u for i, u in enumerate(units) if owner[i] == rank)
+    return tuple(unit for i, group in enumerate(groups) if owner[i] == rank for unit in group)

@@ -1,7 +1,7 @@
 """What is compiled: a few programs for flat blocks of fixed sizes, whatever the shapes of the leaves.
 
-Leaves of one structure of settings share them: what differs by leaf (coefficients, thresholds, the place of a block) is a runtime
-value. A leaf that must be seen whole has a program of its own shape.
+Leaves of one structure of settings share them: what differs by leaf (coefficients, thresholds, the place of a block) is a
+runtime value. A leaf that must be seen whole has a program of its own shape.
 """
 
 import functools
@@ -130,8 +130,8 @@ def _largest(arrays: Sequence[Array]) -> list[Array]:
 
 def _mask(dtype: Any) -> int:
     """All bits but the sign's."""
-    signed = jnp.finfo(dtype).min < 0
-    return int((1 << (8 * dtype.itemsize - signed)) - 1)
+    signed = bool(jnp.finfo(dtype).min < 0)
+    return (1 << (8 * int(dtype.itemsize) - signed)) - 1
 
 
 @functools.cache

@@ -32,10 +32,11 @@ def run(
     resume: bool,
     recipe: Any,
     beside: Mapping[str, str | bytes] | None,
-    tell: Callable[..., None] | None,
+    tell: Callable[..., None],
 ) -> dict[str, Any]:
     """Merge into safetensors; fields of the report."""
-    assert headers.layout is not None
+    layout = headers.layout
+    assert layout is not None
     place = _journal.Workplace(pathlib.Path(out).absolute(), rank=jax.process_index(), overwrite=overwrite)
     keep = False
     try:
@@ -48,24 +49,26 @@ def run(
             [headers.base is not None, options, jax.process_count(), headers.layout, task.units],
             _receipt.versions(),
         )
-        lines = place.begin(identity, lambda: prepare(str(place.directory), headers.layout), resume=resume)
+        lines = place.begin(identity, lambda: prepare(str(place.directory), layout), resume=resume)
         keep = bool(lines)
         stream = Stream(task, headers.settings, _Teller(headers, tell))
         if integers == "agree":
             _check_exact(headers, stream)
         done = _recall(stream, lines)
-        surveyed = {line["survey"] for line in lines if "survey" in line}
+        surveyed = {line["survey"]: _journal.unpack(line["settings"]) for line in lines if "survey" in line}
         for i, step in enumerate(task.steps):
             if step.survey is None:
                 continue
             if i in surveyed:
+                stream.settings[i] = dict(surveyed[i])
                 stream.advance.stage += step.survey.rounds
                 continue
             stream.survey(i)
-            place.note({"survey": i, "settings": _journal.pack(stream.settings[i])})
+            surveyed[i] = dict(stream.settings[i])
+            place.note({"survey": i, "settings": _journal.pack(surveyed[i])})
             keep = True
         stream.advance.stage = headers.passes
-        resumed = sum(u.size * headers.out[u.name].dtype.itemsize for u in task.units[:done])
+        resumed = sum(u.size * task.out[u.name].itemsize for u in task.units[:done])
         stream.advance.skip(sum(_bytes(headers, u) for u in task.units[:done]))
         buffered = _write(stream, place, headers, done)
         bad: dict[str, list[int]] = {}
@@ -77,10 +80,11 @@ def run(
         if bad and nonfinite == "refuse":
             keep = False
             raise strange(bad, headers)
-        receipt = _receipt.write(headers, place.directory, stream.settings, options, recipe)
-        place.finish(
-            dict(beside or {}) | {_receipt.NAME: receipt} | ({INDEX: headers.layout.index} if headers.layout.index else {})
-        )
+        settings = [surveyed.get(i, s) for i, s in enumerate(headers.settings)]
+        stream.advance.finish()
+        receipt = _receipt.write(headers, place.directory, settings, options, recipe)
+        files = dict(beside or {}) | {_receipt.NAME: receipt}
+        place.finish(files | ({INDEX: layout.index} if layout.index else {}))
     except BaseException as e:
         place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))
         raise
@@ -91,7 +95,6 @@ def run(
 def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
     """What this process does of a merge."""
     weights = [sum(_bytes(headers, u) for u in group) for group in headers.units]
-    mine = _processes.share(headers.units, weights, jax.process_index(), jax.process_count())
     return Task(
         steps=tx.match.steps,  # type: ignore[attr-defined]
         inputs=headers.inputs,
@@ -99,7 +102,7 @@ def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
         floating=frozenset(headers.floating),
         cast=None if cast is None else jax.numpy.dtype(cast),
         out={n: leaf.dtype for n, leaf in headers.out.items() if leaf.dtype is not None},
-        units=tuple(u for group in mine for u in group),
+        units=_processes.share(headers.units, weights, jax.process_index(), jax.process_count()),
         entire=headers.entire,
         rooms=headers.rooms,
     )
@@ -108,14 +111,18 @@ def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
 class _Teller:
     """Counts bytes, and tells."""
 
-    def __init__(self, headers: CheckpointPlan, tell: Callable[..., None] | None):
+    def __init__(self, headers: CheckpointPlan, tell: Callable[..., None]):
         self.stage, self.stages, self.done, self.skipped = 1, headers.passes, 0, 0
         self.total, self._tell = (headers.bytes_read + headers.bytes_written) // jax.process_count(), tell
 
     def __call__(self, read: int, written: int) -> None:
         self.done += read + written
-        if self._tell is not None:
-            self._tell(self.stage, self.stages, self.done, max(self.total, self.done), self.skipped)
+        self._tell(self.stage, self.stages, self.done, max(self.total, self.done), self.skipped)
+
+    def finish(self) -> None:
+        """All is done, whatever was estimated."""
+        self.total = self.done
+        self(0, 0)
 
     def skip(self, n: int) -> None:
         self.done += n
@@ -135,9 +142,7 @@ def _recall(stream: Stream, lines: list[dict[str, Any]]) -> int:
     """Put back what an earlier run found; how many units it finished."""
     done = 0
     for line in lines:
-        if "survey" in line:
-            stream.settings[line["survey"]] = _journal.unpack(line["settings"])
-        else:
+        if "units" in line:
             done = line["units"]
             stream.found |= _journal.unpack(line["found"])
             stream.bad = line["bad"]

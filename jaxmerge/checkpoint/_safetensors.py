@@ -1,7 +1,8 @@
 """Reading safetensors: headers that have been checked in full, tensors by byte ranges.
 
-A file is 8 bytes (the length of the header), the header (JSON: name -> dtype, shape, where it begins and ends), then the tensors,
-row-major and little-endian, without holes. A model on the Hub is one file, or several with an index of which name is where.
+A file is 8 bytes (the length of the header), the header (JSON: name -> dtype, shape, where it begins and ends), then the
+tensors, row-major and little-endian, without holes. A model on the Hub is one file, or several with an index of which name is
+where.
 """
 
 import json
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Sharding
@@ -25,13 +26,13 @@ DTYPES: dict[str, np.dtype] = {
         "BOOL": np.bool_,
         "U8": np.uint8,
         "I8": np.int8,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3": jnp.float8_e4m3fn,
+        "F8_E5M2": jnp.float8_e5m2,
+        "F8_E8M0": jnp.float8_e8m0fnu,
         "U16": np.uint16,
         "I16": np.int16,
         "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
+        "BF16": jnp.bfloat16,
         "U32": np.uint32,
         "I32": np.int32,
         "F32": np.float32,
@@ -230,7 +231,11 @@ def header_bytes(tensors: Mapping[str, Leaf], metadata: Mapping[str, str]) -> tu
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset, begins = 0, {}
     for name, leaf in tensors.items():
-        entries[name] = {"dtype": NAMES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [offset, offset + leaf.bytes]}
+        entries[name] = {
+            "dtype": NAMES[np.dtype(leaf.dtype)],
+            "shape": list(leaf.shape),
+            "data_offsets": [offset, offset + leaf.bytes],
+        }
         begins[name] = offset
         offset += leaf.bytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -32,7 +32,7 @@ def run(
     integers: Integers,
     nonfinite: str,
     overwrite: bool,
-    tell: Callable[..., None] | None,
+    tell: Callable[..., None],
 ) -> dict[str, Any]:
     """Merge into an Orbax checkpoint; fields of the report."""
     inputs = headers.inputs
@@ -63,8 +63,7 @@ def run(
                     held = arrays
             yield batch, arrays
             done += sum(headers.reference.leaves[n].bytes for n in names) * len(inputs)
-            if tell is not None:
-                tell(stage, stages, done, stage_bytes * stages)
+            tell(stage, stages, done, stage_bytes * stages)
 
     floating = frozenset(headers.floating)
     settings = list(headers.settings)

@@ -6,7 +6,6 @@ subset(source, names)          some of the leaves
 derived(source, leaves)        leaves computed from others: vocabularies aligned, adapters added, layers stacked
 """
 
-import builtins
 import hashlib
 import json
 import math
@@ -17,6 +16,8 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Sharding
+
+from jaxmerge.checkpoint._remote import is_remote
 
 Format = Literal["orbax", "safetensors"]
 Index = tuple[slice, ...]
@@ -104,7 +105,7 @@ def open(path: Any) -> Source:
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
     path = epath.Path(path)
-    path = path if _is_remote(path) else path.absolute()
+    path = path if is_remote(path) else path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     if path.is_dir():
@@ -183,7 +184,8 @@ class _View:
     """Leaves of one source under names of their own, and computed ones."""
 
     def __init__(self, source: Source, leaves: dict, where: dict[str, tuple[Source, str]], computed: dict[str, Derived]):
-        self.name, self.path, self.format, self.metadata = source.name, source.path, source.format, source.metadata
+        self.name, self.path, self.metadata = source.name, source.path, source.metadata
+        self.format: Format = source.format
         self.leaves, self._source, self._where, self._computed = leaves, source, where, computed
         others = (f for d in computed.values() for s, _ in d.inputs for f in s.files)
         self.files = tuple(dict.fromkeys((*source.files, *others)))
@@ -232,7 +234,7 @@ class _View:
 def place(leaves: Mapping[str, Leaf], shardings: Mapping[str, Sharding], read: Callable[[str, Index], np.ndarray]) -> dict:
     """Leaves on their shardings, block by block of what this process holds."""
     return {
-        n: jax.make_array_from_callback(leaf.shape, shardings[n], lambda index, n=n: read(n, index))
+        n: jax.make_array_from_callback(leaf.shape, shardings[n], lambda index, n=n: read(n, index or ()))
         for n, leaf in leaves.items()
     }
 
@@ -240,7 +242,3 @@ def place(leaves: Mapping[str, Leaf], shardings: Mapping[str, Sharding], read: C
 def digest(*parts: Any) -> str:
     """A digest of what can be written as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path) or builtins.str(path).startswith("gs:/")

@@ -1,8 +1,8 @@
 """The executor of merges that end in files: by ranges of bytes, in bounded memory, reading, computing and writing at once.
 
-A leaf whose entries are merged one by one streams through in blocks. One whose threshold must be found first is held while numpy
-finds it, or, where it does not fit, read again. One that a method must see whole (norms, rows, singular vectors) is held, and
-counts against the memory. Every process has units of its own; only counts travel.
+A leaf whose entries are merged one by one streams through in blocks. One whose threshold must be found first is held while
+numpy finds it, or, where it does not fit, read again. One that a method must see whole (norms, rows, singular vectors) is held,
+and counts against the memory. Every process has units of its own; only counts travel.
 """
 
 import functools
@@ -70,7 +70,7 @@ class Stream:
         units = [u for u in task.units if u.name in task.floating]
         for _ in range(survey.rounds):
             counts: dict[str, np.ndarray] = {}
-            for unit, arrays in self._units(units, i):
+            for unit, arrays in self.units(units, i):
                 found = self._counts(i, survey, query, unit, arrays)
                 counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
                 self.advance(sum(a.nbytes for a in arrays), 0)
@@ -102,15 +102,16 @@ class Stream:
     # --- the merge ---
 
     def merge(self, sink: WriteBehind, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
-        """Write every unit from the `done`-th on; `mark(n)`, when n units are handed over, says what to do once they are safe."""
+        """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
         task = self.task
-        for n, (unit, arrays) in enumerate(self._units(task.units[done:], len(task.steps)), done):
+        for n, (unit, arrays) in enumerate(self.units(task.units[done:], len(task.steps)), done):
             if unit.name not in task.floating:
-                sink.write(where[unit.name].file, where[unit.name].offset + unit.start * arrays[0].itemsize, _raw(arrays[0]))
+                at = where[unit.name].offset + unit.start * arrays[0].itemsize
+                sink.write(where[unit.name].file, at, _raw(arrays[0]))
                 self.advance(arrays[0].nbytes, arrays[0].nbytes)
             else:
                 width = task.out[unit.name].itemsize
-                for start, block in self._merged(unit, arrays):
+                for start, block in self.merged(unit, arrays):
                     at = where[unit.name].offset + (unit.start + start) * width
                     sink.write(where[unit.name].file, at, _raw(block))
                 self.advance(sum(a.nbytes for a in arrays), unit.size * width)
@@ -118,7 +119,7 @@ class Stream:
             if note is not None:
                 sink.mark(note)
 
-    def _merged(self, unit: Unit, arrays: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    def merged(self, unit: Unit, arrays: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""
         task, name = self.task, unit.name
         run = programs.merger(task.steps, task.has_base, task.cast, task.out[name])
@@ -149,10 +150,8 @@ class Stream:
 
     def _waits(self, name: str, before: int) -> bool:
         """Whether a step before this one must find something out about the leaf first."""
-        return any(
-            step.resolve is not None and is_open(s.get(name))
-            for step, s in zip(self.task.steps[:before], self.settings, strict=False)
-        )
+        steps = zip(self.task.steps[:before], self.settings, strict=False)
+        return any(step.resolve is not None and is_open(s.get(name)) for step, s in steps)
 
     def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
@@ -186,6 +185,7 @@ class Stream:
             return
         parts = list(split(unit, programs.SIZES[0]))
         for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2):
+            self.advance(sum(a.nbytes for a in held), 0)
             for start, bits in self._magnitudes(i, settings, part, held):
                 yield part.start + start, bits
 
@@ -197,7 +197,7 @@ class Stream:
 
     # --- units ---
 
-    def _units(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+    def units(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
         """Units with their arrays, read ahead; a leaf in parts whose thresholds are open is looked through before its first."""
         run: list[Unit] = []
         for unit in units:

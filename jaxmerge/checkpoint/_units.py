@@ -27,6 +27,7 @@ class Ways(NamedTuple):
 
 
 def by_ranges(
+    *,
     inputs: Sequence[Source],
     out: Mapping[str, Leaf],
     floating: Sequence[str],

@@ -221,7 +221,8 @@ def find(source: Source, layout: str) -> list[Found]:
 def layout_of(source: Source) -> str:
     """The layout that a source is in: "hf" where no other fits every one of its names. State of an optimiser does not count."""
     names = [n for n in source.leaves if not STATE.match(n)]
-    fits = [layout for layout in LAYOUTS if names and {f.leaf for f in find(source, layout)} >= set(names)]
+    known = lambda layout, name: any(pattern.fullmatch(bare(name)) for pattern, *_ in _patterns(layout))
+    fits = [layout for layout in LAYOUTS if names and all(known(layout, n) for n in names)]
     if any(f.startswith("maxtext") for f in fits):  # of the same names: Llama's, without norms and biases, is turned otherwise
         plain = not any(re.search(r"self_attention/(?:(?:query|key)_norm|\w+/bias)", n) for n in names)
         fits = [f for f in fits if ("llama" in f) == plain]

@@ -49,7 +49,8 @@ class Place(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 16)
 def place(name: str) -> Place:
-    """
+    """Where a tensor belongs.
+
     Example:
       >>> place("model.layers.12.mlp.up_proj.weight")
       Place(stack='model.layers.', layer=12, rest='.mlp.up_proj.weight', part='layers')
@@ -69,7 +70,13 @@ def vocabulary_axis(name: str) -> int | None:
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
-    """{stack: number of layers}, in the order of the names."""
+    """{stack: number of layers}, in the order of the names.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> jm.recipe.stacks(["model.embed.weight", "model.layers.0.up.weight", "model.layers.11.up.weight"])
+      {'model.layers.': 12}
+    """
     found: dict[str, int] = {}
     for name in names:
         at = place(name)

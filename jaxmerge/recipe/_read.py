@@ -8,7 +8,7 @@ from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
-from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, suggest
+from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
 
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite")
@@ -23,6 +23,12 @@ def read(text: str, name: str = "recipe") -> tuple[Recipe, ...]:
 
     Raises:
       RecipeError: all that is wrong with them, in one message.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> [recipe] = jm.recipe.read("merge_method: linear\\nmodels: [{model: a}, {model: org/b@v2}]\\n")
+      >>> [str(model) for model in recipe.references()]
+      ['a', 'org/b@v2']
     """
     mistakes: list[Mistake] = []
     nodes = list(documents(text, name))
@@ -321,12 +327,14 @@ class _Reader:
         for key, mark in node.keys.items():
             if key in known:
                 continue
-            if key in PARAMETERS and "parameters" in known:
-                self.wrong(
-                    mark, f"{key!r} stands beside {', '.join(k for k in node.keys if k in known)}; it belongs under parameters."
-                )
+            meant = nearest(key, PARAMETERS) if "parameters" in known and not nearest(key, known) else None
+            if key in PARAMETERS and meant:
+                beside = ", ".join(k for k in node.keys if k in known)
+                self.wrong(mark, f"{key!r} stands beside {beside}; it belongs under parameters.")
             elif key in TOP and "parameters" in known:
                 self.wrong(mark, f"{key!r} is a key of the recipe, not of {what}; move it to the top level.")
+            elif meant:
+                self.wrong(mark, f"unknown key {key!r} in {what}; did you mean {meant!r}, under parameters?")
             else:
                 self.wrong(mark, f"unknown key {key!r} in {what}{suggest(key, known)}")
         return {k: v for k, v in node.value.items() if k in known}

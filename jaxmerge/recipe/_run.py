@@ -27,6 +27,16 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
 
     Raises:
       RecipeError: all mistakes of all documents, each with its line and a remedy. FileNotFoundError: there is no such file.
+
+    Example:
+      >>> import jaxmerge as jm
+      >>> try:
+      ...     jm.recipe.plan("merge_method: dare-ties\\nmodels: [{model: a, wieght: 1}]\\n")
+      ... except jm.recipe.RecipeError as e:
+      ...     print(e)
+      the recipe has 2 mistakes:
+        recipe:1:15: unknown merge_method 'dare-ties'; did you mean 'dare_ties'?
+        recipe:2:21: unknown key 'wieght' in a model; did you mean 'weight', under parameters?
     """
     text, name = _text(recipe)
     mistakes: list[Mistake] = []

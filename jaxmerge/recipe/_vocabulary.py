@@ -28,6 +28,7 @@ class Vocabulary(NamedTuple):
       models: each model's tokenizer.
       sources: rows by decree: {token: (model, row) or None for zeros}.
       force: of these, those that hold for models too that have a row of their own.
+      known: alignments that have been worked out.
     """
 
     tokens: Tokens
@@ -35,9 +36,16 @@ class Vocabulary(NamedTuple):
     models: dict[Reference, Tokens]
     sources: dict[str, tuple[Reference, int] | None]
     force: tuple[str, ...]
+    known: dict[Any, Alignment]
 
     def alignment(self, models: Sequence[Reference], base: Reference | None) -> Alignment:
         """Where each row of the output comes from, in each of these models."""
+        key = (tuple(models), base)
+        if key not in self.known:
+            self.known[key] = self._align(models, base)
+        return self.known[key]
+
+    def _align(self, models: Sequence[Reference], base: Reference | None) -> Alignment:
         ids = self.tokens.rows
         holes = set(range(max(ids.values(), default=-1) + 1)) - set(ids.values())
         ids = ids | {f"\0row {i}": i for i in holes}  # rows without a token are nobody's
@@ -103,7 +111,7 @@ def vocabulary(recipe: Recipe, sources: Mapping[Reference, Source]) -> tuple[Voc
             decrees[token] = row
     forced = tuple(t for t, s in wanted.tokens.items() if s.force and t in decrees)
     size, pad = max(tokens.rows.values(), default=-1) + 1, wanted.pad_to_multiple_of or 1
-    return Vocabulary(tokens, -(-size // pad) * pad, found, decrees, forced), mistakes, notes
+    return Vocabulary(tokens, -(-size // pad) * pad, found, decrees, forced, {}), mistakes, notes
 
 
 def _row(token: str, source: TokenSource, found: Mapping[Reference, Tokens]) -> tuple[Reference, int] | str | None:

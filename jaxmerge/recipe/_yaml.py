@@ -99,8 +99,14 @@ def _node(loader: Any, node: Any) -> Node:
     return Node({key.value: _node(loader, value) for key, value in node.value}, mark, keys)
 
 
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The word that was meant, if one is near enough."""
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), sorted(words), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """ "; did you mean 'density'?", or what there is to choose from."""
     words = sorted(words)
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), words, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(words)}."
+    near = nearest(word, words)
+    return f"; did you mean {near!r}?" if near else f"; there are: {', '.join(words)}."

@@ -3,9 +3,10 @@
     python -m scripts.bench.engine build --root runs/bench --sizes 0.13 0.5 2
     python -m scripts.bench.engine run   --root runs/bench --size 0.5 --methods linear ties [--mergekit PYTHON] [--warm]
 
-Models are Llama-shaped, bfloat16, random: a base and three experts (base + N(0, 0.002^2)). Every run is a process of its own; what
-it takes is what the operating system says: wall, processor seconds (its own and the system's for it), the peak of its anonymous
-and file-backed memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before each run.
+Models are Llama-shaped, bfloat16, random: a base and three experts (base + N(0, 0.002^2)). Every run is a process of its own;
+what it takes is what the operating system says: wall, processor seconds (its own and the system's for it), the peak of its
+anonymous and file-backed memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before
+each run.
 """
 
 import dataclasses
@@ -87,7 +88,8 @@ def build(root: pathlib.Path, size: float) -> None:
         directory = root / str(size) / name
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config))
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for n, shape in tensors.items():
             bytes_ = 2 * int(np.prod(shape))
             header[n] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + bytes_]}

@@ -98,7 +98,12 @@ def test_first_over_rows_and_columns(monkeypatch):
     """The cut of a leaf with more elements than one word can index, on a small leaf that is split the same way."""
     chosen = np.random.default_rng(0).random((2, 12, 10)) < 0.5
     whole = q.coordinates
-    split = lambda shape, origin=q.ORIGIN: (12, 10, jnp.arange(12, dtype=jnp.uint32)[:, None], jnp.arange(10, dtype=jnp.uint32)[None])
+    split = lambda shape, origin=q.ORIGIN: (
+        12,
+        10,
+        jnp.arange(12, dtype=jnp.uint32)[:, None],
+        jnp.arange(10, dtype=jnp.uint32)[None],
+    )
     for coordinates in (whole, split):
         monkeypatch.setattr(q, "coordinates", coordinates)
         for quota in (0, 1, 23, 1000):

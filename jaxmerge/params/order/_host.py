@@ -37,7 +37,7 @@ class Patterns(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of every cut (n K): the pattern, how many are above it and at it, and the flat index before which those at it are kept."""
+    """Of every cut (n K): the pattern, how many are above and at it, and the flat index before which those at it are kept."""
 
     pattern: np.ndarray
     above: np.ndarray

@@ -146,9 +146,7 @@ def _each(f: Callable, models: int, *arrays: Array):
     return parts[0] if n == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
 
-def coordinates(
-    shape: tuple[int, ...], origin: Array | np.ndarray = ORIGIN
-) -> tuple[int, int, Array | np.ndarray, Array | np.ndarray]:
+def coordinates(shape: tuple[int, ...], origin: Array | np.ndarray = ORIGIN) -> tuple[int, int, Array, Array]:
     """The flat index as two 32-bit numbers that order as it does: how many rows and columns; each element's row and column.
 
     A block within one row of a leaf counts from `origin`, the row and column of its first entry.
@@ -164,7 +162,7 @@ def coordinates(
         return stride, index
 
     (rows, row), (columns, column) = flat(range(split)), flat(range(split, len(shape)))
-    return rows, columns, row + origin[0], column + origin[1]
+    return rows, columns, row + jnp.asarray(origin[0]), column + jnp.asarray(origin[1])
 
 
 def position(shape: tuple[int, ...], flat: int | np.ndarray) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""Is a checkpoint what its receipt says? Files and inputs by their hashes, a sample of the tensors by computing them again."""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmerge.checkpoint import _journal, _receipt
+from jaxmerge.checkpoint._feed import Unit, flat_range
+from jaxmerge.checkpoint._plan import MergeError, plan
+from jaxmerge.checkpoint._ranges import make_task
+from jaxmerge.checkpoint._source import open as open_source
+from jaxmerge.checkpoint._stream import Stream
+from jaxmerge.params._transform import MergeTransform
+
+
+class Verified(NamedTuple):
+    """What was found.
+
+    Attributes:
+      leaves: those of which a part was computed again, and came out bit for bit.
+      problems: what is not as the receipt says; empty if all is.
+      notes: what may explain a difference: other versions, inputs without a hash.
+    """
+
+    leaves: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def verify(
+    out: Any,
+    tx: MergeTransform,
+    *,
+    base: Any = None,
+    models: Sequence[Any] | None = None,
+    leaves: int = 8,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> Verified:
+    """Compare a merged safetensors checkpoint with its receipt, and compute a sample of it again from the parents.
+
+    Args:
+      out: the directory of the merge.
+      tx: the transform that made it.
+      base, models: the parents, where they have moved or were views; None: as the receipt names them.
+      leaves: of how many leaves, drawn at random, a part is computed again.
+      seed: another seed, another sample.
+      memory: see `plan`.
+
+    Raises:
+      FileNotFoundError: no receipt, or a parent that is not there. MergeError: the parents do not fit together.
+    """
+    receipt, result = _receipt.read(out), open_source(out)
+    if base is None and receipt["base"] is not None:
+        base = receipt["base"]["path"]
+    models = [m["path"] for m in receipt["models"]] if models is None else models
+    headers = plan(tx, base, models, format="safetensors", dtype=receipt["options"]["dtype"], memory=memory)
+    headers.check()
+    problems, notes = [], []
+    for file, was in receipt["files"].items():
+        if _receipt.sample_hash(result.path / file) != was:
+            problems.append(f"{file} is not the file that was written")
+    said = ([receipt["base"]] if receipt["base"] else []) + receipt["models"]
+    if len(said) != len(headers.inputs):
+        raise MergeError(f"the receipt names {len(said)} parents, {len(headers.inputs)} are given.")
+    for was, source in zip(said, headers.inputs, strict=True):
+        if sorted(was["files"].values()) != sorted(_receipt.describe(source)["files"].values()):
+            problems.append(f"{source.name} is not the checkpoint that was merged")
+    if _receipt.versions() != receipt["versions"]:
+        notes.append(f"merged with {receipt['versions']}, verified with {_receipt.versions()}: rounding may differ")
+    wrong, missing = [], sorted(headers.out.keys() ^ result.leaves.keys())
+    if missing:
+        problems.append(f"leaves that only the output or only its parents have: {', '.join(missing[:5])}")
+    checked = []
+    settings = list(headers.settings)
+    for i, (step, said) in enumerate(zip(tx.match.steps, receipt["settings"], strict=True)):  # type: ignore[attr-defined]
+        if step.survey is not None:  # a statistic of the whole model is believed, or all of it would have to be read
+            settings[i] = _journal.unpack(said)
+        elif _journal.pack(settings[i]) != said:
+            problems.append(f"step {i} of the transform has other coefficients than the receipt")
+    task = make_task(tx, headers, receipt["options"]["dtype"])
+    names = sorted(n for n in headers.floating if n in result.leaves)
+    chosen = set(random.Random(seed).sample(names, min(leaves, len(names))))
+    task = task._replace(out={n: leaf.dtype for n, leaf in result.leaves.items()}, units=_one_each(task.units, chosen, seed))
+    stream = Stream(task, settings, lambda read, written: None)
+    for unit, arrays in stream.units(task.units, len(task.steps)):
+        there = flat_range(result, unit)
+        again = np.concatenate([block for _, block in stream.merged(unit, arrays)])
+        differ = np.flatnonzero(again.view(f"u{again.itemsize}") != there.view(f"u{there.itemsize}"))
+        if differ.size:
+            at = unit.start + int(differ[0])
+            wrong.append(f"{unit.name}: {differ.size} of {unit.size} entries differ, the first at flat index {at}")
+        else:
+            checked.append(unit.name)
+    stream.reader.close()
+    return Verified(tuple(sorted(checked)), (*problems, *wrong), tuple(notes))
+
+
+def _one_each(units: Sequence[Unit], names: set[str], seed: int) -> tuple[Unit, ...]:
+    """One unit of each leaf, at random."""
+    drawn: dict[str, list[Unit]] = {}
+    for unit in units:
+        if unit.name in names:
+            drawn.setdefault(unit.name, []).append(unit)
+    draw = random.Random(seed)
+    return tuple(draw.choice(mine) for mine in drawn.values())

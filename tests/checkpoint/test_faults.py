@@ -1,0 +1,233 @@
+"""Whatever happens to a merge: the output is whole or not there, what was there stays, and the same command goes on."""
+
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint import _direct, _journal
+from tests.checkpoint.conftest import save
+
+# Merges in forked children: each is killed at its k-th event, looked at, and run again to the end. An event is a range written
+# (before it, and after half of it), a line of the journal (before, after), a step of making the output appear, a unit done.
+KILLS = """
+import json, os, pathlib, random, shutil, signal, sys, warnings
+warnings.simplefilter("ignore")
+from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint import _direct, _journal, _merge, _programs, _ranges
+import numpy as np
+root, out, count, seed = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+_programs.SIZES = (1 << 13, 1 << 12)
+_ranges.CHECKPOINT = 1 << 15
+tx = {"ties": params.ties(0.3), "dare": params.dare_linear(0.5, seed=1)}[sys.argv[5]]
+happened, last = 0, 1 << 60
+
+def event(*_):
+    global happened
+    happened += 1
+    if happened == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def around(module, name):
+    f = getattr(module, name)
+    def g(*a, **k):
+        event(); value = f(*a, **k); event()
+        return value
+    setattr(module, name, g)
+
+def torn(self, data, offset):
+    event(); half = data.size // 2
+    write(self, data[:half], offset); event(); write(self, data[half:], offset + half)
+
+write = _direct.Writer.write
+_direct.Writer.write = torn
+around(_journal.Workplace, "note"); around(_journal, "sync"); around(pathlib.Path, "rename"); around(_ranges, "prepare")
+
+def run(kill):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        global last
+        last = kill
+        report = checkpoint.merge(tx, root / "base", [root / n for n in "abc"], out, memory=300_000, overwrite=True,
+                                  on_progress=event)
+        os.write(write, json.dumps([happened, report.resumed]).encode())
+        os._exit(0)
+    os.close(write)
+    status = os.waitpid(pid, 0)[1]
+    text = os.read(read, 1 << 16)
+    os.close(read)
+    return status, json.loads(text) if text else None
+
+status, (events, resumed) = run(1 << 60)
+assert status == 0 and resumed == 0
+names = sorted(p.name for p in out.iterdir())
+want = {n: (out / n).read_bytes() for n in names}
+rng, resumes = random.Random(seed), 0
+for trial in range(count):
+    kept = trial % 2 == 0
+    if not kept:
+        shutil.rmtree(out)
+    status, _ = run(rng.randint(1, events))
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        replaced = out.parent / (out.name + ".replaced")
+        there = out if out.exists() else replaced if replaced.exists() else None
+        finished = not (out.parent / (out.name + ".merging")).exists()  # killed when all was done
+        assert there is not None if kept else there is None or finished
+        if there is not None:
+            assert {n: (there / n).read_bytes() for n in names} == want, "what was there has changed"
+    status, (_, resumed) = run(1 << 60)
+    assert status == 0
+    resumes += resumed > 0
+    assert sorted(p.name for p in out.parent.iterdir()) == [out.name], sorted(out.parent.iterdir())
+    assert {n: (out / n).read_bytes() for n in names} == want, "not the bytes of an undisturbed merge"
+print(json.dumps([events, resumes]))
+"""
+
+
+def kills(models, tmp_path, count, method):
+    root = models[0]["base"].parent
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    (tmp_path / "place").mkdir()
+    command = [sys.executable, "-c", KILLS, str(root), str(tmp_path / "place/out"), str(count), "7", method]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events, resumed = (int(v) for v in done.stdout.strip().strip("[]").split(","))
+    assert events > 40
+    return resumed
+
+
+def test_killed_at_random_moments(models, tmp_path):
+    assert kills(models, tmp_path, 4, "dare") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dare", "ties"])
+def test_killed_at_fifty_random_moments(models, tmp_path, method):
+    assert kills(models, tmp_path, 50, method) >= 15
+
+
+def merge(models, out, **kwargs):
+    paths, _ = models
+    return checkpoint.merge(params.linear(), paths["base"], [paths["a"], paths["b"]], out, **kwargs)
+
+
+def test_another_merge_at_the_same_place(models, tmp_path):
+    place = _journal.Workplace(tmp_path / "out", rank=0, overwrite=False)
+    with pytest.raises(OSError, match=rf"another merge \(process {os.getpid()}\) is writing .*out; wait for it"):
+        merge(models, tmp_path / "out")
+    assert place.directory.exists()
+    place.leave(keep=True)
+    merge(models, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_there_stays(models, tmp_path):
+    out = tmp_path / "out"
+    merge(models, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        merge(models, out)
+    hurt = {n: v.copy() for n, v in models[1]["a"].items()}
+    hurt["big"][0, 0] = np.nan
+    broken = save(tmp_path / "broken", hurt)
+    with pytest.raises(checkpoint.MergeError, match="not finite"):
+        checkpoint.merge(params.linear(), models[0]["base"], [broken], out, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "out"]
+
+
+def test_a_full_disk(models, tmp_path):
+    """A limit on file size stands in for it: the room is taken before anything is computed."""
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"no room for .*model\.safetensors"):
+            merge(models, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_permission(models, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"out\.merging"):
+        merge(models, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_in_the_middle(models, tmp_path, monkeypatch):
+    """One error, the output is not there; the same command goes on when the disk is well again."""
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+    write, left = _direct.Writer.write, [3]
+
+    def failing(self, data, offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(5, "Input/output error")
+        write(self, data, offset)
+
+    monkeypatch.setattr(_direct.Writer, "write", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge(models, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.merging"]
+    monkeypatch.setattr(_direct.Writer, "write", write)
+    assert merge(models, tmp_path / "out").resumed > 0
+    merge(models, tmp_path / "undisturbed")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "undisturbed/model.safetensors").read_bytes()
+
+
+def test_an_input_that_is_cut_while_it_is_read(models, tmp_path, monkeypatch):
+    path = save(tmp_path / "short", models[1]["a"]) / "model.safetensors"
+    prepare = _direct.Reader.__init__
+
+    def cut(self):
+        prepare(self)
+        os.truncate(path, path.stat().st_size - 1000)
+
+    monkeypatch.setattr(_direct.Reader, "__init__", cut)
+    with pytest.raises(OSError, match="cut short: asked for"):
+        checkpoint.merge(params.linear(), models[0]["base"], [path], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["short"]
+
+
+def test_another_merge_does_not_go_on_from_this_one(models, tmp_path, monkeypatch):
+    """What was left by other inputs, coefficients or options is not taken over; a torn line of the journal is not either."""
+    paths, _ = models
+    merge(models, tmp_path / "want")
+    for left in ([paths["a"], paths["c"]], [paths["a"], paths["b"]]):
+        with monkeypatch.context() as m:
+            m.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+            m.setattr(_journal.Workplace, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.merge(params.linear(), paths["base"], left, tmp_path / "out", overwrite=True)
+        journal = tmp_path / "out.merging/journal-0.jsonl"
+        assert len(journal.read_text().splitlines()) > 3
+        journal.write_text(journal.read_text() + '{"units": 999, "fo')
+        report = merge(models, tmp_path / "out", overwrite=True)
+        assert (report.resumed > 0) == (left[1] == paths["b"])
+        assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
+
+
+def test_without_direct_io(models, tmp_path, monkeypatch):
+    """Where it is refused (tmpfs, some network file systems) files go through the page cache, and it is said."""
+    merge(models, tmp_path / "want")
+    monkeypatch.setattr(_direct, "_open", lambda file, mode: (os.open(file, mode), False))
+    report = merge(models, tmp_path / "out")
+    assert (
+        len(report.buffered) == 4
+        and (tmp_path / "want/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    )
