@@ -24,11 +24,8 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 def device_refusals(kind: str) -> list[str]:
     """Why these kernels cannot run on a kind of device: wgmma is Hopper's alone."""
-    return (
-        []
-        if any(name in kind.split() or name in kind.split("-") for name in HOPPER)
-        else [f"{kind or 'an unnamed device'} is no Hopper"]
-    )
+    words = kind.replace("-", " ").split()
+    return [] if any(name in words for name in HOPPER) else [f"{kind or 'an unnamed device'} is no Hopper"]
 
 
 def row_refusals(x: Any) -> list[str]:

@@ -163,7 +163,7 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
                 plgpu.barrier_arrive(free.at[slot((i - low) * steps + steps - 1)])
                 for g in range(groups):
                     cut = slice(g * slots, (g + 1) * slots)
-                    spread = lambda v: lax.broadcast_in_dim(v[cut], (TILE, slots), (1,))
+                    spread = lambda v, cut=cut: lax.broadcast_in_dim(v[cut], (TILE, slots), (1,))
                     s = score[:, cut] * spread(scale)
                     if add is not None:
                         s = s + spread(add)
@@ -203,7 +203,7 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
                         step = (i - low) * steps + q * chunks + c
 
                         @pl.when(step >= stages)
-                        def _():
+                        def _(step=step):
                             plgpu.barrier_wait(free.at[slot(step)])
 
                         plgpu.copy_gmem_to_smem(

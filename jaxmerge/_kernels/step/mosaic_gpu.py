@@ -1,18 +1,23 @@
 """`step` in one launch on Hopper: similarities by wgmma, ranks by counting, chains of what joins, and one pass over x.
 
 A block computes one batch row's matching and moves a share of its tokens. So several blocks repeat the matching, which is
-cheap, and none waits for another. Even tokens are sources, `a`, odd ones destinations, `b`; tiles have 64 of them.
+short, and none waits for another; x is asked into the L2 cache meanwhile. Even tokens are sources, `a`, odd ones
+destinations, `b`.
 
-    cosines  a (na, k) . b (nb, k) from shared memory. Products of bfloat16 numbers are exact in float32, and the inverse norms
-             are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products that matter are
-             added. Rows longer than `AT_ONCE` tokens are matched by the kernel of `match`, in two launches more.
+    cosines  a (na, k) . b (nb, k) from shared memory, 64 x 64 at a time. Products of bfloat16 numbers are exact in float32, and
+             the inverse norms are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products
+             that matter are added. Rows longer than `AT_ONCE` tokens are matched by the kernel of `match`, two launches more.
     rank_i   = |{j : s_j > s_i, or s_j = s_i and j < i}|: no sort. Sources are those of rank < r.
+    edges    the r sources in the order of rank, and where each goes.
     stay_i   = |{j <= i : j is no source}|, from which the new ids follow.
-    edges    the r sources in the order of rank, where each goes `to`, and the `next` edge that goes there too; `first` is each
-             destination's first edge.
+    first_j  each destination's first edge; `next`, the next edge to the same destination.
     move     each thread reads some tokens, writes those that stay, and adds to those that receive by following their chain.
+
+Behind the cosines every lane has one token, or edge, and walks over the others, which are read from shared memory one by one.
+What threads find in parts, each puts together for itself.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +33,14 @@ from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels.match import mosaic_gpu as matching
 
 TILE = 64
-PAIRS = 4
-"""Pairs of tokens that a thread reads at a time: enough loads in flight to hide the memory's latency."""
+LANES = mgpu.LANES
+REGISTERS = 48
+"""Of each lane, for the rows that a thread reads at a time: enough loads in flight to hide the memory's latency."""
+UNROLLED = 8
 AT_ONCE = 832
 MOST_TOKENS = 2048
+SIDE_BY_SIDE = 1
+"""Blocks of a multiprocessor."""
 NONE = 1 << 20
 
 
@@ -50,18 +59,21 @@ def step(
     """`ref.step`; `threads` of a block, and how many blocks share a row of the batch."""
     B, n, d = x.shape
     na, nb = (n + 1) // 2, n // 2
-    blocks = splits or -(-3 * 132 // B)
-    share = -(-na // max(1, blocks))
-    share = -(-share // (threads * PAIRS)) * threads * PAIRS
-    c = SimpleNamespace(
-        n=n, na=na, nb=nb, r=r, ta=-(-na // TILE), tb=-(-nb // TILE), tr=-(-r // TILE), threads=threads, share=share
-    )
+    pairs = max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
+    blocks = splits or max(1, 132 * SIDE_BY_SIDE // B)
+    share = -(-na // blocks)
+    share = -(-share // (threads * pairs)) * threads * pairs
+    c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs)
+    c.ga, c.gb, c.gr = (-(-count // LANES) for count in (na, nb, r))
     closed = np.array(protected)
-    open_a, open_b = _bias(~closed[::2], c.ta), _bias(~closed[1::2], c.tb)
-    vector = lambda length, dtype=jnp.int32: plgpu.SMEM((length * TILE,), dtype)
+    open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], -(-nb // TILE) * TILE)
+    c.of_ranks, c.of_edges = (max(1, threads // groups) for groups in (c.ga, c.gr))
+    own = lambda parts, groups, dtype=jnp.int32: plgpu.SMEM((parts, groups * LANES), dtype)
     scratch = dict(
-        best=vector(c.ta, jnp.float32), to=vector(c.ta), rank=vector(c.ta), stay=vector(c.ta),
-        source=vector(c.tr), goes=vector(c.tr), next=vector(c.tr), first=vector(c.tb),
+        best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
+        rank_parts=own(c.of_ranks, c.ga), rank=own(threads, c.ga),
+        source_parts=own(c.of_edges, c.gr), goes_parts=own(c.of_edges, c.gr), source=own(threads, c.gr), goes=own(threads, c.gr),
+        stay=own(1, c.ga), first=own(1, c.gb), next=own(1, c.gr),
         sync=plgpu.Barrier(num_arrivals=threads),
     )  # fmt: skip
     at_once = n <= AT_ONCE
@@ -80,11 +92,15 @@ def step(
         if prefetch:
             _prefetch(here, x)
         if at_once:
-            _cosines(here, *given)
+            flat, open_a, open_b = given
+            _cosines(here, flat, open_b)
+            _choose(here, [(here.best_parts.at[p], here.to_parts.at[p]) for p in range(here.of_b)], here.inverse, open_a)
         else:
-            _copy(here, *given)
+            similarity, index, open_a = given
+            _choose(here, [(similarity.at[here.row], index.at[here.row])], None, open_a)
         _ranks(here)
         _edges(here)
+        _chains(here)
         _move(here, x, sizes, y, mass, ids)
 
     return mgpu.kernel(
@@ -101,6 +117,8 @@ def step(
 def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
     """The metric as pairs of rows (., 2, k), wherever a batch row begins, and the scratch that the cosines need."""
     B, n, k = metric.shape
+    c.ta, c.tb = -(-c.na // TILE), -(-c.nb // TILE)
+    c.of_b = max(1, min(c.tb, c.threads // c.ta))  # threads that share one tile of sources
     c.parts = 3 if metric.dtype == jnp.float32 else 1
     c.k = k + -k % 16
     flat, pad = metric.reshape(B * n, k), B * n % 2
@@ -112,7 +130,9 @@ def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
     return flat.reshape(-1, 2, c.k), dict(
         raw=plgpu.SMEM((c.threads, TILE, c.k), metric.dtype) if c.parts == 1 else None,
         tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
-        inverse=plgpu.SMEM((tiles * TILE,), jnp.float32),
+        inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
+        best_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.float32),
+        to_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.int32),
         loaded=plgpu.Barrier(num_barriers=c.threads),
     )
 
@@ -126,9 +146,13 @@ def _prefetch(c: SimpleNamespace, x: Any) -> None:
         plgpu.async_prefetch(x.at[c.row, pl.ds(at, min(rows, c.n)), pl.ds(column, width)])
 
 
-def _cosines(c: SimpleNamespace, flat: Any, open_a: Any, open_b: Any) -> None:
-    """best, to: the most similar destination of each source."""
+def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
+    """best_parts, to_parts: a . b / |b| for the best b of a part, and which it is."""
     odd = (c.row * c.n) % 2  # where the row's even tokens are in `flat`
+    rows = lambda tile: pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+    square = (TILE, TILE)
+    wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), square, (1,))
+    start = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
 
     def normalise(tile):
         side = jnp.where(tile < c.ta, 0, 1)
@@ -139,15 +163,18 @@ def _cosines(c: SimpleNamespace, flat: Any, open_a: Any, open_b: Any) -> None:
             plgpu.barrier_wait(c.loaded.at[c.t])
             here = c.raw.at[c.t]
         v = plgpu.layout_cast(mgpu.load(here).astype(jnp.float32), plgpu.Layout.WGMMA)
-        v, c.inverse[_rows(tile)] = mgpu.unit(v)
+        v, c.inverse[rows(tile)] = mgpu.unit(v)
         for p in range(c.parts):
             part = v.astype(jnp.bfloat16)
             c.tiles[p * (c.ta + c.tb) + tile] = part
             v = v - part.astype(jnp.float32)
 
-    def match(tile):
-        def against(other, found):
+    def match(unit):
+        tile, part = (unit, 0) if c.of_b == 1 else (lax.rem(unit, c.ta), unit // c.ta)
+
+        def against(i, found):
             highest, index = found
+            other = part + i * c.of_b
 
             def product(acc):
                 for p in range(c.parts):
@@ -156,91 +183,107 @@ def _cosines(c: SimpleNamespace, flat: Any, open_a: Any, open_b: Any) -> None:
                         plgpu.wgmma(acc, c.tiles.at[left], c.tiles.at[right].transpose((1, 0)))
                 return acc[...]
 
-            score = pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))
-            score = score * _wide(c.inverse.at[_rows(c.ta + other)]) + _wide(open_b.at[_rows(other)])
+            score = pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
+            score = score * wide(c.inverse.at[rows(c.ta + other)]) + wide(open_b.at[rows(other)])
             high = jnp.max(score, axis=1)
-            at = jnp.min(jnp.where(score == _tall(high), _iota(1), NONE), axis=1) + other * TILE
+            is_high = score == lax.broadcast_in_dim(high, square, (0,))
+            at = jnp.min(jnp.where(is_high, mgpu.iota(square, 1), NONE), axis=1) + other * TILE
             better = high > highest
             return jnp.where(better, high, highest), jnp.where(better, at, index)
 
-        highest, index = lax.fori_loop(0, c.tb, against, (_column(-jnp.inf, jnp.float32), _column(0)))
-        c.best[_rows(tile)] = highest * mgpu.rows(c.inverse.at[_rows(tile)]) + mgpu.rows(open_a.at[_rows(tile)])
-        c.to[_rows(tile)] = index
+        rounds = c.tb if c.of_b == 1 else (c.tb - part + c.of_b - 1) // c.of_b
+        highest, index = lax.fori_loop(0, rounds, against, (start(-jnp.inf, jnp.float32), start(0, jnp.int32)))
+        c.best_parts[part, rows(tile)] = highest
+        c.to_parts[part, rows(tile)] = index
 
     _each(c, c.ta + c.tb, normalise)
     plgpu.commit_smem()
     _together(c)
-    _each(c, c.ta, match)
+    _each(c, c.ta * c.of_b, match)
     _together(c)
 
 
-def _copy(c: SimpleNamespace, similarity: Any, index: Any, open_a: Any) -> None:
-    """best, to: as `match` found them."""
+def _choose(c: SimpleNamespace, parts: list[tuple[Any, Any]], inverse: Any, open_a: Any) -> None:
+    """best, to: the cosine with the best destination, -inf where there is none to find, and the destination."""
+    for group in range(c.ga):
+        at = pl.ds(group * LANES, LANES)
+        found = [(_lanes(similarity.at[at]), _lanes(index.at[at])) for similarity, index in parts]
+        highest = functools.reduce(jnp.maximum, [high for high, _ in found])
+        index = functools.reduce(jnp.minimum, [jnp.where(high == highest, to, NONE) for high, to in found])
+        cosine = highest if inverse is None else highest * _lanes(inverse.at[at])
+        c.best[c.t, at] = jnp.where(_lanes(open_a.at[at]) == 0, cosine, -jnp.inf)
 
-    def fetch(tile):
-        c.best[_rows(tile)] = mgpu.rows(similarity.at[c.row, _rows(tile)]) + mgpu.rows(open_a.at[_rows(tile)])
-        c.to[_rows(tile)] = mgpu.rows(index.at[c.row, _rows(tile)])
-
-    _each(c, c.ta, fetch)
-    _together(c)
+        @pl.when(c.t == 0)
+        def _(at=at, index=index):
+            c.to[0, at] = index
 
 
 def _ranks(c: SimpleNamespace) -> None:
-    """rank, and from it stay and the edges' source and goes."""
+    """rank, of each source."""
 
-    def order(tile):
-        mine = _tall(mgpu.rows(c.best.at[_rows(tile)]))
+    def order(group, part, span):
+        at = pl.ds(group * LANES, LANES)
+        mine, me = _lanes(c.best.at[c.t, at]), _lane(group)
 
-        def against(other, sum):
-            theirs = _wide(c.best.at[_rows(other)])
-            before = _iota(1) + other * TILE < _iota(0) + tile * TILE
-            return sum + _count((theirs > mine) | ((theirs == mine) & before))
+        def ahead(j, sum):
+            other = c.best[c.t, j]
+            return sum + jnp.where((other > mine) | ((other == mine) & (j < me)), 1, 0)
 
-        c.rank[_rows(tile)] = lax.fori_loop(0, c.ta, against, _column(0))
+        c.rank_parts[part, at] = _walk(span, ahead, _all(0))
 
-    def number(tile):
-        def against(other, sum):
-            stays = _wide(c.rank.at[_rows(other)]) >= c.r
-            return sum + _count(stays & (_iota(1) + other * TILE <= _iota(0) + tile * TILE))
-
-        c.stay[_rows(tile)] = lax.fori_loop(0, tile + 1, against, _column(0))
-
-    def compact(tile):
-        def against(other, sums):
-            here = _wide(c.rank.at[_rows(other)]) == _iota(0) + tile * TILE
-            pick = lambda v: jnp.sum(jnp.where(here, v, 0), axis=1)
-            return sums[0] + pick(_iota(1) + other * TILE), sums[1] + pick(_wide(c.to.at[_rows(other)]))
-
-        c.source[_rows(tile)], c.goes[_rows(tile)] = lax.fori_loop(0, c.ta, against, (_column(0), _column(0)))
-
-    _each(c, c.ta, order)
+    _shared(c, c.ga, c.of_ranks, c.na, order)
     _together(c)
-    _each(c, c.ta, number)
-    _each(c, c.tr, compact)
-    _together(c)
+    for group in range(c.ga):
+        at = pl.ds(group * LANES, LANES)
+        c.rank[c.t, at] = sum(_lanes(c.rank_parts.at[part, at]) for part in range(c.of_ranks))
 
 
 def _edges(c: SimpleNamespace) -> None:
-    """next and first: the edges of each destination as a chain."""
+    """source and goes, of each edge; NONE behind the last."""
 
-    def least(mine, tile, after, start):
-        def against(other, sum):
-            at = _iota(1) + other * TILE
-            found = (_wide(c.goes.at[_rows(other)]) == mine) & (at < c.r)
-            if after:
-                found = found & (at > _iota(0) + tile * TILE)
-            return jnp.minimum(sum, jnp.min(jnp.where(found, at, NONE), axis=1))
+    def find(group, part, span):
+        def look(j, found):
+            here = c.rank[c.t, j] == _lane(group)
+            return tuple(jnp.where(here, new, old) for new, old in zip((j, c.to[0, j]), found, strict=True))
 
-        return lax.fori_loop(start, c.tr, against, _column(NONE))
+        at = pl.ds(group * LANES, LANES)
+        c.source_parts[part, at], c.goes_parts[part, at] = _walk(span, look, (_all(0), _all(0)))
 
-    def link(tile):
-        c.next[_rows(tile)] = least(_tall(mgpu.rows(c.goes.at[_rows(tile)])), tile, True, tile)
+    _shared(c, c.gr, c.of_edges, c.na, find)
+    _together(c)
+    for group in range(c.gr):
+        at = pl.ds(group * LANES, LANES)
+        for parts, whole in ((c.source_parts, c.source), (c.goes_parts, c.goes)):
+            total = sum(_lanes(parts.at[part, at]) for part in range(c.of_edges))
+            whole[c.t, at] = jnp.where(_lane(group) < c.r, total, NONE)
 
-    def begin(tile):
-        c.first[_rows(tile)] = least(_iota(0) + tile * TILE, tile, False, 0)
 
-    _each(c, c.tr, link)
-    _each(c, c.tb, begin)
+def _chains(c: SimpleNamespace) -> None:
+    """stay of each source, first of each destination, next of each edge."""
+    at = lambda group: pl.ds(group * LANES, LANES)
+    edges = (0, -(-c.r // UNROLLED))
+    last = edges[1] * UNROLLED - 1
+
+    def number(group):
+        gone = lambda q, sum: sum + jnp.where(c.source[c.t, q] <= _lane(group), 1, 0)
+        c.stay[0, at(group)] = _lane(group) + 1 - _walk(edges, gone, _all(0))
+
+    def begin(group):
+        earlier = lambda q, least: jnp.where(c.goes[c.t, last - q] == _lane(group), last - q, least)
+        c.first[0, at(group)] = _walk(edges, earlier, _all(NONE))
+
+    def link(group):
+        mine = _lanes(c.goes.at[c.t, at(group)])
+
+        def earlier(q, least):
+            same = (c.goes[c.t, last - q] == mine) & (last - q > _lane(group))
+            return jnp.where(same, last - q, least)
+
+        c.next[0, at(group)] = _walk(edges, earlier, _all(NONE))
+
+    tasks = [(number, g) for g in range(c.ga)] + [(begin, g) for g in range(c.gb)] + [(link, g) for g in range(c.gr)]
+    for i, (task, group) in enumerate(tasks):
+        pl.when(c.t == i % c.threads)(lambda task=task, group=group: task(group))
     _together(c)
 
 
@@ -248,29 +291,29 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
     """This block's tokens: written where they stay, with what joins them."""
     weight = (lambda p: sizes[c.row, p]) if sizes is not None else (lambda p: jnp.float32(1))
 
-    @pl.loop(0, c.share // (c.threads * PAIRS))
+    @pl.loop(0, c.share // (c.threads * c.pairs))
     def _(i):
-        pairs = [c.share_at * c.share + (i * c.threads + c.t) * PAIRS + u for u in range(PAIRS)]
+        pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
         evens = [x[c.row, 2 * jnp.minimum(p, c.na - 1), :] for p in pairs]
         odds = [x[c.row, 2 * jnp.minimum(p, c.nb - 1) + 1, :] for p in pairs]
 
         def source(p, row):
-            stays = c.rank[p] >= c.r
+            stays = c.rank[c.t, p] >= c.r
 
             @pl.when(stays)
             def _():
-                at = c.stay[p] - 1 + p
+                at = c.stay[0, p] - 1 + p
                 y[c.row, at, :] = row
                 mass[c.row, at] = weight(2 * p)
                 ids[c.row, 2 * p] = at
 
             @pl.when(jnp.logical_not(stays))
             def _():
-                to = c.to[p]
-                ids[c.row, 2 * p] = c.stay[to] + to
+                to = c.to[0, p]
+                ids[c.row, 2 * p] = c.stay[0, to] + to
 
         def destination(p, row):
-            at, edge = c.stay[p] + p, c.first[p]
+            at, edge = c.stay[0, p] + p, c.first[0, p]
             ids[c.row, 2 * p + 1] = at
 
             @pl.when(edge >= c.r)
@@ -282,9 +325,9 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
             def _():
                 def add(state):
                     edge, total, sum = state
-                    q = 2 * c.source[edge]
+                    q = 2 * c.source[c.t, edge]
                     w = weight(q)
-                    return c.next[edge], total + w, sum + x[c.row, q, :].astype(jnp.float32) * w
+                    return c.next[0, edge], total + w, sum + x[c.row, q, :].astype(jnp.float32) * w
 
                 own = weight(2 * p + 1)
                 state = edge, own, row.astype(jnp.float32) * own
@@ -297,19 +340,44 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
             pl.when(p < c.nb)(lambda p=p, row=odd: destination(p, row))
 
 
-def _bias(open: np.ndarray, tiles: int) -> Array:
+def _bias(open: np.ndarray, length: int) -> Array:
     """0 where a token may take part, -inf where it may not, and behind the end."""
-    return jnp.asarray(np.where(np.pad(open, (0, tiles * TILE - len(open))), 0, -np.inf), jnp.float32)
+    return jnp.asarray(np.where(np.pad(open, (0, length - len(open))), 0, -np.inf), jnp.float32)
 
 
 def _each(c: SimpleNamespace, count: int, do: Any) -> None:
-    """do(tile) for every tile, shared out among the threads."""
-    for i in range(-(-count // c.threads)):
-        tile = i * c.threads + c.t
-        if (i + 1) * c.threads <= count:
-            do(tile)
+    """do(i) for every i below count, shared out among the threads."""
+    for i in range(0, count, c.threads):
+        if i + c.threads <= count:
+            do(i + c.t)
         else:
-            pl.when(tile < count)(lambda tile=tile: do(tile))
+            pl.when(i + c.t < count)(lambda i=i: do(i + c.t))
+
+
+def _shared(c: SimpleNamespace, groups: int, parts: int, length: int, do: Any) -> None:
+    """do(group, part, span) for every group of lanes and every part of a walk over `length`, shared out among the threads."""
+    rounds = -(-length // UNROLLED)
+    span = -(-rounds // parts)
+
+    def one(unit):
+        if parts == 1:
+            do(unit, 0, (0, rounds))
+        else:
+            part = unit // groups
+            do(lax.rem(unit, groups), part, (part * span, jnp.minimum((part + 1) * span, rounds)))
+
+    _each(c, groups * parts, one)
+
+
+def _walk(span: tuple[Any, Any], do: Any, carry: Any) -> Any:
+    """carry = do(j, carry) for j in UNROLLED * span, which may go a little beyond the end."""
+
+    def some(i, carry):
+        for u in range(UNROLLED):
+            carry = do(i * UNROLLED + u, carry)
+        return carry
+
+    return lax.fori_loop(*span, some, carry)
 
 
 def _together(c: SimpleNamespace) -> None:
@@ -318,18 +386,10 @@ def _together(c: SimpleNamespace) -> None:
     plgpu.barrier_wait(c.sync)
 
 
-def _rows(tile: Any) -> Any:
-    return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
-
-
-def _column(value: Any, dtype: Any = jnp.int32) -> Array:
-    return plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
-
-
-_iota = lambda axis: mgpu.iota((TILE, TILE), axis)
-_wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), (TILE, TILE), (1,))
-_tall = lambda v: lax.broadcast_in_dim(v, (TILE, TILE), (0,))
-_count = lambda mask: jnp.sum(jnp.where(mask, 1, 0), axis=1)
+LINE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+_lanes = lambda ref: mgpu.load(ref, LINE)
+_lane = lambda group: plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LINE) + group * LANES
+_all = lambda value: plgpu.layout_cast(jnp.full((LANES,), value, jnp.int32), LINE)
 
 
 device_refusals = mgpu.device_refusals
