@@ -250,6 +250,11 @@ def _rank(arrays: Sequence[Any], roles: Sequence[str]) -> int:
     return next(x.ndim - len(role) for x, role in zip(arrays, roles, strict=True) if x is not None)
 
 
+def implementation(op: str, name: str) -> Any:
+    """The module that has an operation: "ref", or a kernel's."""
+    return importlib.import_module(f"jaxmerge._kernels.{FOLDERS[op]}.{name}")
+
+
 def _module(op: str, implementation: str) -> Any:
     """The module, or the reason why there is none."""
     name = f"jaxmerge._kernels.{FOLDERS[op]}.{implementation}"
