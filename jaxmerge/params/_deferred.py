@@ -41,8 +41,8 @@ Entries = Array | Deferred
 
 def defer(f: Callable[..., Any], *args: Any) -> Entries:
     """f(*args), later; at once outside jit, where every reading would be a program of its own."""
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-    return Deferred(f, args) if traced else f(*args)
+    later = Deferred(f, args)
+    return later if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args)) else _compute(later)
 
 
 def entries(x: Entries) -> Array:

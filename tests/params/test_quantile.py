@@ -8,8 +8,9 @@ from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
 from jaxmerge.params.atoms._random import threefry
-from jaxmerge.params.order import _devices as devices, _quantile as q, _search as search
+from jaxmerge.params.order import _blocks as blocks, _devices as devices, _quantile as q, _search as search
 from jaxmerge.params.order._rows import outranks, rank_in_row
+from jaxmerge.params.order._words import quotient
 
 
 def _values(seed):
@@ -85,6 +86,14 @@ def test_words():
     assert q.from_words(q.subtract(a, b)).tolist() == [x - y for x, y in pairs]
     assert q.at_least(a, b).tolist() == [True] * 4 and q.at_least(b, a).tolist() == [False, False, False, True]
     assert q.from_words(q.smaller(a, b)).tolist() == [y for _, y in pairs]
+
+
+def test_quotients():
+    a = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint32)
+    for b in (1, 2, 3, 1259, 1259536, 2**31 - 1, 2**31, 2**32 - 1):
+        edges = np.array([0, b - 1, b, (2**32 - 1) // b * b, (2**32 - 1) // b * b - 1, 2**32 - 1], np.uint64).astype(np.uint32)
+        both = np.concatenate([a, edges])
+        np.testing.assert_array_equal(quotient(jnp.asarray(both), jnp.uint32(b)), both // np.uint32(b))
 
 
 def test_coordinates_order_beyond_32_bits():
@@ -222,8 +231,9 @@ def test_first_for_one_device(one_device):
         pytest.param(lambda: params.pcb(0.3), marks=pytest.mark.slow),
         lambda: params.della(0.5, 0.2, seed=1, rescale="l1"),
         params.model_stock,
+        lambda: params.dare_linear(0.5, seed=1),
     ],
-    ids=["ties", "breadcrumbs", "sce", "pcb", "della", "model_stock"],
+    ids=["ties", "breadcrumbs", "sce", "pcb", "della", "model_stock", "dare"],
 )
 def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
     x = _values(3)
@@ -233,6 +243,7 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
     many = merge()
     monkeypatch.setattr(devices, "alone", lambda: True)
     monkeypatch.setattr(devices, "LARGE", 0)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     one = merge()  # atoms made anew, so compiled anew
     for name, value in many.items():  # sums in another order
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
