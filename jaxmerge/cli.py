@@ -1,7 +1,8 @@
-"""`jaxmerge plan|merge|inspect`: merge checkpoints from the command line, as a recipe says or by a method and its options.
+"""`jaxmerge plan|merge|verify|inspect|extract`: merge checkpoints as a recipe says, or by a method and its options.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged
+jaxmerge verify ckpt/merged
 jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
@@ -229,7 +230,7 @@ class InputsAndOutput(Inputs):
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
 USAGE = f"""usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]
-       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT"""
+       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 plan(recipe)          every mistake in one message; bytes, memory, the value of every parameter at every tensor
 merge(recipe, out)    refuses what plan refuses
+verify(out)           is it what its receipt says?
 read(text)            the documents of a recipe, checked as far as their words go
 extract(model, base)  their difference as an adapter, and what it loses
 differences(a, b)     how far apart two checkpoints are, layer by layer
@@ -13,6 +14,6 @@ from jaxmerge.recipe._document import RecipePlan as RecipePlan
 from jaxmerge.recipe._extract import Extraction as Extraction, extract as extract
 from jaxmerge.recipe._names import stacks as stacks
 from jaxmerge.recipe._read import read as read
-from jaxmerge.recipe._run import merge as merge, plan as plan
+from jaxmerge.recipe._run import merge as merge, plan as plan, verify as verify
 from jaxmerge.recipe._schema import Recipe as Recipe
 from jaxmerge.recipe._yaml import Mistake as Mistake, RecipeError as RecipeError
