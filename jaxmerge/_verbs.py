@@ -26,6 +26,8 @@ class Options:
     """Of the output, in place of what the recipe says."""
     max_shard_bytes: str = "5GB"
     """Safetensors files larger than this are split."""
+    sharding: str | None = None
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,20 @@ read(text)            the documents of a recipe, checked as far as their words g
 extract(model, base)  their difference as an adapter, and what it loses
 differences(a, b)     how far apart two checkpoints are, layer by layer
 stacks(names)         how many layers they have
+
+A recipe of mergekit 0.1.5 gives the tensors that mergekit gives (tests/golden/recipe holds its outputs), but for this:
+
+* Arithmetic is float32 whatever `dtype` says, and inputs are cast once, at the end; mergekit casts them before it merges.
+* Masks of dare and della follow from `seed` (0), the tensor's name and the model, not from the order of execution.
+* Equal magnitudes at a threshold: the first is kept. arcee_fusion's quartiles are those of the tensor, not of a sample.
+* New tokens of a union are numbered in the order of the models and their rows; mergekit's order is that of a hash table.
+* What comes after the layers of slices is merged from all sources of the last slice, not from as many as the first one has.
+* Tensors that a model lacks are a mistake, but for tied heads and constants; mergekit merges those that are there.
+* Keys that nobody knows are mistakes; parameters that have no effect are said so.
+
+Ours beside mergekit's: `regex` and `part` (embeddings, head, layers, rest) in conditions; `scope` of ties and breadcrumbs,
+`rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite` at the top; eight
+more methods; documents with names in any order; adapters alone.
 """
 
 from jaxmerge.recipe._compare import Difference as Difference, differences as differences
