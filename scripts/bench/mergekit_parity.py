@@ -5,8 +5,9 @@
     python -m scripts.bench.mergekit_parity --mergekit /tmp/mergekit/bin/python --record-to tests/golden/recipe
 
 Prints the largest difference for each recipe, and how many entries differ by more than rounding explains: none should, but for
-arcee_fusion, which takes an entry or leaves it by a divergence that is a small difference of large sums (1 in 35000 here). dare and della draw masks: ours are merged with those that mergekit drew.
-`--record-to` writes mergekit's outputs on the smallest models where the tests look for them.
+arcee_fusion, which takes an entry or leaves it by a divergence that is a small difference of large sums (1 of 35000 here). dare
+and della draw masks: ours are merged with those that mergekit drew. `--record-to` writes mergekit's outputs on the smallest
+models where the tests look for them.
 """
 
 import hashlib
