@@ -77,7 +77,7 @@ def test_what_lies_beside(models, tmp_path):
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["merge", "jaxmerge", "passthrough"] and front["base_model_relation"] == "merge"
-    assert "# tower" in card and text.strip() in card and "| deep |" in card
+    assert "# tower" in card and text.strip() in card and "| deep | " in card
     assert json.loads((out / "jaxmerge.json").read_text())["recipe"] == text
 
 
@@ -99,6 +99,7 @@ def test_a_card_names_the_hub_and_the_licences(models, tmp_path, monkeypatch):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == ["one/llama", "two/llama"] and "license" not in front
     assert "[one/llama](https://huggingface.co/one/llama)" in card and "licences differ" in card
+    assert "| abc123 | mit |" in card
     for name in "ab":
         (models / name / "README.md").unlink()
 
