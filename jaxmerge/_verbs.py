@@ -1,7 +1,8 @@
-"""The commands that take files: plan and merge a recipe, inspect a checkpoint, extract an adapter.
+"""The commands that take files: plan and merge a recipe, verify a merge, inspect a checkpoint, extract an adapter.
 
 jaxmerge plan recipe.yml --coefficients weight
 jaxmerge merge recipe.yml merged/ --memory 2GB
+jaxmerge verify merged/
 jaxmerge inspect checkpoint [other]
 jaxmerge extract model base adapter/ --rank 32 --error 0.1
 """
@@ -25,6 +26,8 @@ class Options:
     """Of the output, in place of what the recipe says."""
     max_shard_bytes: str = "5GB"
     """Safetensors files larger than this are split."""
+    sharding: str | None = None
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,18 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare a merge with its receipt: files and parents by their hashes, a sample of the tensors by merging them again."""
+
+    leaves: int = 8
+    """Of how many tensors, drawn at random, a part is computed again."""
+    seed: int = 0
+    """Another seed, another sample."""
+    parts: pathlib.Path | None = None
+    """Where the results lie that it was merged from; None: beside it, with .parts after its name."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Extract:
     """Take what a model learned out of it as an adapter (LoRA): of each matrix the nearest update of low rank."""
 
@@ -75,6 +90,7 @@ VERBS: dict[str, tuple[type, tuple[str, ...], int]] = {  # options, what is name
     "plan": (Plan, ("recipe",), 1),
     "merge": (Merge, ("recipe", "out"), 2),
     "inspect": (Inspect, ("checkpoint", "other"), 1),
+    "verify": (Verify, ("out",), 1),
     "extract": (Extract, ("model", "base", "out"), 3),
 }
 
@@ -84,12 +100,12 @@ def takes(argv: Sequence[str], methods: Collection[str]) -> bool:
     if not argv or argv[0] not in VERBS:
         return False
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
-    asks = argv[0] in ("inspect", "extract") or ("--help" in argv and named not in methods)
+    asks = argv[0] not in ("plan", "merge") or ("--help" in argv and named not in methods)
     return asks or named.endswith(RECIPES) or pathlib.Path(named).is_file()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of them; 0 when done, 2 when the user must change something."""
+    """Run one of them; 0 when done, 1 when a merge is not what it says, 2 when the user must change something."""
     import tyro
 
     verb = argv[0]
@@ -108,11 +124,11 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as e:  # --help, or an argument that tyro has explained
         return e.code if isinstance(e.code, int) else 2
     try:
-        {"plan": _plan, "merge": _merge, "inspect": _inspect, "extract": _extract}[verb](parsed, parsed.options)
+        does = {"plan": _plan, "merge": _merge, "inspect": _inspect, "verify": _verify, "extract": _extract}[verb]
+        return does(parsed, parsed.options) or 0
     except (ValueError, OSError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _engine(options: Options) -> dict[str, Any]:
@@ -314,3 +330,19 @@ def _extract(files: Any, options: Extract) -> None:
         console.print(f"at most {100 * found.errors[worst]:.3g} % of a change is lost, that of {worst}", markup=False)
     for name, norm in found.left.items():
         console.print(f"left behind: {name}, which changed by {norm:.3g}", markup=False)
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def _verify(files: Any, options: Verify) -> int:
+    from jaxmerge import recipe
+
+    found = recipe.verify(files.out, parts=options.parts, leaves=options.leaves, seed=options.seed)
+    for note in found.notes:
+        print(f"note: {note}")
+    for problem in found.problems:
+        print(f"not as the receipt says: {problem}")
+    if not found.problems:
+        print(f"{files.out} is what its receipt says; computed again, bit for bit: {', '.join(found.leaves)}")
+    return 1 if found.problems else 0

@@ -1,7 +1,8 @@
-"""`jaxmerge plan|merge|inspect|doctor`: merge checkpoints from the command line, as a recipe says or by a method and its options.
+"""`jaxmerge plan|merge|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method and its options.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged
+jaxmerge verify ckpt/merged
 jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
@@ -230,7 +231,8 @@ class InputsAndOutput(Inputs):
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
 USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
-       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT | doctor"""
+       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
+       jaxmerge doctor"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -302,31 +304,12 @@ def _arguments(files: Inputs) -> dict[str, Any]:
 
 def _sharding(mesh: str) -> Any:
     """The rule that a --mesh flag means; None for "saved"."""
-    import math
+    from jaxmerge.checkpoint._sharding import of_mesh
 
-    import jax
-    import numpy as np
-    from jax.sharding import AxisType, Mesh
-
-    from jaxmerge.checkpoint import fsdp
-
-    if mesh == "saved":
-        return None
     try:
-        axes = {k.strip(): int(v) for k, v in (part.split("=") for part in mesh.split(","))} if mesh else {}
-    except ValueError:
-        raise _UserError(f"--mesh {mesh!r} is not of the form data=2,fsdp=4.") from None
-    axes = axes or {"fsdp": jax.device_count()}
-    if "fsdp" not in axes or min(axes.values()) < 1:
-        raise _UserError(f"--mesh {mesh!r} must have an axis fsdp, over which leaves are split, and sizes of 1 or more.")
-    need, have = math.prod(axes.values()), jax.device_count()
-    if need != have and (need > have or jax.process_count() > 1):
-        raise _UserError(
-            f"--mesh {mesh!r} needs {need} devices, here are {have} ({jax.default_backend()}); on CPU set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={need}."
-        )
-    devices = np.array(jax.devices()[:need]).reshape(tuple(axes.values()))
-    return fsdp(Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+        return of_mesh(mesh, "--mesh")
+    except ValueError as e:
+        raise _UserError(str(e)) from None
 
 
 def _plan(tx: params.MergeTransform, files: Inputs) -> None:

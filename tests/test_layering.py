@@ -123,7 +123,8 @@ SURFACE = {
         update_selective varm weigh widen window_average wudi""",
     "jaxmerge.checkpoint": """CheckpointPlan Derived Leaf MergeError MergeReport Progress Source Verified derived fsdp merge
         open plan renamed subset verify""",
-    "jaxmerge.recipe": "Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read stacks",
+    "jaxmerge.recipe": """Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read
+        stacks verify""",
 }
 
 

@@ -6,6 +6,7 @@ to size in memory on reading, and goes through the page cache on writing. tmpfs 
 there everything takes the other way, 1 MiB at a time.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -17,11 +18,16 @@ PAGE = mmap.PAGESIZE
 LINE = 64
 """XLA takes host arrays as they are where they begin at a multiple of it."""
 STEP = 1 << 20
+LARGE = 1 << 25
 
 
 def buffer(size: int) -> np.ndarray:
     """So many bytes, rounded up to pages, that begin at a page."""
-    return np.frombuffer(mmap.mmap(-1, _up(max(size, 1))), np.uint8)
+    room = mmap.mmap(-1, _up(max(size, 1)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size <= LARGE:
+        with contextlib.suppress(AttributeError, OSError):  # fewer, larger pages, where they need not be searched for long
+            room.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(room, np.uint8)
 
 
 class Reader:

@@ -35,6 +35,7 @@ def read_ahead(
     reader: _direct.Reader,
     *,
     rooms: int,
+    limit: int,
     alone: frozenset[str] = frozenset(),
     prepare: Callable[[Unit, list[np.ndarray]], None] | None = None,
 ) -> Iterator[tuple[Unit, list[np.ndarray]]]:
@@ -45,16 +46,14 @@ def read_ahead(
       inputs: the checkpoints.
       reader: what reads files.
       rooms: how many units are in memory at once, 2 or more.
+      limit: bytes that all rooms together may take, if they are more than one.
       alone: leaves of which only the first input is wanted.
       prepare: what is to be done with a unit while the one before is worked on; in a thread of its own.
     """
     if not units:
         return
     width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    size = max(u.size * width[u.name] for u in units)
-    free: queue.Queue = queue.Queue()
-    for _ in range(min(rooms, len(units))):
-        free.put([_direct.buffer(size + 2 * _direct.PAGE) for _ in inputs])
+    free = _Rooms(len(inputs), rooms, limit)
     read: queue.Queue = queue.Queue()
     ready: queue.Queue = queue.Queue()
 
@@ -69,7 +68,8 @@ def read_ahead(
     def reading() -> None:
         with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:
             for unit in units:
-                if (room := free.get()) is None:
+                room = free.take(unit.size * width[unit.name] + 2 * _direct.PAGE)
+                if room is None:
                     return
                 several = inputs[:1] if unit.name in alone else inputs
                 futures = [lanes.submit(fill, s, unit, r) for s, r in zip(several, room, strict=False)]
@@ -102,12 +102,54 @@ def read_ahead(
                 raise item
             unit, arrays, room = item
             yield unit, arrays
-            free.put(room)
+            free.give(room)
     finally:
-        free.put(None)
+        free.close()
         read.put(None)
         for stage in stages:
             stage.join()
+
+
+class _Rooms:
+    """Memory for units, taken when it is first needed and used again; a larger unit takes the place of smaller ones."""
+
+    def __init__(self, inputs: int, most: int, limit: int):
+        self._inputs, self._most, self._limit = inputs, most, limit
+        self._free: list[list[np.ndarray]] = []
+        self._sizes: list[int] = []
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> list[np.ndarray] | None:
+        """A buffer of at least so many bytes for each input; None when closed."""
+        with self._changed:
+            while not self._closed:
+                fits = [room for room in self._free if room[0].size >= size]
+                if fits:
+                    room = min(fits, key=lambda room: room[0].size)
+                    self._free = [other for other in self._free if other is not room]
+                    return room
+                while self._free and not self._fits(size):
+                    self._sizes.remove(self._free.pop()[0].size)
+                if not self._sizes or self._fits(size):
+                    room = [_direct.buffer(size) for _ in range(self._inputs)]
+                    self._sizes.append(room[0].size)
+                    return room
+                self._changed.wait()
+            return None
+
+    def give(self, room: list[np.ndarray]) -> None:
+        with self._changed:
+            self._free.append(room)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return len(self._sizes) < self._most and (sum(self._sizes) + size) * self._inputs <= self._limit
 
 
 def flat_range(source: Source, unit: Unit) -> np.ndarray:

@@ -35,7 +35,7 @@ class CheckpointPlan(NamedTuple):
       batches: names of the leaves of an Orbax output that are in memory together.
       units: parts of leaves of a safetensors output that are in memory together; of all processes, in groups of one process.
       entire: leaves that a method must see whole, and that therefore count against the memory.
-      rooms: how many units of a process are in memory at once.
+      rooms, room_bytes: how many units of a process are in memory at once, and bytes for them.
       layout: the files of a safetensors output; None for Orbax.
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
@@ -56,6 +56,7 @@ class CheckpointPlan(NamedTuple):
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     rooms: int
+    room_bytes: int
     layout: Layout | None
     settings: tuple[dict[str, Any], ...]
     passes: int
@@ -176,6 +177,7 @@ def plan(
             units=ways.units,
             entire=ways.entire,
             rooms=ways.rooms,
+            room_bytes=ways.room_bytes,
             layout=ways.layout,
             passes=looks,
             bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
@@ -201,6 +203,7 @@ def plan(
         units=(),
         entire=frozenset(),
         rooms=0,
+        room_bytes=0,
         layout=None,
         passes=passes,
         bytes_read=size * passes + rest * (len(inputs) + 1),

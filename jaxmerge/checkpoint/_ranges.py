@@ -105,6 +105,7 @@ def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
         units=_processes.share(headers.units, weights, jax.process_index(), jax.process_count()),
         entire=headers.entire,
         rooms=headers.rooms,
+        limit=headers.room_bytes,
     )
 
 
@@ -183,7 +184,7 @@ def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
     exact = frozenset(headers.exact)
     units = [u for u in stream.task.units if u.name in exact]
     differ = set()
-    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, rooms=2):
+    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, rooms=2, limit=headers.room_bytes):
         stream.advance(first.nbytes * len(headers.inputs), 0)
         if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):
             differ.add(unit.name)

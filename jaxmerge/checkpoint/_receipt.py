@@ -16,7 +16,7 @@ from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._source import Source
 
 NAME = "jaxmerge.json"
-PAGES, PAGE = 64, 4096
+HEAD, PAGES, PAGE = 1 << 16, 64, 4096
 
 
 def versions() -> dict[str, str]:
@@ -59,16 +59,15 @@ def describe(source: Source) -> dict[str, Any]:
 
 
 def sample_hash(path: Any) -> str:
-    """SHA-256 of a file's size, its first MiB and 64 pages from all over it: a fingerprint in milliseconds.
+    """SHA-256 of a file's size, its beginning and 64 pages from all over it: a fingerprint in milliseconds.
 
     It sees a file that was exchanged, cut or trained further; not one byte changed on purpose between the pages.
     """
     size = _remote.stat(path)[0]
     h = hashlib.sha256(size.to_bytes(8, "little"))
-    h.update(_remote.read(path, 0, min(size, 1 << 20)))
-    if size > 1 << 20:
-        step = max((size - (1 << 20)) // PAGES, PAGE)
-        for at in range(1 << 20, size, step):
+    h.update(_remote.read(path, 0, min(size, HEAD)))
+    if size > HEAD:
+        for at in range(HEAD, size, max((size - HEAD) // PAGES, PAGE)):
             h.update(_remote.read(path, at, min(PAGE, size - at)))
     return h.hexdigest()
 

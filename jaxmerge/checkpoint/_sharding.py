@@ -66,3 +66,32 @@ def split_evenly(name: str, shape: tuple[int, ...], sharding: Sharding) -> list[
                 "shard another dimension, replicate this leaf, or use checkpoint.fsdp(mesh), which chooses"
             )
     return problems
+
+
+def of_mesh(mesh: str, what: str) -> Rule | None:
+    """The rule that words such as data=2,fsdp=4 mean; every device on fsdp where there are none; None for "saved".
+
+    Args:
+      mesh: the words.
+      what: what messages call them.
+
+    Raises:
+      ValueError: they are of another form, or do not fit the devices that are here.
+    """
+    if mesh == "saved":
+        return None
+    try:
+        axes = {k.strip(): int(v) for k, v in (part.split("=") for part in mesh.split(","))} if mesh else {}
+    except ValueError:
+        raise ValueError(f"{what} {mesh!r} is not of the form data=2,fsdp=4.") from None
+    axes = axes or {"fsdp": jax.device_count()}
+    if "fsdp" not in axes or min(axes.values()) < 1:
+        raise ValueError(f"{what} {mesh!r} must have an axis fsdp, over which leaves are split, and sizes of 1 or more.")
+    need, have = math.prod(axes.values()), jax.device_count()
+    if need != have and (need > have or jax.process_count() > 1):
+        raise ValueError(
+            f"{what} {mesh!r} needs {need} devices, here are {have} ({jax.default_backend()}); on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={need}."
+        )
+    devices = np.array(jax.devices()[:need]).reshape(tuple(axes.values()))
+    return fsdp(Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))

@@ -35,7 +35,7 @@ class Task(NamedTuple):
       cast, out: {leaf: dtype} of the arithmetic's inputs (None: as they are) and of the output.
       units: all leaves' parts, in the order of the output; this process's own.
       entire: leaves that must be seen whole.
-      rooms: how many units are in memory at once.
+      rooms, limit: how many units are in memory at once, and bytes for them.
     """
 
     steps: tuple[Step, ...]
@@ -47,6 +47,7 @@ class Task(NamedTuple):
     units: tuple[Unit, ...]
     entire: frozenset[str]
     rooms: int
+    limit: int
 
 
 class Stream:
@@ -184,7 +185,7 @@ class Stream:
                 yield start, np.asarray(bits)[:, : stop - start]
             return
         parts = list(split(unit, programs.SIZES[0]))
-        for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2):
+        for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2, limit=task.limit):
             self.advance(sum(a.nbytes for a in held), 0)
             for start, bits in self._magnitudes(i, settings, part, held):
                 yield part.start + start, bits
@@ -213,7 +214,7 @@ class Stream:
         task = self.task
         copied = frozenset(u.name for u in units) - task.floating
         prepare = functools.partial(self._resolve, before)
-        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, alone=copied, prepare=prepare)
+        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, limit=task.limit, alone=copied, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:
         return position(self._shape(unit.name), unit.start + start)

@@ -20,6 +20,7 @@ class Ways(NamedTuple):
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     rooms: int
+    room_bytes: int
     layout: Layout | None
     again: tuple[str, ...]
     peak: int
@@ -48,7 +49,7 @@ def by_ranges(
     blockwise = all(step.blocks for step in steps)
     largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
     units: list[tuple[Unit, ...]] = []
-    entire, again, rooms = set(), [], 4
+    entire, again = set(), []
     for name, leaf in leaves.items():
         whole = Unit(name, 0, leaf.size)
         there = [s.leaves[name] for s in inputs if name in s.leaves]
@@ -68,7 +69,7 @@ def by_ranges(
                 )
             units.append((whole,))
             work = max(work, need - held)
-        elif piecemeal and (not look or 2 * held > hold):
+        elif piecemeal and (not look or 4 * held > 3 * hold):
             parts = tuple(parts_of(name, leaf.shape, block))
             units += [parts] if look else [(part,) for part in parts]
             if look:
@@ -76,12 +77,13 @@ def by_ranges(
             continue
         else:
             units.append((whole,))
-        rooms = min(rooms, max(hold // held, 2)) if held else rooms
         largest = max(largest, held)
     try:
         files = layout(out, {}, max_shard_bytes)
     except ValueError as e:
         files = None
         problems.append(f"  {e}")
-    peak = rooms * largest + work + 4 * FLUSH
-    return Ways(tuple(units), frozenset(entire), rooms, files, tuple(again), peak, tuple(problems))
+    rooms = 4 if largest <= block * len(inputs) * width else 3
+    limit = max(hold - work, largest)
+    peak = min(rooms * largest, limit) + work + 4 * FLUSH
+    return Ways(tuple(units), frozenset(entire), rooms, limit, files, tuple(again), peak, tuple(problems))

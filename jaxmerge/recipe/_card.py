@@ -1,5 +1,6 @@
 """What goes beside the tensors: the model's configuration, a card for the Hub, the recipe, the tokenizer's files."""
 
+import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -156,9 +157,10 @@ def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats:
     lines += ["", "## Recipe", "", "```yaml", recipe.text.strip(), "```", ""]
     if recipe.own["seed"] or recipe.method_name.startswith(("dare", "della")):
         lines += [f"Masks were drawn with seed {recipe.own['seed']}; they do not depend on devices or order.", ""]
+    version = importlib.metadata.version("jaxmerge")
     lines += [
-        "Made with jaxmerge: `jaxmerge merge mergekit_config.yml out` makes it again, `jaxmerge verify` checks it against its",
-        "parents; `jaxmerge.json` holds their hashes and the value of every parameter.",
+        f"Made with jaxmerge {version}: `jaxmerge merge mergekit_config.yml out` makes it again,",
+        "`jaxmerge verify` checks it against its parents; `jaxmerge.json` holds their hashes and the value of every parameter.",
         "",
     ]
     return "\n".join(lines)
@@ -183,6 +185,12 @@ def link(model: Reference) -> str:
             name = str(path) if on_hub(path) else os.path.basename(str(path).rstrip("/"))
             parts.append(f"[{name}](https://huggingface.co/{path.path})" if on_hub(path) else name)
     return " + ".join(parts)
+
+
+def revision_of(model: Reference, source: Source) -> str:
+    """The commit that was merged, of a model of the Hub; else what the recipe says."""
+    parts = str(source.path).split("/snapshots/")
+    return parts[1].split("/")[0] if len(parts) == 2 else model.model.revision or ""
 
 
 def licence_of(source: Source) -> str | None:

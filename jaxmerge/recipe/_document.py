@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint import CheckpointPlan, Source
+from jaxmerge.checkpoint._sharding import of_mesh
 from jaxmerge.recipe._adapters import adapted, as_weights, concatenated, is_adapter
 from jaxmerge.recipe._card import beside, card
 from jaxmerge.recipe._layouts import LAYOUTS, in_one_layout
@@ -129,7 +130,10 @@ def _arguments(
     found: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
     if recipe.own.get("layout") == "hf":
         found = {"format": "safetensors"} | found
-    return found | {k: v for k, v in options.items() if v is not None}
+    found |= {k: v for k, v in options.items() if v is not None}
+    if isinstance(found.get("sharding"), str):
+        found["sharding"] = of_mesh(found["sharding"], "sharding")
+    return found
 
 
 def _headers(todo: Work, arguments: Mapping[str, Any]) -> CheckpointPlan:

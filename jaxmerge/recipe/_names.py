@@ -100,4 +100,6 @@ def in_module(name: str, module: str) -> bool:
         return VISION.search(name) is not None and not PROJECTOR.search(name)
     if module == "text_decoder":
         return not VISION.search(name) and not PROJECTOR.search(name)
+    if module == "shared" and place(name).part == "head":
+        return True
     return re.search(rf"(?:^|[./]){re.escape(module)}[./]", name) is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
+from jaxmerge.checkpoint._receipt import describe
 from jaxmerge.recipe._document import RecipePlan, plan_document
 from jaxmerge.recipe._open import Planned
 from jaxmerge.recipe._read import read
@@ -71,7 +72,8 @@ def merge(
       out: the directory where the last document's result appears, when it is whole.
       parts: where the results of other documents go, each under its name; None is `out` with ".parts" after it.
       on_progress: called with a document's name and how far it is.
-      overwrite, resume: see `checkpoint.merge`.
+      overwrite: replace what is at `out`.
+      resume: go on where the same merge was cut off, and keep results of other documents that are as they would be made.
       options: see `plan`.
 
     Returns:
@@ -93,6 +95,10 @@ def merge(
             raise RecipeError(mistakes, name)
         place = out if last else parts / str(document.name)
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
+        if not last and resume and _is_there(place, todo):
+            earlier[str(document.name)] = checkpoint.open(place)
+            done.append((todo, MergeReport((), todo.headers, {}, 0.0, resumed=todo.headers.bytes_written)))
+            continue
         report = checkpoint.merge(
             todo.work.tx,
             todo.work.base,
@@ -111,6 +117,36 @@ def merge(
         if document.name is not None:
             earlier[document.name] = checkpoint.open(place)
     return tuple(done)
+
+
+def verify(
+    out: str | pathlib.Path, *, parts: str | pathlib.Path | None = None, leaves: int = 8, seed: int = 0
+) -> checkpoint.Verified:
+    """Is a merge what its receipt says? Its recipe is planned again, and a sample of its tensors computed from the parents.
+
+    Args:
+      out: a directory that `merge` wrote, of safetensors.
+      parts: where the results of documents lie that it was merged from; None is `out` with ".parts" after it.
+      leaves, seed: see `checkpoint.verify`.
+
+    Raises:
+      FileNotFoundError: there is no receipt. ValueError: it names no recipe. RecipeError: parents that are no longer there.
+    """
+    out = pathlib.Path(out)
+    parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
+    receipt = out / "jaxmerge.json"
+    if not receipt.exists():
+        raise FileNotFoundError(f"{out} has no receipt jaxmerge.json: it was not merged by jaxmerge, or not into safetensors.")
+    text = json.loads(receipt.read_text()).get("recipe")
+    if not isinstance(text, str):
+        raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
+    [document] = read(text, "the receipt's recipe")
+    names = [reference.model.path for reference in document.references()]
+    earlier = {n: checkpoint.open(parts / n) for n in names if not pathlib.Path(n).exists() and (parts / n).exists()}
+    todo, mistakes = plan_document(document, earlier, {}, out.name)
+    if todo is None or mistakes:
+        raise RecipeError(mistakes, "the receipt's recipe")
+    return checkpoint.verify(out, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
 
 
 def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
@@ -140,6 +176,16 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
         found.append(ready[0])
         waiting.remove(ready[0])
     return found
+
+
+def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
+    """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
+    if not (place / "jaxmerge.json").exists():
+        return False
+    receipt = json.loads((place / "jaxmerge.json").read_text())
+    parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
+    now = [describe(source)["files"] for source in todo.headers.inputs]
+    return receipt["recipe"] == todo.recipe.text and [p["files"] for p in parents] == now
 
 
 def _as_adapter(place: pathlib.Path) -> None:

@@ -154,7 +154,7 @@ class Aligned:
         start, stop, _ = index[self._axis].indices(leaf.shape[self._axis])
         y = np.moveaxis(self._aligned(start, min(stop, len(self._rows)), index), self._axis, 0)
         if stop > len(self._rows):
-            whole = np.moveaxis(self._aligned(0, len(self._rows), index), self._axis, 0)
+            whole = y if start == 0 else np.moveaxis(self._aligned(0, len(self._rows), index), self._axis, 0)
             mean = np.mean(whole, axis=0, keepdims=True, dtype=np.float32).astype(whole.dtype)
             y = np.concatenate([y, np.repeat(mean, stop - max(start, len(self._rows)), axis=0)])
         return np.ascontiguousarray(np.moveaxis(y, 0, self._axis))

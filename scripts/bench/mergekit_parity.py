@@ -4,8 +4,10 @@
     python -m scripts.bench.mergekit_parity --mergekit /tmp/mergekit/bin/python --out runs/parity
     python -m scripts.bench.mergekit_parity --mergekit /tmp/mergekit/bin/python --record-to tests/golden/recipe
 
-Prints the largest difference for each recipe. dare and della draw masks: ours are merged with those that mergekit drew.
-`--record-to` writes mergekit's outputs on the smallest models where the tests look for them.
+Prints the largest difference for each recipe, and how many entries differ by more than rounding explains: none should, but for
+arcee_fusion, which takes an entry or leaves it by a divergence that is a small difference of large sums (1 of 35000 here). dare
+and della draw masks: ours are merged with those that mergekit drew. `--record-to` writes mergekit's outputs on the smallest
+models where the tests look for them.
 """
 
 import hashlib
@@ -111,8 +113,11 @@ def words(folder: pathlib.Path) -> dict[str, int] | None:
     return data["model"]["vocab"] | {a["content"]: a["id"] for a in data["added_tokens"]}
 
 
-def distance(ours: pathlib.Path, theirs: pathlib.Path) -> tuple[float, float, str]:
-    """The largest difference of two outputs, in units of what rounding allows, and where; rows of tables by their tokens."""
+def distance(ours: pathlib.Path, theirs: pathlib.Path) -> tuple[float, float, int, str]:
+    """The largest difference of two outputs in units of what rounding allows, and as it is; how many entries are beyond; where.
+
+    Rows of tables are compared by their tokens.
+    """
     from jaxmerge import checkpoint
     from jaxmerge.recipe._names import vocabulary_axis
 
@@ -120,7 +125,7 @@ def distance(ours: pathlib.Path, theirs: pathlib.Path) -> tuple[float, float, st
     if a.leaves.keys() != b.leaves.keys():
         raise SystemExit(f"{ours} and {theirs} have other tensors: {sorted(a.leaves.keys() ^ b.leaves.keys())[:5]}")
     mine, peers = words(ours), words(theirs)
-    worst = (0.0, 0.0, "")
+    worst, beyond = (0.0, 0.0, ""), 0
     for n, leaf in b.leaves.items():
         x, y = (np.asarray(s.read(n), np.float32) for s in (a, b))
         if mine and peers and vocabulary_axis(n) is not None:
@@ -132,7 +137,8 @@ def distance(ours: pathlib.Path, theirs: pathlib.Path) -> tuple[float, float, st
         apart = np.abs(x - y)
         allowed = last * np.abs(y) + 2e-6
         worst = max(worst, (float((apart / allowed).max(initial=0)), float(apart.max(initial=0)), n))
-    return worst
+        beyond += int(np.count_nonzero(apart > allowed))
+    return worst[0], worst[1], beyond, worst[2]
 
 
 def main(
@@ -155,13 +161,13 @@ def main(
         record(out, record_to, cases.Size())
         return
     run_mergekit(mergekit, out, cases.Size(hidden, 3 * hidden // 2, 2 * hidden, 4, 2))
-    table = Table("recipe", "largest difference", "of what rounding allows", "in")
+    table = Table("recipe", "largest difference", "of what rounding allows", "entries beyond", "in")
     failed = []
     for name in cases.RECIPES:
         merge(name, out)
-        share, apart, where = distance(out / "jaxmerge" / name, out / "mergekit" / name)
-        table.add_row(name, f"{apart:.1e}", f"{100 * share:.3g} %", where)
-        if share > 1:
+        share, apart, beyond, where = distance(out / "jaxmerge" / name, out / "mergekit" / name)
+        table.add_row(name, f"{apart:.1e}", f"{100 * share:.3g} %", str(beyond), where)
+        if beyond > (5 if name == "arcee_fusion" else 0):
             failed.append(name)
     Console().print(table)
     if failed:

@@ -179,3 +179,37 @@ def test_mistakes_of_layouts(tmp_path):
     more = "parameters: {weight: [0, 1], normalize: false}\nlayout: hf\n"
     [plan] = recipe.plan("merge_method: linear\n" + models + more)
     assert {r.values["weight"][0] for r in plan.rows} == {0, 0.5, 1}
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_recipe_of_orbax_checkpoints(tmp_path):
+    """Trees of layers, with a gradient along them, onto a mesh; and into the layout of the Hub."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    def tree(flat):
+        root: dict = {}
+        for name, x in flat.items():
+            *path, last = name.split("/")
+            at = root
+            for key in path:
+                at = at.setdefault(key, {})
+            at[last] = jax.device_put(x)
+        return root
+
+    a, b = (drawn(MODELS["maxtext"], seed) for seed in (0, 1))
+    ocp.save(tmp_path / "a", tree(a))
+    ocp.save(tmp_path / "b", tree(b))
+    text = f"merge_method: slerp\nbase_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/b}}]\nparameters: {{t: [0, 1]}}\n"
+    recipe.merge(text + "sharding: fsdp=2\n", tmp_path / "out")
+    out = ocp.load(tmp_path / "out")
+    first = out["params"]["params"]["decoder"]["layers_0"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_allclose(first, a["params/params/decoder/layers_0/mlp/wo/kernel"], rtol=1e-6)
+    assert len(first.sharding.device_set) == 2
+    last = out["params"]["params"]["decoder"][f"layers_{L - 1}"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_allclose(last, b[f"params/params/decoder/layers_{L - 1}/mlp/wo/kernel"], rtol=1e-6)
+    recipe.merge(text + "layout: hf\n", tmp_path / "hub")
+    hub = load_file(tmp_path / "hub/model.safetensors")
+    np.testing.assert_allclose(hub["model.layers.0.mlp.down_proj.weight"], np.asarray(first).T, rtol=1e-6)
+    with pytest.raises(recipe.RecipeError, match="needs 64 devices"):
+        recipe.plan(text + "sharding: fsdp=64\n")

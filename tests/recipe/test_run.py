@@ -44,6 +44,25 @@ parameters: {weight: 1}
     np.testing.assert_allclose(first[name], (a[name] + b[name]) / 2, rtol=1e-6)
     assert np.abs(out[name] - (first[name] + c[name]) / 2).max() < 0.1
     assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 4
+    found = recipe.verify(tmp_path / "out")
+    assert len(found.leaves) == 8 and not found.problems
+    made = (tmp_path / "out.parts/first/model.safetensors").stat().st_mtime_ns
+    recipe.merge(text, tmp_path / "out", overwrite=True)  # what is there and as it would be made is kept
+    assert (tmp_path / "out.parts/first/model.safetensors").stat().st_mtime_ns == made
+
+
+def test_verify_sees_another_parent(models, tmp_path, capsys):
+    base = tensors(models / "base")
+    save_file(base, tmp_path / "base.safetensors")
+    text = cases.recipe("ties", models).replace(f"{models}/base", f"{tmp_path}/base.safetensors")
+    recipe.merge(text, tmp_path / "out")
+    assert cli.main(["verify", str(tmp_path / "out"), "--leaves", "39"]) == 0
+    assert "is what its receipt says" in capsys.readouterr().out
+    save_file(base | {"lm_head.weight": base["lm_head.weight"] + 1}, tmp_path / "base.safetensors")
+    assert cli.main(["verify", str(tmp_path / "out"), "--leaves", "39"]) == 1
+    printed = capsys.readouterr().out
+    assert "base.safetensors" in printed and "lm_head.weight" in printed
+    assert cli.main(["verify", str(models / "a")]) == 2
 
 
 def test_what_lies_beside(models, tmp_path):
@@ -58,7 +77,7 @@ def test_what_lies_beside(models, tmp_path):
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["merge", "jaxmerge", "passthrough"] and front["base_model_relation"] == "merge"
-    assert "# tower" in card and text.strip() in card and "| deep |" in card
+    assert "# tower" in card and text.strip() in card and "| deep | " in card
     assert json.loads((out / "jaxmerge.json").read_text())["recipe"] == text
 
 
@@ -80,6 +99,7 @@ def test_a_card_names_the_hub_and_the_licences(models, tmp_path, monkeypatch):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == ["one/llama", "two/llama"] and "license" not in front
     assert "[one/llama](https://huggingface.co/one/llama)" in card and "licences differ" in card
+    assert "| abc123 | mit |" in card
     for name in "ab":
         (models / name / "README.md").unlink()
 

@@ -1,0 +1,85 @@
+"""Several processes: each reads and writes its own part of the bytes, and the output is that of one."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint._feed import Unit
+from jaxmerge.checkpoint._processes import share
+from tests.checkpoint.conftest import save
+
+METHODS = {"linear": params.linear(), "ties": params.ties(0.3), "stock": params.model_stock()}
+WORKER = """
+import pathlib, sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", num_processes=4, process_id=rank)
+from jaxmerge import checkpoint, params
+import jaxmerge.checkpoint._ranges
+import jax.experimental.multihost_utils
+def io():
+    lines = dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"]), int(lines["wchar"])
+for name, tx in {"linear": params.linear(), "ties": params.ties(0.3), "stock": params.model_stock()}.items():
+    before = io()
+    report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/four_{name}")
+    print(name, *(b - a for a, b in zip(before, io())), report.headers.bytes_read, report.headers.bytes_written, flush=True)
+"""
+
+
+def test_who_does_what():
+    units = [(Unit(f"large{i}", 0, 100),) for i in range(6)] + [(Unit("small", i, i + 1),) for i in range(400)]
+    weights = [100] * 6 + [1] * 400
+    shares = [share(units, weights, p, 4) for p in range(4)]
+    assert sorted(u for s in shares for u in s) == sorted(u for g in units for u in g)
+    assert [sum(u.size for u in s) for s in shares] == [250] * 4
+    for mine in shares:  # in order, and the small ones in one run
+        assert list(mine) == [g[0] for g in units if g[0] in mine]
+        small = [u.start for u in mine if u.name == "small"]
+        assert not small or small == list(range(small[0], small[-1] + 1))
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    """Counted by the operating system: at most 27 % of the bytes each; the output has the bytes of one process."""
+    rng = np.random.default_rng(0)
+    base = {f"layers.{i}.w": rng.standard_normal((512, 1000), np.float32) for i in range(24)} | {"step": np.arange(3)}
+    save(tmp_path / "base", base)
+    for seed, n in enumerate("ab"):
+        noise = np.random.default_rng(seed + 1)
+        change = lambda v, noise=noise: v + np.float32(0.01) * noise.standard_normal(v.shape, np.float32)
+        save(tmp_path / n, {k: change(v) if k != "step" else v for k, v in base.items()})
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "XLA_FLAGS": ""}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    outputs = [w.communicate(timeout=300) for w in workers]
+    assert [w.returncode for w in workers] == [0] * 4, "\n".join(e[-2000:] for _, e in outputs)
+    for out, _ in outputs:
+        counted = [line.split() for line in out.splitlines() if line.split()[0] in METHODS]
+        assert len(counted) == len(METHODS)
+        for name, read, written, all_read, all_written in counted:
+            assert int(read) <= 0.27 * int(all_read) and int(written) <= 0.27 * int(all_written), (name, counted)
+    for name, tx in METHODS.items():
+        checkpoint.merge(tx, tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / f"one_{name}")
+        one, four = (checkpoint.open(tmp_path / f"{n}_{name}") for n in ("one", "four"))
+        # sums are made by programs that the flags of this process compile otherwise
+        compare = np.testing.assert_array_equal if name == "ties" else lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7)
+        for n in one.leaves:
+            compare(one.read(n), four.read(n))
