@@ -53,13 +53,14 @@ def step(
     protected: tuple[bool, ...],
     threads: int = 4,
     splits: int | None = None,
+    pairs: int | None = None,
     prefetch: bool = True,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """`ref.step`; `threads` of a block, and how many blocks share a row of the batch."""
+    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
     B, n, d = x.shape
     na, nb = (n + 1) // 2, n // 2
-    pairs = max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
+    pairs = pairs or max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
     blocks = splits or max(1, 132 * SIDE_BY_SIDE // B)
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
