@@ -151,35 +151,36 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
                         position[b, segment] = jnp.where(sizes[u] > 0, at[u], n)
 
             rounds = functools.reduce(jnp.maximum, sizes)
-            copied = rounds <= 1 if mean and weight is None else rounds < 0
+            own = [jnp.where(size > 0, w(p), 0.0) for size, p in zip(sizes, at, strict=True)]
+            copied = rounds <= 1 if mean else rounds < 0  # the mean of one is itself
 
             @pl.when(copied)
             def _():
                 for u in range(at_once):
-                    there = jnp.broadcast_to(sizes[u] > 0, (d,))
-                    put(u, jnp.where(sizes[u] > 0, 1.0, 0.0), jnp.where(there, read[u], jnp.zeros_like(read[u])))
+                    there = jnp.broadcast_to(own[u] != 0, (d,))
+                    put(u, own[u], jnp.where(there, read[u], jnp.zeros_like(read[u])))
 
             @pl.when(jnp.logical_not(copied))
             def _():
                 def add(k, state):
-                    own = [k < size for size in sizes]
+                    has = [k < size for size in sizes]
                     p = [
                         lax.cond(ok, lambda s=s, q=q: next_member(tile * TILE + s, s, k, q), lambda q=q: q)
-                        for ok, s, (q, *_) in zip(own, some, state, strict=True)
+                        for ok, s, (q, *_) in zip(has, some, state, strict=True)
                     ]
                     rows = [x[b, q, :].astype(jnp.float32) for q in p]
-                    more = [jnp.where(ok, w(q), 0.0) for ok, q in zip(own, p, strict=True)]
+                    more = [jnp.where(ok, w(q), 0.0) for ok, q in zip(has, p, strict=True)]
                     sums = [
                         jnp.where(jnp.broadcast_to(ok, (d,)), sum + row * factor, sum)
-                        for ok, (_, _, sum), row, factor in zip(own, state, rows, more, strict=True)
+                        for ok, (_, _, sum), row, factor in zip(has, state, rows, more, strict=True)
                     ]
-                    return [(q, total + factor, sum) for q, (_, total, _), factor, sum in zip(p, state, more, sums, strict=True)]
+                    totals = [total + factor for (_, total, _), factor in zip(state, more, strict=True)]
+                    return list(zip(p, totals, sums, strict=True))
 
                 start = []
                 for u in range(at_once):
-                    own = jnp.where(sizes[u] > 0, w(at[u]), 0.0)
                     row = read[u].astype(jnp.float32)
-                    start.append((at[u], own, jnp.where(jnp.broadcast_to(sizes[u] > 0, (d,)), row * own, 0.0)))
+                    start.append((at[u], own[u], jnp.where(jnp.broadcast_to(sizes[u] > 0, (d,)), row * own[u], 0.0)))
                 for u, (_, total, sum) in enumerate(lax.fori_loop(1, rounds, add, start)):
                     if mean:
                         none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0

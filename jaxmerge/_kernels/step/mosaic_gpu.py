@@ -73,7 +73,8 @@ def step(
     scratch = dict(
         best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
         rank_parts=own(c.of_ranks, c.ga), rank=own(threads, c.ga),
-        source_parts=own(c.of_edges, c.gr), goes_parts=own(c.of_edges, c.gr), source=own(threads, c.gr), goes=own(threads, c.gr),
+        source_parts=own(c.of_edges, c.gr), source=own(threads, c.gr),
+        goes_parts=own(c.of_edges, c.gr), goes=own(threads, c.gr),
         stay=own(1, c.ga), first=own(1, c.gb), next=own(1, c.gr),
         sync=plgpu.Barrier(num_arrivals=threads),
     )  # fmt: skip
