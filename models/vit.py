@@ -126,8 +126,9 @@ def token_merging(seen: Seen, r: int) -> jm.Plan:
 class Attention(nnx.Module):
     """Self-attention with fused q, k, v; returns them too, which are what planners look at."""
 
-    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash, rngs: nnx.Rngs):
-        self.num_heads, self.implementation = config.num_heads, attention
+    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash = None, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.implementation: Flash = attention
         self.qkv = _linear(config.width, 3 * config.width, dtype, rngs)
         self.proj = _linear(config.width, config.width, dtype, rngs)
 
@@ -154,7 +155,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, merge, MLP: a plan goes in and a plan comes out."""
 
-    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash = None, rngs: nnx.Rngs):
         self.protect = tuple(range(config.num_prefix))
         self.norm1, self.norm2 = _norm(config.width, rngs), _norm(config.width, rngs)
         self.attn = Attention(config, dtype=dtype, attention=attention, rngs=rngs)

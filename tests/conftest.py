@@ -23,6 +23,15 @@ from jax.sharding import AxisType, Mesh
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of a GPU run where JAX is told to use one."""
+    if "cuda" not in os.environ["JAX_PLATFORMS"]:
+        away = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if item not in set(away)]
+
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 

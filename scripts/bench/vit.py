@@ -1,12 +1,16 @@
-"""What merging is worth in a whole model: a forward pass with and without it, and how much of the work saved is time saved.
+"""What merging is worth in a whole model: a pass with and without it, and how much of the work saved is time saved.
 
     python -m scripts.bench.vit --out runs/bench
+    python -m scripts.bench.vit --variant L/16 --resolution 384 --batch 64 --rs 0 23 --attention cudnn      (on a GPU)
 
-Our own model against itself: the same weights, one thread, all r in turn. The arithmetic is counted by formula (matrix
-products and attention, for each block's own number of tokens) and by `compiled.cost_analysis()`. The last column, the
-speed-up over the ratio of operations, is 100 % where merging costs nothing. Writes vit.json.
+Our own model against itself: the same weights, all r in turn; on one thread of a CPU, or in bfloat16 on an accelerator, there
+with and without our kernels. The arithmetic is counted by formula (matrix products and attention, for each block's own number
+of tokens), also with tokens padded to eights, and by `compiled.cost_analysis()`. The last column, the speed-up over the ratio
+of operations, is 100 % where merging costs nothing. Writes vit.json.
 """
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 
@@ -19,31 +23,55 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxmerge as jm
-from models.vit import VARIANTS, ViT, ViTConfig
-from scripts.bench import meter
+from jaxmerge._kernels import _dispatch as dispatch
+from models.vit import VARIANTS, Flash, ViT, ViTConfig
+from scripts.bench import device, meter
 
 
 def main(
     *,
     variant: str = "B/16",
+    resolution: int | None = None,
     batch: int = 8,
     rs: tuple[int, ...] = (0, 16),
     rounds: int = 7,
+    train: bool = False,
+    attention: Flash = None,
     out: pathlib.Path = pathlib.Path("runs/bench"),
 ) -> None:
     """Time them and print the table.
 
     Args:
       variant: one of models.vit.VARIANTS.
+      resolution: of the images, if it is not the variant's.
       batch: images.
       rs: tokens removed per block, 0 first.
-      rounds: how often each r has a turn.
+      rounds: how often each r has a turn, on a CPU.
+      train: the gradient too, on an accelerator.
+      attention: "cudnn" for a flash kernel on a GPU.
       out: directory for vit.json.
     """
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console, config = Console(), VARIANTS[variant]
+    config = dataclasses.replace(config, image_size=resolution or config.image_size)
+    if jax.default_backend() != "cpu":
+        rows = on_device(config, batch, rs, train, attention)
+        table = Table(
+            title=f"ViT-{variant}@{config.image_size}, batch {batch}, {'gradient' if train else 'forward'}, {attention}"
+        )
+        for column in ("r", "merging", "ms", "images/s", "operations / this", "padded", "time / this", "of the ratio"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(
+                str(row["r"]), row["merging"], f"{row['seconds'] * 1e3:.2f}", f"{batch / row['seconds']:.0f}",
+                f"{row['flop_ratio']:.3f} x", f"{row['padded_ratio']:.3f} x", f"{row['speedup']:.3f} x",
+                f"{row['speedup'] / row['flop_ratio']:.1%}",
+            )  # fmt: skip
+        console.print(table)
+        (out / "vit.json").write_text(json.dumps(dict(variant=variant, config=vars(config), batch=batch, rows=rows), indent=2))
+        return
     console.print(f"one thread, on core {meter.pin()}")
-    rows = measure(VARIANTS[variant], batch, rs, rounds)
+    rows = measure(config, batch, rs, rounds)
     table = Table(title=f"ViT-{variant}, batch {batch}, milliseconds of processor time")
     for column in ("r", "GFLOP", "compiled", "median", "min", "max", "operations / this", "time / this", "of the ratio"):
         table.add_column(column, justify="right")
@@ -82,14 +110,52 @@ def measure(config: ViTConfig, batch: int, rs: tuple[int, ...], rounds: int) -> 
     ]
 
 
-def flops(config: ViTConfig, batch: int, r: int) -> float:
-    """Of one forward pass: two per multiply-add of every matrix product. A block merges between attention and MLP."""
+def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, attention: Flash) -> list[dict]:
+    """A row for each r, with our kernels and with XLA alone; ratios are to the first."""
+    model = nnx.eval_shape(lambda: ViT(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    weights, tree = jax.tree.flatten(jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), state))
+    images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
+    here = jax.default_backend()
+    rows = []
+    for r in rs:
+        forward = lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)
+        loss = lambda state, images, forward=forward: forward(state, images).var()
+        call = jax.grad(loss) if train else forward
+        flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
+        for merging in ("kernel", "XLA") if r else ("none",):
+            with dispatch.aim(here) if merging == "XLA" else contextlib.nullcontext():  # a device without a name has no kernels
+                seconds = device.seconds(flat, [*weights, images], draw=small)
+            rows.append(
+                dict(
+                    r=r,
+                    merging=merging,
+                    seconds=seconds,
+                    speedup=rows[0]["seconds"] / seconds if rows else 1.0,
+                    flop_ratio=flops(config, batch, rs[0]) / flops(config, batch, r),
+                    padded_ratio=flops(config, batch, rs[0], 8) / flops(config, batch, r, 8),
+                )
+            )
+    return rows
+
+
+def small(rng: np.random.Generator, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Weights and images."""
+    return 0.02 * jax.random.normal(jax.random.key(int(rng.integers(1 << 30))), shape.shape, shape.dtype)
+
+
+def flops(config: ViTConfig, batch: int, r: int, multiple: int = 1) -> float:
+    """Of one forward pass: two per multiply-add of every matrix product. A block merges between attention and MLP.
+
+    Tokens are counted in whole multiples.
+    """
     d, n = config.width, config.num_tokens
     total = 2 * (n - config.num_prefix) * config.patch_size**2 * config.channels * d + 2 * d * config.num_classes
+    padded = lambda n: -(-n // multiple) * multiple
     for r_block in jm.tokens.schedule(config.depth, r, n=n, protected=config.num_prefix):
-        total += 8 * n * d * d + 4 * n * n * d
+        total += 8 * padded(n) * d * d + 4 * padded(n) ** 2 * d
         n -= r_block
-        total += 4 * n * d * int(config.mlp_ratio * d)
+        total += 4 * padded(n) * d * int(config.mlp_ratio * d)
     return float(batch * total)
 
 

@@ -5,6 +5,7 @@ which is first. Where some segment has more, they look for the second of each, t
 sum is atomic: members are added in the order of their positions. Then each thread takes rows in turn, several at a time.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxmerge._kernels import _mosaic_gpu as mgpu
 TILE = 64
 """Segments of a block."""
 LANES = 128
-THREADS = 4
+THREADS = 2
 LISTED = 64
 """Members of a segment that are found for all segments at once."""
 MOST_POSITIONS = 8192
@@ -47,7 +48,7 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
     padded = -(-width // LANES) * LANES
     share = TILE // THREADS
 
-    def body(ids, x, weight, y, mass, position, ids_here, nth, count, one_first, one_count, sync):
+    def body(ids, x, weight, y, mass, position, ids_here, nth, count, largest, one_first, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
 
         def together():
@@ -105,7 +106,10 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
             lowest_of_all(0)
 
         together()
-        most = lax.fori_loop(0, TILE, lambda s, most: jnp.maximum(most, count[s]), jnp.int32(0))
+        # No index may be a constant: shared memory at an address that ptxas knows is refused by the device.
+        largest[t] = functools.reduce(jnp.maximum, [count[t * share + u] for u in range(share)])
+        together()
+        most = functools.reduce(jnp.maximum, [largest[lax.rem(t + other, THREADS)] for other in range(THREADS)])
 
         def later(k, _):
             """The k-th member of each segment, behind the one before it."""
@@ -132,55 +136,62 @@ def rows(ids, x, weight, *, m, mean, at_once=4, interpret=None):
         @pl.loop(0, share // at_once)
         def _(i):
             some = [(i * THREADS + t) * at_once + u for u in range(at_once)]
-            start = [nth[0, s] for s in some]
-            at = [jnp.where(p < NONE, p, 0) for p in start]
+            sizes = [count[s] for s in some]
+            at = [jnp.where(size > 0, nth[0, s], 0) for size, s in zip(sizes, some, strict=True)]
             read = [x[b, p, :] for p in at]
-            for u, s in enumerate(some):
 
-                @pl.when(tile * TILE + s < m)
-                def _(u=u, s=s):
-                    segment = tile * TILE + s
-                    size = count[s]
-                    own = jnp.where(size > 0, w(at[u]), 0.0)
+            def put(u, total, row):
+                segment = tile * TILE + some[u]
+
+                @pl.when(segment < m)
+                def _():
+                    mass[b, segment] = total
+                    y[b, segment, :] = row.astype(x.dtype)
                     if position is not None:
-                        position[b, segment] = jnp.where(size > 0, at[u], n)
+                        position[b, segment] = jnp.where(sizes[u] > 0, at[u], n)
 
-                    def put(total, sum):
-                        mass[b, segment] = total
-                        if mean:
-                            none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
-                            sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
-                        y[b, segment, :] = sum.astype(x.dtype)
+            rounds = functools.reduce(jnp.maximum, sizes)
+            own = [jnp.where(size > 0, w(p), 0.0) for size, p in zip(sizes, at, strict=True)]
+            copied = rounds <= 1 if mean else rounds < 0  # the mean of one is itself
 
-                    @pl.when(size == 1)
-                    def _():
-                        if mean and weight is None:
-                            mass[b, segment] = jnp.float32(1)
-                            y[b, segment, :] = read[u]
-                        else:
-                            put(own, read[u].astype(jnp.float32) * own)
+            @pl.when(copied)
+            def _():
+                for u in range(at_once):
+                    there = jnp.broadcast_to(own[u] != 0, (d,))
+                    put(u, own[u], jnp.where(there, read[u], jnp.zeros_like(read[u])))
 
-                    @pl.when(size == 0)
-                    def _():
-                        mass[b, segment] = jnp.float32(0)
-                        y[b, segment, :] = jnp.where(jnp.broadcast_to(size > 0, (d,)), read[u], jnp.zeros_like(read[u]))
+            @pl.when(jnp.logical_not(copied))
+            def _():
+                def add(k, state):
+                    has = [k < size for size in sizes]
+                    p = [
+                        lax.cond(ok, lambda s=s, q=q: next_member(tile * TILE + s, s, k, q), lambda q=q: q)
+                        for ok, s, (q, *_) in zip(has, some, state, strict=True)
+                    ]
+                    rows = [x[b, q, :].astype(jnp.float32) for q in p]
+                    more = [jnp.where(ok, w(q), 0.0) for ok, q in zip(has, p, strict=True)]
+                    sums = [
+                        jnp.where(jnp.broadcast_to(ok, (d,)), sum + row * factor, sum)
+                        for ok, (_, _, sum), row, factor in zip(has, state, rows, more, strict=True)
+                    ]
+                    totals = [total + factor for (_, total, _), factor in zip(state, more, strict=True)]
+                    return list(zip(p, totals, sums, strict=True))
 
-                    @pl.when(size > 1)
-                    def _():
-                        def add(k, state):
-                            p, total, sum = state
-                            p = next_member(segment, s, k, p)
-                            more = w(p)
-                            return p, total + more, sum + x[b, p, :].astype(jnp.float32) * more
-
-                        state = at[u], own, read[u].astype(jnp.float32) * own
-                        _, total, sum = lax.fori_loop(1, size, add, state)
-                        put(total, sum)
+                start = []
+                for u in range(at_once):
+                    row = read[u].astype(jnp.float32)
+                    start.append((at[u], own[u], jnp.where(jnp.broadcast_to(sizes[u] > 0, (d,)), row * own[u], 0.0)))
+                for u, (_, total, sum) in enumerate(lax.fori_loop(1, rounds, add, start)):
+                    if mean:
+                        none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
+                        sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
+                    put(u, total, sum)
 
     scratch = dict(
         ids_here=plgpu.SMEM((padded,), jnp.int32),
         nth=plgpu.SMEM((LISTED, TILE), jnp.int32),
         count=plgpu.SMEM((TILE,), jnp.int32),
+        largest=plgpu.SMEM((THREADS,), jnp.int32),
         one_first=plgpu.SMEM((THREADS, TILE), jnp.int32),
         one_count=plgpu.SMEM((THREADS, TILE), jnp.int32),
         sync=plgpu.Barrier(num_arrivals=THREADS),
@@ -202,7 +213,7 @@ def unmerge(
     before: Float[Array, "B m"] | None = None,
     after: Float[Array, "B n"] | None = None,
     *,
-    at_once: int = 8,
+    at_once: int = 4,
     interpret=None,
 ) -> Float[Array, "B n d"]:
     B, n = ids.shape

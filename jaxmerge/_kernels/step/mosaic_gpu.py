@@ -53,13 +53,14 @@ def step(
     protected: tuple[bool, ...],
     threads: int = 4,
     splits: int | None = None,
+    pairs: int | None = None,
     prefetch: bool = True,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """`ref.step`; `threads` of a block, and how many blocks share a row of the batch."""
+    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
     B, n, d = x.shape
     na, nb = (n + 1) // 2, n // 2
-    pairs = max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
+    pairs = pairs or max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
     blocks = splits or max(1, 132 * SIDE_BY_SIDE // B)
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
@@ -72,7 +73,8 @@ def step(
     scratch = dict(
         best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
         rank_parts=own(c.of_ranks, c.ga), rank=own(threads, c.ga),
-        source_parts=own(c.of_edges, c.gr), goes_parts=own(c.of_edges, c.gr), source=own(threads, c.gr), goes=own(threads, c.gr),
+        source_parts=own(c.of_edges, c.gr), source=own(threads, c.gr),
+        goes_parts=own(c.of_edges, c.gr), goes=own(threads, c.gr),
         stay=own(1, c.ga), first=own(1, c.gb), next=own(1, c.gr),
         sync=plgpu.Barrier(num_arrivals=threads),
     )  # fmt: skip

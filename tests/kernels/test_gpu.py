@@ -1,0 +1,86 @@
+"""Every kernel against its reference at real sizes, on a Hopper GPU: `JAX_PLATFORMS=cuda pytest -m gpu`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmerge as jm
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
+from tests.kernels import cases
+
+pytestmark = pytest.mark.gpu
+LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
+both = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+
+
+def same(f, *arrays):
+    """f by kernel and by XLA: the same integers, and numbers that differ by rounding."""
+    one, other = (jax.jit(lambda *a, which=which: f(which, *a)) for which in ("mosaic_gpu", "xla"))
+    found, wanted = jax.tree.leaves(one(*arrays)), jax.tree.leaves(other(*arrays))
+    for a, b in zip(found, wanted, strict=True):
+        near(a, b)
+    return found
+
+
+def near(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        assert (a == b).all()
+    else:  # a mean of float32 sums, rounded once: half a unit of its last place each
+        ulp = 2.0**-7 if a.dtype == jnp.bfloat16 else 2.0**-20
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert (np.abs(a - b) <= ulp * np.maximum(1, np.abs(b))).all()
+
+
+@both
+@pytest.mark.parametrize("spec", [VIT[0], VIT[3], VIT[6], LONG_ROW], ids=lambda s: s.name)
+def test_step(spec, dtype):
+    rng = np.random.default_rng(0)
+    metric = cases.exact(rng, 3, spec.n, spec.k, dtype)  # cosines are exact, and often equal
+    x, sizes = cases.tokens(rng, 3, spec.n, spec.d, dtype), cases.sizes(rng, 3, spec.n)
+
+    def step(which, metric, sizes, x):
+        def loss(x):
+            merged = jm.tokens.merge_step(metric, x, spec.r, sizes=sizes, protect=range(spec.prefix), implementation=which)
+            return (merged.x.astype(jnp.float32) ** 2).sum(), merged
+
+        (_, merged), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+        return merged, gradient
+
+    same(step, metric, sizes, x)
+
+
+@both
+@pytest.mark.parametrize("spec", [VIT[0], LONG[1]], ids=lambda s: s.name)
+def test_match(spec, dtype):
+    rng = np.random.default_rng(0)
+    if dtype == jnp.float32 and spec.k > 192:
+        spec = spec._replace(k=192)  # three parts of the queries of a block must fit on chip
+    a, b = cases.exact(rng, 2, spec.n, spec.k, dtype), cases.exact(rng, 2, spec.n - 1, spec.k, dtype)
+    same(lambda which, a, b: jm.tokens.nearest(a, b, implementation=which), a, b)
+
+
+@both
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_merge_and_unmerge(dtype, ordered, reduce):
+    rng = np.random.default_rng(0)
+    n, m, d = 1024, 300, 1536
+    ids, weight = cases.plan(rng, 2, n, m, ordered=ordered), cases.sizes(rng, 2, n) / 512
+    x = cases.tokens(rng, 2, n, d, dtype)
+
+    def both_ways(which, ids, weight, x):
+        plan = jm.Plan(ids, m)
+        merge = lambda x: jm.merge(plan, x, weight=weight, reduce=reduce, implementation=which)
+        y, back = jax.vjp(merge, x)
+        return y, back(y)[0], jm.unmerge(plan, y, implementation=which)
+
+    same(both_ways, ids, weight, x)
+
+
+def test_bytes_have_no_kernel_of_their_width():
+    spec = BYTES[0]
+    with pytest.raises(ValueError, match=f"{spec.d} features"):
+        x = jnp.zeros((1, spec.n, spec.d))
+        jm.merge(jm.Plan(jnp.zeros((1, spec.n), jnp.int32), 3), x, implementation="mosaic_gpu")

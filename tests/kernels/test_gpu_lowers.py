@@ -1,0 +1,70 @@
+"""Every Hopper kernel is lowered for CUDA on a machine without one, forward and backward, through the public functions."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxmerge as jm
+from jaxmerge._kernels import _dispatch as dispatch
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
+from jaxmerge._kernels.step import mosaic_gpu as steps
+
+H200 = "NVIDIA H200"
+LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
+
+
+def lowered(f, *shapes) -> int:
+    """How many kernels the program for CUDA launches."""
+    with dispatch.aim("gpu", H200):
+        text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("@mosaic_gpu")
+
+
+def shape(*axes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def step(spec, metric, x, sizes):
+    protect = range(spec.prefix)
+    merged = jm.tokens.merge_step(metric, x, spec.r, sizes=sizes, protect=protect, implementation="mosaic_gpu")
+    return merged.x.astype(jnp.float32).sum(), merged
+
+
+@pytest.mark.parametrize("spec, dtype", [(VIT[2], jnp.bfloat16), (VIT[0], jnp.float32)], ids=["bfloat16", "float32"])
+def test_a_step_is_one_launch_and_its_gradient_another(spec, dtype):
+    shapes = shape(8, spec.n, spec.k, dtype=dtype), shape(8, spec.n, spec.d, dtype=dtype), shape(8, spec.n, dtype=jnp.float32)
+    assert lowered(partial(step, spec), *shapes) == 1
+    assert lowered(jax.grad(partial(step, spec), argnums=1, has_aux=True), *shapes) == 2
+
+
+def test_a_long_row_is_three_launches():
+    assert LONG_ROW.n > steps.AT_ONCE
+    n = LONG_ROW.n
+    shapes = shape(8, n, LONG_ROW.k), shape(8, n, LONG_ROW.d), shape(8, n, dtype=jnp.float32)
+    assert lowered(partial(step, LONG_ROW), *shapes) == 3
+
+
+def test_match_is_two_launches():
+    spec = LONG[1]
+    near = partial(jm.tokens.nearest, implementation="mosaic_gpu")
+    assert lowered(near, shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
+
+
+def test_merge_and_its_gradient_are_one_launch_each():
+    n, m, d = 4096, 1024, 1536
+
+    def loss(x, ids, weight):
+        return jm.merge(jm.Plan(ids, m), x, weight=weight, implementation="mosaic_gpu").astype(jnp.float32).sum()
+
+    shapes = shape(2, n, d), shape(2, n, dtype=jnp.int32), shape(2, n, dtype=jnp.float32)
+    assert lowered(jax.grad(loss), *shapes) >= 1
+    assert lowered(loss, *shapes) == 1
+
+
+def test_reasons_against_a_kernel():
+    spec = BYTES[0]
+    arrays = jnp.zeros((1, spec.n), jnp.int32), jnp.zeros((1, spec.n, spec.d + 1))
+    with dispatch.aim("gpu", "NVIDIA A100-SXM4-40GB"), pytest.raises(ValueError, match=r"(?s)is no Hopper.*1473 features"):
+        jm.merge(jm.Plan(arrays[0], 3), arrays[1], implementation="mosaic_gpu")
