@@ -175,7 +175,9 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     if case.peer is not None and (peer := mergekit(case, base, models, dtype)) is not None:
         calls[PEER], theirs = peer
         differ = "" if case.random else compare(merged, theirs, case.rounding if dtype == "float32" else 2**-7)
-    floors = {COPY: meter.copy(moved), SUM: meter.accumulate(moved, inputs)}
+    floors = {COPY: meter.copy(moved)}
+    if inputs > 1:  # one array added up in place is no work
+        floors[SUM] = meter.accumulate(moved, inputs)
     times = meter.interleave(calls | floors, rounds, warm=1, before={OURS: before})
     rows = meter.summary({name: times[name] for name in calls})
     rate = moved / min(float(np.median(times[name][:, 0])) for name in floors)

@@ -249,6 +249,12 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_ranks_for_one_device(one_device):
+    bits = np.abs(np.concatenate([_values(0), np.round(_values(1))])).view(np.uint32)
+    want = np.argsort(np.argsort(bits, axis=-1, kind="stable"), axis=-1)
+    np.testing.assert_array_equal(jax.jit(rank_in_row)(jnp.asarray(bits)), want)
+
+
 def test_rank_mask_has_just_its_probabilities():
     """Every rival of every entry of a short row, drawn once: the share of those that rank lower is the rank over n - 1."""
     row = jnp.array([[3.0, -1.0, 2.0, 1.0, -3.0, 0.0, 2.0]])

@@ -44,10 +44,7 @@ def by_rows(x: Entries, first: Callable[[Array, Array], Any], *then: Callable[[A
                 part = each(lambda one: lax.dynamic_slice_in_dim(one, i * (rows // many), rows // many), last(x))
                 return first(part, i.astype(jnp.uint32) * np.uint32(rows // many * size))
 
-            made, f = here, begin
-            for then_ in then:
-                made, f = _written(f, made, i), then_
-            return _written(f, made, i)
+            return functools.reduce(lambda made, f: _written(f, made, i), (begin, *then), here)
 
         made = lax.map(block, jnp.arange(many))
         return made.reshape(rows, *made.shape[2:])

@@ -4,6 +4,7 @@ A row has fewer than 2^32 entries, so that one word counts it. A vector is one r
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, UInt, UInt32
 
@@ -48,16 +49,53 @@ def first_in_row(tied: Bool[Array, "K *rows n"], quota: UInt32[Array, "K *rows 1
 
 def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
     """How many entries of the row come before: smaller ones, and equal ones further left. Sorts: rows must be whole."""
-    order = jnp.argsort(whole(bits, (-1,)), axis=-1, stable=True)
+    bits = whole(bits, (-1,))
 
-    def invert(order):
-        index = lax.broadcasted_iota(order.dtype, order.shape, order.ndim - 1)
-        return jnp.put_along_axis(jnp.zeros_like(order), order, index, axis=-1, inplace=False, mode="promise_in_bounds")
+    def sort(bits):
+        order = jnp.argsort(bits, axis=-1, stable=True)
+        return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
-    def sort(order):  # scatters serialise on TPU
-        return jnp.argsort(order, axis=-1, stable=True)
+    return fastest(_ranks_side_by_side, sort)(bits) if bits.shape[-1] <= 1 << 16 else sort(bits)
 
-    return fastest(invert, sort)(order)
+
+LANES = 128
+"""Rows that are sorted side by side on the CPU, whose sort takes one number at a time."""
+
+
+def _ranks_side_by_side(bits: UInt32[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+    n = bits.shape[-1]
+    size = 1 << (n - 1).bit_length()
+    rows = bits.reshape(-1, n)
+    padded = jnp.pad(rows, ((0, -rows.shape[0] % LANES), (0, size - n)), constant_values=np.uint32(0xFFFFFFFF))
+
+    def ranks(rows):
+        at = jnp.broadcast_to(jnp.arange(size, dtype=jnp.uint32)[:, None], (size, LANES))
+        _, order = _bitonic(rows.T, at)
+        (ranked,) = _bitonic(order * np.uint32(size) + at)  # both in one word: where each came from, and where it is
+        return (ranked % np.uint32(size)).T
+
+    found = lax.map(ranks, padded.reshape(-1, LANES, size)).reshape(-1, size)
+    return found[: rows.shape[0], :n].reshape(bits.shape).astype(jnp.int32)
+
+
+def _bitonic(*words: UInt32[Array, "n lanes"]) -> tuple[UInt32[Array, "n lanes"], ...]:
+    """Sorted along the first axis, a power of two, by the first word, then the second: Batcher's network, in which everyone
+    meets the one at index ^ distance."""
+    n = words[0].shape[0]
+    at = jnp.arange(n, dtype=jnp.uint32)
+    meetings = [(run, 1 << d) for r in range(1, n.bit_length()) for run in [1 << r] for d in reversed(range(r))]
+    run, distance = jnp.asarray(np.array(meetings, np.uint32).reshape(-1, 2).T)
+
+    def meet(i, words):
+        others = [w.at[(at ^ distance[i]).astype(jnp.int32)].get(mode="promise_in_bounds") for w in words]
+        after = words[-1] > others[-1]
+        for w, o in zip(words[-2::-1], others[-2::-1], strict=True):
+            after = (w > o) | ((w == o) & after)
+        smaller_stays = ((at & run[i]) == 0) == ((at & distance[i]) == 0)
+        swap = after == smaller_stays[:, None]
+        return tuple(jnp.where(swap, o, w) for w, o in zip(words, others, strict=True))
+
+    return lax.fori_loop(0, len(meetings), meet, words)
 
 
 def outranks(x: Array, rival: UInt[Array, "*rows n"]) -> Bool[Array, "*rows n"]:
