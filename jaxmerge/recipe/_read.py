@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
@@ -71,12 +72,13 @@ class _Reader:
                 return None
         fields = self.mapping(node, "a recipe", TOP)
         marks = node.keys | {"": node.mark}
-        known = isinstance(fields.get("merge_method"), Node) and fields["merge_method"].value
+        known = fields["merge_method"].plain if "merge_method" in fields else None
+        known = known if isinstance(known, str) else str(known)
         if "merge_method" not in fields:
             self.wrong(node.mark, f"merge_method is missing{suggest('', METHODS)}")
         elif known not in METHODS:
-            self.wrong(fields["merge_method"].mark, f"unknown merge_method {known!r}{suggest(str(known), METHODS)}")
-        method = METHODS.get(known if isinstance(known, str) else "", METHODS["linear"])
+            self.wrong(fields["merge_method"].mark, f"unknown merge_method {known!r}{suggest(known, METHODS)}")
+        method = METHODS.get(known, METHODS["linear"])
         self.name, self.method = known if known in METHODS else "linear", method
         self.lenient = known not in METHODS  # parameters cannot be judged without a method
 
@@ -312,11 +314,19 @@ class _Reader:
         self.word(fields, "layout", ("hf", *LAYOUTS))
         self.word(fields, "integers", ("agree", "base"))
         self.word(fields, "nonfinite", ("refuse", "allow"))
+        if self.there(fields, "memory"):
+            try:
+                parse_size(fields["memory"].value, "memory")
+            except (ValueError, TypeError):
+                text = f"memory is bytes, or such as 2GB; got {fields['memory'].plain!r}."
+                self.wrong(fields["memory"].mark, text)
+        if self.there(fields, "sharding") and not isinstance(fields["sharding"].value, str):
+            self.wrong(fields["sharding"].mark, f"sharding is words such as fsdp=4, got {fields['sharding'].plain!r}.")
         seed = fields["seed"].value if "seed" in fields else 0
         if type(seed) is not int:
             self.wrong(fields["seed"].mark, f"seed must be a whole number, got {seed!r}.")
         found = {"seed": seed, "integers": "agree", "nonfinite": "refuse"}
-        return found | {k: fields[k].value for k in OURS if k in fields}
+        return found | {k: fields[k].value for k in OURS if self.there(fields, k)}
 
     def mapping(self, node: Node, what: str, known: Iterable[str]) -> dict[str, Node]:
         """The fields of a mapping, unknown ones reported."""
