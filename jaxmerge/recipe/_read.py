@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from etils import epath
+
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
@@ -11,6 +13,7 @@ from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slic
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
 
+WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite")
 TOP = (
@@ -121,8 +124,25 @@ class _Reader:
         inputs = []
         for entry in self.sequence(node, "models"):
             fields = self.mapping(entry, "a model", ("model", "parameters"))
-            inputs.append(self.input(entry, fields, None))
+            for model in self.window(fields.get("model")):
+                inputs.append(self.input(entry, fields | ({} if model is None else {"model": model}), None))
         return Slice(tuple(i for i in inputs if i), None, {}, node.mark)
+
+    def window(self, node: Node | None) -> list[Node | None]:
+        """Ours: run/{1000..2000} is every checkpoint of a run whose number lies there, in the order of the numbers."""
+        found = WINDOW.search(node.value) if node is not None and isinstance(node.value, str) else None
+        if node is None or found is None:
+            return [node]
+        before, after = node.value[: found.start()], node.value[found.end() :]
+        folder, _, prefix = before.rpartition("/")
+        parent = epath.Path(folder or ".")
+        names = [p.name for p in parent.iterdir()] if parent.exists() else []
+        steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
+        inside = sorted(step for step in steps if int(found[1]) <= step <= int(found[2]))
+        if not inside:
+            there = f"; there are {min(steps)} to {max(steps)}" if steps else f"; {parent} has none"
+            self.wrong(node.mark, f"no checkpoint lies in {found[0]}{there}.")
+        return [node._replace(value=f"{folder}/{steps[i]}{after}" if folder else steps[i] + after) for i in inside]
 
     def slices(self, node: Node) -> tuple[Slice, ...]:
         found = []

@@ -271,7 +271,7 @@ def test_two_mistakes_of_two_models(models, tmp_path):
 
 ODD = [
     None, True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "1e-3", "a+b+c", "a@b@c", "union", [], {}, [1], ["a"],
-    [None], [[1]], {"a": 1}, [{"value": 1}], {"value": [0, 1]}, [{"filter": 3, "value": 1}], {"source": "union"}, {"kind": "zero"},
+    [None], [[1]], {"a": 1}, [{"value": 1}], {"value": [0, 1]}, [{"filter": 3, "value": 1}], {"source": "union"},
 ]  # fmt: skip
 KEYS = ["weigth", "dtype", "t", "parameters", "model", "tokenizer", "layer_range", "layout", "memory", "seed", "sharding"]
 
