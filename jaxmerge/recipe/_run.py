@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
 from jaxmerge.checkpoint._receipt import describe
@@ -94,6 +96,11 @@ def merge(
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
         place = out if last else parts / str(document.name)
+        read_from = [f for source in todo.headers.inputs for f in source.files if place.absolute() in pathlib.Path(f).parents]
+        if read_from:
+            raise FileExistsError(
+                f"{place} holds {pathlib.Path(read_from[0]).name}, which is merged here; choose another place."
+            )
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
         if not last and resume and _is_there(place, todo):
             earlier[str(document.name)] = checkpoint.open(place)
@@ -190,6 +197,8 @@ def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
 
 def _as_adapter(place: pathlib.Path) -> None:
     """The names that PEFT looks for."""
+    if jax.process_index() != 0:
+        return
     old, new = "model.safetensors", "adapter_model.safetensors"
     (place / old).rename(place / new)
     receipt = json.loads((place / "jaxmerge.json").read_text())
