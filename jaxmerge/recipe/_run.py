@@ -85,22 +85,21 @@ def merge(
       RecipeError: as `plan`, before anything is done. Else as `checkpoint.merge`.
     """
     planned = plan(recipe, **options)
-    text, name = _text(recipe)
+    _, name = _text(recipe)
     out = pathlib.Path(out)
     parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
+    places = [*(parts / str(p.recipe.name) for p in planned[:-1]), out]
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
+    for place in places:
+        _no_parent(place, planned)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
-    for document in _in_order(read(text, name), name):
-        last = len(done) + 1 == len(planned)
-        todo, mistakes = plan_document(document, earlier, options, out.name if last else str(document.name))
+    for document, place in zip([p.recipe for p in planned], places, strict=True):
+        last = place == out
+        todo, mistakes = plan_document(document, earlier, options, place.name)
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
-        place = out if last else parts / str(document.name)
-        read_from = [f for source in todo.headers.inputs for f in source.files if place.absolute() in pathlib.Path(f).parents]
-        if read_from:
-            raise FileExistsError(
-                f"{place} holds {pathlib.Path(read_from[0]).name}, which is merged here; choose another place."
-            )
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
         if not last and resume and _is_there(place, todo):
             earlier[str(document.name)] = checkpoint.open(place)
@@ -183,6 +182,14 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
         found.append(ready[0])
         waiting.remove(ready[0])
     return found
+
+
+def _no_parent(place: pathlib.Path, plans: tuple[RecipePlan, ...]) -> None:
+    """Refuse to write where something is read."""
+    files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
+    inside = next((f for f in files if place.absolute() in pathlib.Path(f).parents), None)
+    if inside is not None:
+        raise FileExistsError(f"{place} holds {pathlib.Path(inside).name}, which is merged here; choose another place.")
 
 
 def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:

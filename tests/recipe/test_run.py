@@ -169,7 +169,7 @@ def test_no_parent_is_overwritten(models, tmp_path):
         (tmp_path / name).mkdir()
         save_file(tensors(models / name), tmp_path / name / "model.safetensors")
     text = f"merge_method: linear\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\nparameters: {{weight: 1}}\n"
-    with pytest.raises(FileExistsError, match="holds model.safetensors, which is merged here"):
+    with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which is merged here"):
         recipe.merge(text, tmp_path / "b", overwrite=True)
     assert tensors(tmp_path / "b").keys() == tensors(models / "b").keys()
 
