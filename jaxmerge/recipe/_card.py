@@ -148,10 +148,12 @@ def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats:
     lines += [
         f"Merged with {method}" + (f" from the base {link(base)}." if base is not None else "."),
         "",
-        "| model | licence |",
-        "|---|---|",
+        "| model | revision | licence |",
+        "|---|---|---|",
     ]
-    lines += [f"| {link(m)}{' (base)' if m == base else ''} | {licences.get(str(m), '')} |" for m in models]
+    for m in models:
+        name = f"{link(m)} (base)" if m == base else link(m)
+        lines.append(f"| {name} | {revision_of(m, sources[m])} | {licences.get(str(m), '')} |")
     if len(set(licences.values())) > 1:
         lines += ["", "The parents' licences differ: whoever shares this merge must keep to all of them."]
     lines += ["", "## Recipe", "", "```yaml", recipe.text.strip(), "```", ""]

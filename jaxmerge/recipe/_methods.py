@@ -295,4 +295,13 @@ METHODS |= {
         params.varm,
     )
 }
+METHODS["window_average"] = Method(
+    "Window average",
+    ARXIV + "2507.17634",
+    "input",
+    1,
+    None,
+    {"decay": Parameter(str, "shared", "linear", True, words=("linear", "cosine", "minus_sqrt"))},
+    lambda v: params.window_average(v["decay"]),
+)
 PARAMETERS = {name for method in METHODS.values() for name in method.parameters}

@@ -4,12 +4,16 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from etils import epath
+
+from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
 
+WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite")
 TOP = (
@@ -71,12 +75,13 @@ class _Reader:
                 return None
         fields = self.mapping(node, "a recipe", TOP)
         marks = node.keys | {"": node.mark}
-        known = isinstance(fields.get("merge_method"), Node) and fields["merge_method"].value
+        known = fields["merge_method"].plain if "merge_method" in fields else None
+        known = known if isinstance(known, str) else str(known)
         if "merge_method" not in fields:
             self.wrong(node.mark, f"merge_method is missing{suggest('', METHODS)}")
         elif known not in METHODS:
-            self.wrong(fields["merge_method"].mark, f"unknown merge_method {known!r}{suggest(str(known), METHODS)}")
-        method = METHODS.get(known if isinstance(known, str) else "", METHODS["linear"])
+            self.wrong(fields["merge_method"].mark, f"unknown merge_method {known!r}{suggest(known, METHODS)}")
+        method = METHODS.get(known, METHODS["linear"])
         self.name, self.method = known if known in METHODS else "linear", method
         self.lenient = known not in METHODS  # parameters cannot be judged without a method
 
@@ -119,8 +124,25 @@ class _Reader:
         inputs = []
         for entry in self.sequence(node, "models"):
             fields = self.mapping(entry, "a model", ("model", "parameters"))
-            inputs.append(self.input(entry, fields, None))
+            for model in self.window(fields.get("model")):
+                inputs.append(self.input(entry, fields | ({} if model is None else {"model": model}), None))
         return Slice(tuple(i for i in inputs if i), None, {}, node.mark)
+
+    def window(self, node: Node | None) -> list[Node | None]:
+        """Ours: run/{1000..2000} is every checkpoint of a run whose number lies there, in the order of the numbers."""
+        found = WINDOW.search(node.value) if node is not None and isinstance(node.value, str) else None
+        if node is None or found is None:
+            return [node]
+        before, after = node.value[: found.start()], node.value[found.end() :]
+        folder, _, prefix = before.rpartition("/")
+        parent = epath.Path(folder or ".")
+        names = [p.name for p in parent.iterdir()] if parent.exists() else []
+        steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
+        inside = sorted(step for step in steps if int(found[1]) <= step <= int(found[2]))
+        if not inside:
+            there = f"; there are {min(steps)} to {max(steps)}" if steps else f"; {parent} has none"
+            self.wrong(node.mark, f"no checkpoint lies in {found[0]}{there}.")
+        return [node._replace(value=f"{folder}/{steps[i]}{after}" if folder else steps[i] + after) for i in inside]
 
     def slices(self, node: Node) -> tuple[Slice, ...]:
         found = []
@@ -312,11 +334,19 @@ class _Reader:
         self.word(fields, "layout", ("hf", *LAYOUTS))
         self.word(fields, "integers", ("agree", "base"))
         self.word(fields, "nonfinite", ("refuse", "allow"))
+        if self.there(fields, "memory"):
+            try:
+                parse_size(fields["memory"].value, "memory")
+            except (ValueError, TypeError):
+                text = f"memory is bytes, or such as 2GB; got {fields['memory'].plain!r}."
+                self.wrong(fields["memory"].mark, text)
+        if self.there(fields, "sharding") and not isinstance(fields["sharding"].value, str):
+            self.wrong(fields["sharding"].mark, f"sharding is words such as fsdp=4, got {fields['sharding'].plain!r}.")
         seed = fields["seed"].value if "seed" in fields else 0
         if type(seed) is not int:
             self.wrong(fields["seed"].mark, f"seed must be a whole number, got {seed!r}.")
         found = {"seed": seed, "integers": "agree", "nonfinite": "refuse"}
-        return found | {k: fields[k].value for k in OURS if k in fields}
+        return found | {k: fields[k].value for k in OURS if self.there(fields, k)}
 
     def mapping(self, node: Node, what: str, known: Iterable[str]) -> dict[str, Node]:
         """The fields of a mapping, unknown ones reported."""

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
 from jaxmerge.checkpoint._receipt import describe
@@ -83,17 +85,21 @@ def merge(
       RecipeError: as `plan`, before anything is done. Else as `checkpoint.merge`.
     """
     planned = plan(recipe, **options)
-    text, name = _text(recipe)
+    _, name = _text(recipe)
     out = pathlib.Path(out)
     parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
+    places = [*(parts / str(p.recipe.name) for p in planned[:-1]), out]
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
+    for place in places:
+        _no_parent(place, planned)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
-    for document in _in_order(read(text, name), name):
-        last = len(done) + 1 == len(planned)
-        todo, mistakes = plan_document(document, earlier, options, out.name if last else str(document.name))
+    for document, place in zip([p.recipe for p in planned], places, strict=True):
+        last = place == out
+        todo, mistakes = plan_document(document, earlier, options, place.name)
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
-        place = out if last else parts / str(document.name)
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
         if not last and resume and _is_there(place, todo):
             earlier[str(document.name)] = checkpoint.open(place)
@@ -178,6 +184,14 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
     return found
 
 
+def _no_parent(place: pathlib.Path, plans: tuple[RecipePlan, ...]) -> None:
+    """Refuse to write where something is read."""
+    files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
+    inside = next((f for f in files if place.absolute() in pathlib.Path(f).parents), None)
+    if inside is not None:
+        raise FileExistsError(f"{place} holds {pathlib.Path(inside).name}, which is merged here; choose another place.")
+
+
 def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
     """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
     if not (place / "jaxmerge.json").exists():
@@ -190,6 +204,8 @@ def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
 
 def _as_adapter(place: pathlib.Path) -> None:
     """The names that PEFT looks for."""
+    if jax.process_index() != 0:
+        return
     old, new = "model.safetensors", "adapter_model.safetensors"
     (place / old).rename(place / new)
     receipt = json.loads((place / "jaxmerge.json").read_text())

@@ -50,6 +50,47 @@ def shapes(size: Size, *, tied: bool = False) -> dict[str, tuple[int, ...]]:
     return found if tied else found | {"lm_head.weight": (size.vocabulary, h)}
 
 
+def gpt2(size: Size) -> dict[str, tuple[int, ...]]:
+    """The tensors of a GPT-2: kernels (in, out), biases, positions; the head is tied."""
+    h = size.hidden
+    layer = {
+        "ln_1.weight": (h,),
+        "ln_1.bias": (h,),
+        "attn.c_attn.weight": (h, 3 * h),
+        "attn.c_attn.bias": (3 * h,),
+        "attn.c_proj.weight": (h, h),
+        "attn.c_proj.bias": (h,),
+        "ln_2.weight": (h,),
+        "ln_2.bias": (h,),
+        "mlp.c_fc.weight": (h, size.inner),
+        "mlp.c_fc.bias": (size.inner,),
+        "mlp.c_proj.weight": (size.inner, h),
+        "mlp.c_proj.bias": (h,),
+    }
+    found = {"wte.weight": (size.vocabulary, h), "wpe.weight": (10, h), "ln_f.weight": (h,), "ln_f.bias": (h,)}
+    found |= {f"h.{i}.{n}": s for i in range(size.layers) for n, s in layer.items()}
+    return {f"transformer.{n}": s for n, s in found.items()}
+
+
+def t5(size: Size) -> dict[str, tuple[int, ...]]:
+    """The tensors of a T5 v1.1: two stacks, the decoder one block shorter."""
+    h, found = size.hidden, {"shared.weight": (size.vocabulary, size.hidden), "lm_head.weight": (size.vocabulary, size.hidden)}
+    attention = lambda name: {f"{name}.{n}": (h, h) for n in "qkvo"}
+    feed = {f"DenseReluDense.{n}": (size.inner, h) for n in ("wi_0", "wi_1")} | {"DenseReluDense.wo": (h, size.inner)}
+    stacks = {
+        "encoder": [attention("SelfAttention"), feed],
+        "decoder": [attention("SelfAttention"), attention("EncDecAttention"), feed],
+    }
+    for stack, parts in stacks.items():
+        found[f"{stack}.final_layer_norm.weight"] = (h,)
+        found[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, size.heads)
+        for i in range(size.layers - (stack == "decoder")):
+            for k, part in enumerate(parts):
+                found |= {f"{stack}.block.{i}.layer.{k}.{n}.weight": s for n, s in part.items()}
+                found[f"{stack}.block.{i}.layer.{k}.layer_norm.weight"] = (h,)
+    return found
+
+
 def tensors(size: Size) -> dict[str, dict[str, np.ndarray]]:
     """Every model of the recipes: a base, what was trained from it (heavy-tailed changes, some entries none), and others."""
     import ml_dtypes
@@ -67,6 +108,9 @@ def tensors(size: Size) -> dict[str, dict[str, np.ndarray]]:
     words = model(size._replace(layers=1, vocabulary=1))
     for name, rows in ROWS.items():
         found[name] = {n: draw((rows, size.hidden)) if x.shape[0] == 1 else x + change(x) for n, x in words.items()}
+    for family, named in (("gpt", gpt2), ("t5", t5)):
+        first = {n: draw(s) * np.float32(0.1) for n, s in named(size).items()}
+        found |= {f"{family}{k}": {n: x + change(x) for n, x in first.items()} if k else first for k in range(3)}
     return found
 
 
@@ -83,13 +127,38 @@ def write(root: pathlib.Path, size: Size) -> None:
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
         save_file(model, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config(model, size), indent=2))
+        (folder / "config.json").write_text(json.dumps(config(name, model, size), indent=2))
         if name in WORDS:
             (folder / "tokenizer.json").write_text(json.dumps(tokenizer(WORDS[name]), indent=2))
             (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2))
 
 
-def config(model: dict[str, np.ndarray], size: Size) -> dict[str, Any]:
+def config(name: str, model: dict[str, np.ndarray], size: Size) -> dict[str, Any]:
+    if name.startswith("gpt"):
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_embd": size.hidden,
+            "n_inner": size.inner,
+            "n_layer": size.layers,
+            "n_head": size.heads,
+            "n_positions": 10,
+            "vocab_size": size.vocabulary,
+        }
+    if name.startswith("t5"):
+        return {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "d_model": size.hidden,
+            "d_kv": size.hidden // size.heads,
+            "d_ff": size.inner,
+            "num_layers": size.layers,
+            "num_decoder_layers": size.layers - 1,
+            "num_heads": size.heads,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "vocab_size": size.vocabulary,
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

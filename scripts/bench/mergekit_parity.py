@@ -63,7 +63,7 @@ def record(out: pathlib.Path, folder: pathlib.Path, size: cases.Size) -> None:
             "config": {k: config.get(k) for k in ("num_hidden_layers", "vocab_size", "dtype", "torch_dtype")}
         }
         tokenizer = out / "mergekit" / name / "tokenizer.json"
-        if tokenizer.exists():
+        if "tokenizer" in cases.RECIPES[name]:
             vocabulary = json.loads(tokenizer.read_text())
             entry["vocabulary"] = vocabulary["model"]["vocab"] | {a["content"]: a["id"] for a in vocabulary["added_tokens"]}
         entry["layout"] = "base" if layout == _layout(models["base"]) else layout
@@ -106,10 +106,9 @@ def merge(name: str, out: pathlib.Path) -> None:
 
 def words(folder: pathlib.Path) -> dict[str, int] | None:
     """{token: row} of an output that has a vocabulary of its own."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    if "tokenizer" not in cases.RECIPES[folder.name]:
         return None
-    data = json.loads(path.read_text())
+    data = json.loads((folder / "tokenizer.json").read_text())
     return data["model"]["vocab"] | {a["content"]: a["id"] for a in data["added_tokens"]}
 
 

@@ -1,8 +1,11 @@
 """Wrong recipes: each is refused from the headers alone, with its line, what was expected, and what to do."""
 
+import copy
+import random
 import time
 
 import pytest
+import yaml
 
 from jaxmerge import recipe
 from scripts.bench import mergekit_cases as cases
@@ -264,3 +267,42 @@ def test_two_mistakes_of_two_models(models, tmp_path):
     with pytest.raises(recipe.RecipeError) as refused:
         recipe.plan(text.replace("@", f"{models}/"))
     assert len(refused.value.mistakes) == 2
+
+
+ODD = [
+    None, True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "1e-3", "a+b+c", "a@b@c", "union", [], {}, [1], ["a"],
+    [None], [[1]], {"a": 1}, [{"value": 1}], {"value": [0, 1]}, [{"filter": 3, "value": 1}], {"source": "union"},
+]  # fmt: skip
+KEYS = ["weigth", "dtype", "t", "parameters", "model", "tokenizer", "layer_range", "layout", "memory", "seed", "sharding"]
+
+
+def places(x, path=()):
+    yield path
+    for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+        yield from places(v, (*path, k))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_written_is_planned_or_refused(models, seed):
+    """Recipes with a value exchanged, a key added, a character lost: never an error of another kind."""
+    rng = random.Random(seed)
+    planned = refused = 0
+    for _ in range(150):
+        data = yaml.safe_load(cases.recipe(rng.choice(list(cases.RECIPES)), models))
+        path = rng.choice([p for p in places(data) if p])
+        at = data
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = copy.deepcopy(rng.choice(ODD))
+        if isinstance(at, dict) and rng.random() < 0.3:
+            at[rng.choice(KEYS)] = copy.deepcopy(rng.choice(ODD))
+        text = yaml.safe_dump(data)
+        if rng.random() < 0.3:
+            i = rng.randrange(len(text))
+            text = text[:i] + rng.choice(["", ":", "\n", "- ", "{", "]", "&a ", "*a"]) + text[i + 1 :]
+        try:
+            recipe.plan(text + "\n")
+            planned += 1
+        except recipe.RecipeError:
+            refused += 1
+    assert planned and refused > 50

@@ -164,6 +164,30 @@ def test_settings_without_effect_are_said(models):
     assert any("t has no effect on ties" in s for s in said) and any("one value for all models" in s for s in said)
 
 
+def test_no_parent_is_overwritten(models, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_file(tensors(models / name), tmp_path / name / "model.safetensors")
+    text = f"merge_method: linear\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\nparameters: {{weight: 1}}\n"
+    with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which is merged here"):
+        recipe.merge(text, tmp_path / "b", overwrite=True)
+    assert tensors(tmp_path / "b").keys() == tensors(models / "b").keys()
+
+
+def test_a_window_of_a_run(tmp_path):
+    """Every checkpoint whose number lies in the window, oldest first; weights as if the learning rate had decayed."""
+    for step in (8, 90, 100, 110, 200):
+        (tmp_path / f"run/{step}").mkdir(parents=True)
+        save_file({"w": np.full(4, step, np.float32)}, tmp_path / f"run/{step}/model.safetensors")
+    text = 'merge_method: window_average\nmodels: [{model: "RUN/{90..110}"}]\n'.replace("RUN", f"{tmp_path}/run")
+    [plan] = recipe.plan(text)
+    assert [str(m).rsplit("/", 1)[-1] for m, _ in plan.rows[0].inputs] == ["90", "100", "110"]
+    recipe.merge(text, tmp_path / "out")
+    np.testing.assert_allclose(tensors(tmp_path / "out")["w"], 100)  # linear is the mean
+    with pytest.raises(recipe.RecipeError, match=r"no checkpoint lies in \{300\.\.400\}; there are 8 to 200"):
+        recipe.plan(text.replace("{90..110}", "{300..400}"))
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
