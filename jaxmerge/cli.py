@@ -2,10 +2,12 @@
 
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+jaxmerge verify ckpt/merged
 """
 
 import dataclasses
 import inspect
+import os
 import pathlib
 import sys
 from typing import Any, Literal
@@ -225,17 +227,21 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]"
+USAGE = f"usage: jaxmerge {{{'|'.join(VERBS)}}} {{{'|'.join(METHODS)}}} [--help]\n       jaxmerge verify OUT"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user must change something."""
     import tyro
 
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        _keep_compiled()
+        argv = sys.argv[1:]
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
         return 0
+    if len(argv) == 2 and argv[0] == "verify":
+        return _verify(argv[1])
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
         return 2
@@ -255,11 +261,42 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         tx = _transform(method, parsed)
-        (_plan if verb == "plan" else _merge)(tx, parsed.files)
+        if verb == "plan":
+            _plan(tx, parsed.files)
+        else:
+            _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
     except (MergeError, OSError, _UserError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _verify(out: str) -> int:
+    """Compare a merge with its receipt, and say what is wrong."""
+    from jaxmerge import checkpoint
+
+    try:
+        recipe = checkpoint.receipt(out)["recipe"]
+        if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
+            raise _UserError(f"{out} was not made by `jaxmerge merge METHOD`; use checkpoint.verify with its transform.")
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["options"].items()}
+        found = checkpoint.verify(out, METHODS[recipe["method"]](**options).transform())
+    except (OSError, ValueError, _UserError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    print("\n".join([*found.notes, *(f"not as the receipt says: {problem}" for problem in found.problems)]))
+    print(f"computed again, bit for bit: {', '.join(found.leaves) or 'nothing'}")
+    return 1 if found.problems else 0
+
+
+def _keep_compiled() -> None:
+    """Programs that were compiled once are kept on disk, unless the user has said where."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxmerge"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class _UserError(Exception):
@@ -348,7 +385,7 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console.print("nothing speaks against this merge")
 
 
-def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
+def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -372,6 +409,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
             nonfinite=files.nonfinite,
             overwrite=files.overwrite,
             resume=files.resume,
+            recipe=recipe,
             on_progress=show,
             **_arguments(files),
         )

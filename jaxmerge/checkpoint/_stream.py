@@ -15,7 +15,7 @@ import numpy as np
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
 from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
-from jaxmerge.params._transform import Step
+from jaxmerge.params._transform import Step, Survey
 from jaxmerge.params.order._host import Patterns
 from jaxmerge.params.order._quantile import position, row_size
 
@@ -35,7 +35,7 @@ class Task(NamedTuple):
       cast, out: {leaf: dtype} of the arithmetic's inputs (None: as they are) and of the output.
       units: all leaves' parts, in the order of the output; this process's own.
       entire: leaves that must be seen whole.
-      rooms, limit: how many units are in memory at once, and bytes for them.
+      limit: bytes for the units that are in memory at once.
     """
 
     steps: tuple[Step, ...]
@@ -46,7 +46,6 @@ class Task(NamedTuple):
     out: Mapping[str, np.dtype]
     units: tuple[Unit, ...]
     entire: frozenset[str]
-    rooms: int
     limit: int
 
 
@@ -63,21 +62,31 @@ class Stream:
 
     # --- statistics of the whole model ---
 
-    def survey(self, i: int) -> None:
-        """Complete the settings of step i with a statistic of the whole model."""
-        task, survey = self.task, self.task.steps[i].survey
+    def survey(self, i: int, state: Any, note: Callable[[Any], None]) -> None:
+        """Complete the settings of step i with a statistic of the whole model.
+
+        Args:
+          i: which step.
+          state: [rounds done, query, notes] of an earlier run, or None.
+          note: is told the state after each round.
+        """
+        survey = self.task.steps[i].survey
         assert survey is not None
-        query, notes = survey.start(self.settings[i])
-        units = [u for u in task.units if u.name in task.floating]
-        for _ in range(survey.rounds):
-            counts: dict[str, np.ndarray] = {}
-            for unit, arrays in self.units(units, i):
-                found = self._counts(i, survey, query, unit, arrays)
-                counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
-                self.advance(sum(a.nbytes for a in arrays), 0)
-            counts = _processes.summed(counts)
-            query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
+        done, query, notes = state or [0, *survey.start(self.settings[i])]
+        for n in range(int(done), survey.rounds):
+            counts = _processes.summed(self.counts(i, survey, query))
+            query, notes = survey.step(query, notes, {name: counts[name] for name in sorted(counts)})
+            note([n + 1, query, notes])
         self.settings[i] = survey.finish(notes, self.settings[i])
+
+    def counts(self, i: int, survey: Survey, query: Any) -> dict[str, np.ndarray]:
+        """What a round of a survey counts in this process's units, by leaf."""
+        counts: dict[str, np.ndarray] = {}
+        for unit, arrays in self.units([u for u in self.task.units if u.name in self.task.floating], i):
+            found = self._counts(i, survey, query, unit, arrays)
+            counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
+            self.advance(sum(a.nbytes for a in arrays), 0)
+        return counts
 
     def _counts(self, i: int, survey: Any, query: Any, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         task, name = self.task, unit.name
@@ -185,7 +194,7 @@ class Stream:
                 yield start, np.asarray(bits)[:, : stop - start]
             return
         parts = list(split(unit, programs.SIZES[0]))
-        for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2, limit=task.limit):
+        for part, held in read_ahead(parts, task.inputs, self.reader, limit=task.limit):
             self.advance(sum(a.nbytes for a in held), 0)
             for start, bits in self._magnitudes(i, settings, part, held):
                 yield part.start + start, bits
@@ -214,7 +223,7 @@ class Stream:
         task = self.task
         copied = frozenset(u.name for u in units) - task.floating
         prepare = functools.partial(self._resolve, before)
-        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, limit=task.limit, alone=copied, prepare=prepare)
+        return read_ahead(units, task.inputs, self.reader, limit=task.limit, alone=copied, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:
         return position(self._shape(unit.name), unit.start + start)

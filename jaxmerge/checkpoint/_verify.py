@@ -9,9 +9,9 @@ import numpy as np
 from jaxmerge.checkpoint import _journal, _receipt
 from jaxmerge.checkpoint._feed import Unit, flat_range
 from jaxmerge.checkpoint._plan import MergeError, plan
-from jaxmerge.checkpoint._ranges import make_task
 from jaxmerge.checkpoint._source import open as open_source
 from jaxmerge.checkpoint._stream import Stream
+from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._transform import MergeTransform
 
 
@@ -52,7 +52,7 @@ def verify(
     Raises:
       FileNotFoundError: no receipt, or a parent that is not there. MergeError: the parents do not fit together.
     """
-    receipt, result = _receipt.read(out), open_source(out)
+    receipt, result = _receipt.receipt(out), open_source(out)
     if base is None and receipt["base"] is not None:
         base = receipt["base"]["path"]
     models = [m["path"] for m in receipt["models"]] if models is None else models
