@@ -27,6 +27,7 @@ def run(
     out: Any,
     *,
     cast: Any,
+    memory: int | str | None,
     integers: str,
     nonfinite: str,
     overwrite: bool,
@@ -41,7 +42,7 @@ def run(
     keep = False
     try:
         task = make_task(tx, headers, cast)
-        options = {"integers": integers, "nonfinite": nonfinite, "dtype": _name(cast)}
+        options = {"integers": integers, "nonfinite": nonfinite, "dtype": _name(cast), "memory": memory}
         identity = digest(
             _journal.fingerprint(tx.match.steps),  # type: ignore[attr-defined]
             _journal.pack(list(headers.settings)),

@@ -16,7 +16,7 @@ from jaxmerge.checkpoint import _direct, _processes, _programs as programs
 from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.params._transform import Step, Survey
-from jaxmerge.params.order._host import Patterns
+from jaxmerge.params.order._host import Streamed
 from jaxmerge.params.order._quantile import position, row_size
 
 LOOK = 1 << 17
@@ -161,17 +161,17 @@ class Stream:
     def _waits(self, name: str, before: int) -> bool:
         """Whether a step before this one must find something out about the leaf first."""
         steps = zip(self.task.steps[:before], self.settings, strict=False)
-        return any(step.resolve is not None and is_open(s.get(name)) for step, s in steps)
+        return any(step.resolve is not None and step.open(s[name]) for step, s in steps)
 
     def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
-            s = self.settings[i].get(name)
-            if step.resolve is not None and is_open(s):
+            if step.resolve is not None and name in self.task.floating and step.open(s := self.settings[i][name]):
                 sample = None if arrays is None or unit.size < SAMPLED else functools.partial(self._sample, i, unit, arrays)
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
-                self.settings[i][name] = step.resolve(s, Patterns(models, self._shape(name), blocks, sample))
+                total = functools.partial(self._total, i, unit, arrays)
+                self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, sample, total))
             models = step.models or models
 
     def _placed(self, before: int, name: str) -> Any:
@@ -188,16 +188,32 @@ class Stream:
         look = programs.patterns(task.steps[:i], task.has_base, task.cast)
         if settings is None:
             settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
+        for part, held in self._parts(unit, arrays):
+            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
+                bits = look(settings, self._origin(part, start), programs.padded(held, start, stop, size))
+                yield part.start - unit.start + start, np.asarray(bits)[:, : stop - start]
+
+    def _total(self, i: int, unit: Unit, arrays: Any, f: Any, mine: Any, combine: np.ufunc) -> np.ndarray:  # noqa: PLR0917
+        """What f comes to over a unit, of what the steps before i leave; added up alike whatever is in memory together."""
+        look = programs.adder(self.task.steps[:i], f, self.task.has_base, self.task.cast)
+        mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
+        total: Any = None
+        for part, held in self._parts(unit, arrays):
+            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
+                found = look(mine, settings, self._origin(part, start), programs.padded(held, start, stop, size))
+                found = np.asarray(found).astype(np.float64)
+                total = found if total is None else combine(total, found)
+        return total
+
+    def _parts(self, unit: Unit, arrays: list[np.ndarray] | None) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+        """A unit that is held, or its parts from the files."""
         if arrays is not None:
-            for start, stop, size in programs.pieces(unit.size, (LOOK, programs.SIZES[-1])):
-                bits = look(settings, self._origin(unit, start), programs.padded(arrays, start, stop, size))
-                yield start, np.asarray(bits)[:, : stop - start]
+            yield unit, arrays
             return
-        parts = list(split(unit, programs.SIZES[0]))
-        for part, held in read_ahead(parts, task.inputs, self.reader, limit=task.limit):
+        most = max(u.size for u in self.task.units if u.name == unit.name)
+        for part, held in read_ahead(list(split(unit, most)), self.task.inputs, self.reader, limit=self.task.limit):
             self.advance(sum(a.nbytes for a in held), 0)
-            for start, bits in self._magnitudes(i, settings, part, held):
-                yield part.start + start, bits
+            yield part, held
 
     def _sample(self, i: int, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         look = programs.patterns(self.task.steps[:i], self.task.has_base, self.task.cast)
@@ -250,15 +266,6 @@ def parts_of(name: str, shape: tuple[int, ...], most: int) -> Iterator[Unit]:
     """A leaf in parts, as `split`; each within one row of its coordinates."""
     size = int(np.prod(shape, dtype=object))
     return split(Unit(name, 0, size), most, row_size(shape))
-
-
-def is_open(settings: Any) -> bool:
-    """Whether there is something that `Step.resolve` must find."""
-    if not isinstance(settings, dict):
-        return False
-    if "cut" in settings:
-        return False
-    return "count" in settings or "quota" in settings or any(is_open(v) for v in settings.values())
 
 
 def _raw(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxmerge.checkpoint._budget import available, parse_size, show_size
 from jaxmerge.checkpoint._feed import FLUSH, ROOMS, Unit
 from jaxmerge.checkpoint._layout import Layout, layout
 from jaxmerge.checkpoint._source import Leaf, Source
-from jaxmerge.checkpoint._stream import LOOK, is_open, parts_of, split
+from jaxmerge.checkpoint._stream import LOOK, parts_of, split
 from jaxmerge.params._transform import Step
 
 HOLD = 1 << 30
@@ -62,7 +62,8 @@ def by_ranges(
         large = 4 * held > 3 * hold
         rows = None if local or not large else _rows_together(inputs, name)
         most_entries = block if rows is None else max(block // max(rows, 1), 1) * rows
-        look = any(step.resolve is not None and is_open(s.get(name)) for step, s in zip(steps, settings, strict=False))
+        mine = zip(steps, settings, strict=False)
+        look = any(step.resolve is not None and name in s and step.open(s[name]) for step, s in mine)
         if not blockwise:
             entire.add(name)
             need = held + 4 * leaf.size * (2 * len(inputs) + 1)
