@@ -336,9 +336,14 @@ def _extract(files: Any, options: Extract) -> None:
 
 
 def _verify(files: Any, options: Verify) -> int:
-    from jaxmerge import recipe
+    from jaxmerge import checkpoint, cli, recipe
 
-    found = recipe.verify(files.out, parts=options.parts, leaves=options.leaves, seed=options.seed)
+    sample = {"leaves": options.leaves, "seed": options.seed}
+    made = checkpoint.receipt(files.out)["recipe"]
+    if isinstance(made, dict) and made.get("method") in cli.METHODS:
+        found = checkpoint.verify(files.out, cli.again(**made), **sample)
+    else:
+        found = recipe.verify(files.out, parts=options.parts, **sample)
     for note in found.notes:
         print(f"note: {note}")
     for problem in found.problems:

@@ -137,3 +137,17 @@ def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "mosaic_tpu" in said and "nearest_k" in said and "jaxlib" in said
+
+
+def test_verify(saved, tmp_path, capsys):
+    root, _ = saved
+    out, parents = tmp_path / "out", ["--base", str(root / "base"), "--models", str(root / "a"), str(root / "b")]
+    command = ["merge", "ties", *parents, "--out", str(out), "--format", "safetensors", "--density", "0.5"]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    assert "peak memory" in capsys.readouterr().out
+    assert cli.main(["verify", str(out)]) == 0 and "bit for bit: b, w" in capsys.readouterr().out
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2] + b"\x00\x7f")
+    assert cli.main(["verify", str(out)]) == 1
+    assert "w: 1 of 128 entries differ, the first at flat index 127" in capsys.readouterr().out
+    assert cli.main(["verify", str(root / "a")]) == 2 and "has no receipt" in capsys.readouterr().err

@@ -151,7 +151,8 @@ def merge(
     if headers.format == "safetensors":
         from jaxmerge.checkpoint import _ranges
 
-        found = _ranges.run(tx, headers, out, cast=dtype, resume=resume, recipe=recipe, beside=beside, tell=tell, **common)
+        more = {"memory": memory, "resume": resume, "recipe": recipe, "beside": beside}
+        found = _ranges.run(tx, headers, out, cast=dtype, tell=tell, **more, **common)
     else:
         from jaxmerge.checkpoint import _sharded
 

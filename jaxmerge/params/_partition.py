@@ -145,7 +145,10 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     survey = _of_labels(surveys, {key: step.lazy for key, step in steps.items()}) if surveys else None
 
     def resolve(settings, x):
-        return {key: s if (found := steps[key].resolve) is None else found(s, x) for key, s in settings.items()}
+        return {key: find(s, x) if (find := steps[key].resolve) and steps[key].open(s) else s for key, s in settings.items()}
+
+    def waits(settings):
+        return any(steps[key].resolve is not None and steps[key].open(s) for key, s in settings.items())
 
     return atom(
         Step(
@@ -158,6 +161,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
             lazy=True,
             blocks=all(step.blocks for step in steps.values()),
             resolve=resolve if any(step.resolve for step in steps.values()) else None,
+            open=waits,
         )
     )
 

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
 from jaxmerge.params._deferred import Deferred, Entries, defer, entries, last
-from jaxmerge.params.order._host import Patterns
+from jaxmerge.params.order._host import Streamed
 
 Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
@@ -78,8 +78,9 @@ class Step(NamedTuple):
         them (`entries`) where they look; what they leave may be deferred too.
       blocks: whether `match` and `merge` take any flat block of a leaf (K, n) for itself, given what `resolve` found; an entry
         "origin" in the settings is then the index of the block's first entry in the leaf, as (row, column) of `coordinates`.
-      resolve: (settings, magnitudes of x on the host) -> settings with which `match` need not look at the tensor; None where
-        nothing is to be found.
+      resolve: (settings, x as it streams through the host) -> settings with which `match` need not look at the tensor; None
+        where nothing is to be found.
+      open: settings -> whether `resolve` has still to find something.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -90,7 +91,8 @@ class Step(NamedTuple):
     needs: tuple[Need, ...] = ()
     lazy: bool = False
     blocks: bool = False
-    resolve: Callable[[Any, Patterns], Any] | None = None
+    resolve: Callable[[Any, Streamed], Any] | None = None
+    open: Callable[[Any], bool] = lambda settings: True
 
 
 class Match(NamedTuple):
