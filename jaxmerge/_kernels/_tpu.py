@@ -83,11 +83,15 @@ def parts(x: Array, count: int) -> list[Array]:
     return found
 
 
-def select(chosen: Array, x: Sequence[Array], *, transposed: bool = False) -> Array:
-    """A 0/1 matrix (or its transpose) times the sum of bfloat16 parts: every product is exact, sums are in float32."""
-    dims = (((0 if transposed else 1,), (0,)), ((), ()))
-    products = [lax.dot_general(chosen, part, dims, ONE_PASS, jnp.float32) for part in x]
-    return sum(products[1:], products[0])
+def select(chosen: Array, x: Sequence[Array]) -> Array:
+    """A matrix of bfloat16 (of 0 and 1, or of whole numbers) times the sum of parts: products are exact, sums in float32."""
+    dims = (((1,), (0,)), ((), ()))
+    return total([lax.dot_general(chosen, part, dims, ONE_PASS, jnp.float32) for part in x])
+
+
+def total(terms: Sequence[Array]) -> Array:
+    """Their sum."""
+    return sum(terms[1:], terms[0])
 
 
 def column(row: Array) -> Array:

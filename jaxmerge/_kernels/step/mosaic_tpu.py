@@ -1,9 +1,9 @@
 """A whole step of Token Merging in one launch: x is read once and written once, no score, rank or plan leaves the chip.
 
-One row of the batch at a time. All n x n products are taken and those that are no even-odd pair masked: at these n the
-matrix unit has them before the next row has arrived. Queries lie along the lanes, so that maxima over keys run over whole
-vectors. Nothing is sorted, gathered or scattered: ranks are counts of comparisons, new ids counts of those that stay, and
-the means are one product with the 0/1 matrix of the plan.
+Queries lie along the lanes, keys along the sublanes, so that maxima over keys run over whole vectors. Nothing is sorted,
+gathered or scattered: even and odd positions are picked by a product with a 0/1 matrix, ranks are counts of comparisons, new
+ids counts of those that stay, and the means are one product with the matrix of the plan. Several rows of the batch are
+planned together: a plan is a chain of short steps, and one row's fill the pauses of another's.
 """
 
 from functools import partial
@@ -33,16 +33,17 @@ def step(
     rows: int | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """`ref.step`; `rows` of the batch at a time, by what was measured or else as many as fill a block of a MiB."""
+    """`ref.step`; `rows` of the batch at a time, by what was measured or else as many as fill a block of two MiB."""
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
     rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes), r=r).get("rows")
-    rows = tpu.divisor(batch, rows or max(1, tpu.MIB // tpu.nbytes((n, d), x.dtype)))
+    rows = tpu.divisor(batch, rows or max(1, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
     moved = metric.size * item(metric) + (x.size + batch * m * d) * item(x) + 4 * batch * (n * (1 + (sizes is not None)) + m)
-    passes = _passes(x.dtype, sizes is not None)
-    flops = 2 * batch * n * (n * k * (1 if metric.dtype == jnp.bfloat16 else 6) + m * d * passes)
+    highest = metric.dtype != jnp.bfloat16
+    pick, compare = n * n * k * (3 if highest else 1), n * n // 4 * k * (6 if highest else 1)
+    flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype))
     per_row = lambda *shape: pl.BlockSpec((rows, *shape), lambda b: (b, 0, 0))
     given = [metric, x] + ([] if sizes is None else [sizes.astype(jnp.float32)[:, None, :]])
     specs = [per_row(n, k), per_row(n, d)] + ([] if sizes is None else [per_row(1, n)])
@@ -82,62 +83,104 @@ def refusals(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tup
 
 
 def faster(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tuple[bool, ...], kind: str) -> bool:
-    """Where the model of the chip says so: its time is at most that of x through memory three times, as XLA does it."""
+    """Where the model of the chip says so. XLA's own step writes and reads scores and plan, and takes the means in float32: six
+    passes of the matrix unit over the same product, and x through memory once more."""
     batch, n, d = x.shape
     rate, bandwidth = tpu.chip(kind)
     moved = batch * (2 * n - r) * d * x.dtype.itemsize / bandwidth
-    matrix = 2 * batch * n * (n - r) * d * _passes(x.dtype, sizes is not None) / rate
-    vector = batch * n * n * 24 / (4 * 1024 * 1.2e9)
-    return matrix + vector < 3 * moved
+    product = 2 * batch * n * (n - r) * d / rate
+    plan = batch * (300 + n * n / 64) / 1e9  # bundles of the compiled schedule, at a cautious clock
+    return max(moved, _passes(x.dtype) * product + plan) < moved + max(moved, 6 * product)
 
 
 def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], weighted: bool) -> None:
     metric_ref, x_ref, *sizes_ref, y_ref, mass_ref, ids_ref = refs
-    for b in range(x_ref.shape[0]):
-        ids = _segment_ids(metric_ref[b], r, runs)
-        ids_ref[b] = ids.astype(jnp.int32)
-        y, mass = _merged(ids, x_ref[b], sizes_ref[0][b] if weighted else None, y_ref.shape[1])
-        y_ref[b], mass_ref[b] = y.astype(y_ref.dtype), mass
+    rows = range(x_ref.shape[0])
+    plans = _segment_ids([metric_ref[b] for b in rows], r, runs)
+    for b, ids in zip(rows, plans, strict=True):
+        ids_ref[b] = ids
+        _merge(ids, x_ref[b], sizes_ref[0][b] if weighted else None, y_ref.at[b], mass_ref.at[b])
 
 
-def _segment_ids(metric: Array, r: int, runs: tuple[tuple[int, int], ...]) -> Array:
-    """The plan of one row, (1, n): float32 holds these whole numbers exactly."""
-    n = metric.shape[0]
-    keys = lax.broadcasted_iota(jnp.int32, (n, n), 0)
-    queries = lax.broadcasted_iota(jnp.int32, (n, n), 1)
-    key, query = lax.broadcasted_iota(jnp.int32, (n, 1), 0), lax.broadcasted_iota(jnp.int32, (1, n), 1)
+def _segment_ids(metrics: list[Array], r: int, runs: tuple[tuple[int, int], ...]) -> list[Array]:
+    """The plans of some rows, (1, n) each. Whole numbers are held in float32, exactly.
+
+    What one row waits for, another fills: every phase takes all rows in turn.
+    """
+    n = metrics[0].shape[0]
+    evens, odds = n - n // 2, n // 2
+    each = lambda f, *some: [f(*one) for one in zip(*some, strict=True)]
+    down = lambda rows, columns: lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
+    across = lambda rows, columns: lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
     free = lambda i: _all([(i < start) | (i >= stop) for start, stop in runs], i >= 0)
     total = lambda mask, value: jnp.sum(jnp.where(mask, value, 0.0), axis=0, keepdims=True)
+    of = lambda side, count: jnp.where(across(count, n) == 2 * down(count, n) + side, 1.0, 0.0).astype(jnp.bfloat16)
+    key_free, query_free = free(2 * down(odds, 1) + 1), free(2 * across(1, evens))
 
-    scaled, inverse = tpu.directions(metric)
-    score = jnp.where((key % 2 == 1) & free(key), tpu.inner(scaled, scaled) * inverse, -jnp.inf)
-    best = jnp.max(score, axis=0, keepdims=True)
-    to = jnp.min(jnp.where(score == best, keys, n), axis=0, keepdims=True)
-    best = jnp.where((query % 2 == 0) & free(query), best * tpu.row(inverse), -jnp.inf)
+    directed = each(tpu.directions, metrics)
+    halves = [[tpu.select(of(side, count), tpu.parts(x, 3)).astype(x.dtype) for side, count in ((0, evens), (1, odds))]
+              for x, _ in directed]  # fmt: skip
+    inverse = [tpu.row(over) for _, over in directed]
+    query_over = [_picked(of(0, evens), over) for over in inverse]
+    key_over = [_picked(of(1, odds), over) for over in inverse]
+    score = [tpu.inner(odd, even) for even, odd in halves]
+    score = each(lambda dot, over: jnp.where(key_free, dot * tpu.column(over), -jnp.inf), score, key_over)
+    best = each(lambda score: jnp.max(score, axis=0, keepdims=True), score)
+    to = each(lambda score, best: jnp.min(jnp.where(score == best, down(odds, evens), n), axis=0, keepdims=True), score, best)
+    best = each(lambda best, over: jnp.where(query_free, best * over, -jnp.inf), best, query_over)
 
-    other = tpu.column(best)
-    rank = total((other > best) | ((other == best) & (keys < queries)), 1.0)
-    stay = jnp.where((rank < r) & (best > -jnp.inf), 0.0, 1.0)
-    place = total(keys < queries, tpu.column(stay))
-    goal = total(keys == to, tpu.column(place))
-    return jnp.where(stay == 1, place, goal)
+    before, ahead = down(evens, evens) < across(evens, evens), down(evens, evens)
+    rank = each(lambda one, other: total((other > one) | ((other == one) & before), 1.0), best, each(tpu.column, best))
+    stay = each(lambda rank, best: jnp.where((rank < r) & (best > -jnp.inf), 0.0, 1.0), rank, best)
+    stays = each(tpu.column, stay)
+    # Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
+    even = each(lambda stays: total(before, stays) + across(1, evens).astype(jnp.float32), stays)
+    odd = each(lambda stays: total(ahead[:, :odds] <= across(evens, odds), stays) + across(1, odds).astype(jnp.float32), stays)
+    goal = each(lambda to, odd: total(down(odds, evens) == to, tpu.column(odd)), to, odd)
+    even = each(lambda stay, even, goal: jnp.where(stay == 1, even, goal), stay, even, goal)
+    return each(lambda even, odd: (_spread(even, of(0, evens)) + _spread(odd, of(1, odds))).astype(jnp.int32), even, odd)
 
 
-def _merged(ids: Array, x: Array, sizes: Array | None, m: int) -> tuple[Array, Array]:
-    """The means of one row, (m, d) in float32, and the merged sizes, (1, m)."""
-    member = lax.broadcasted_iota(jnp.int32, (m, ids.shape[1]), 0) == ids.astype(jnp.int32)
-    mass = jnp.sum(jnp.where(member, 1.0 if sizes is None else sizes, 0.0), axis=1, keepdims=True)
+def _picked(of: Array, row: Array) -> Array:
+    """(1, n) -> the entries that the rows of a 0/1 matrix pick, (1, count), in float32."""
+    dims = (((1,), (1,)), ((), ()))
+    wide = jnp.broadcast_to(row, (tpu.SUBLANES, row.shape[1]))
+    return tpu.total([lax.dot_general(part, of, dims, tpu.ONE_PASS, jnp.float32) for part in tpu.parts(wide, 3)])[:1]
+
+
+def _spread(row: Array, of: Array) -> Array:
+    """(1, count) -> (1, n): each entry where it was picked from, 0 elsewhere. Whole numbers below 2^16."""
+    dims = (((1,), (0,)), ((), ()))
+    wide = jnp.broadcast_to(row, (tpu.SUBLANES, row.shape[1]))
+    return tpu.total([lax.dot_general(part, of, dims, tpu.ONE_PASS, jnp.float32) for part in tpu.parts(wide, 2)])[:1]
+
+
+def _merge(ids: Array, x: Array, sizes: Array | None, y_ref: Any, mass_ref: Any) -> None:
+    """The means of one row, and the merged sizes.
+
+    Sizes go into the matrix: they are whole numbers, exact in bfloat16 where they have 8 bits, as nearly all have; a second
+    product takes the rest where some have more.
+    """
+    m = y_ref.shape[0]
+    member = lax.broadcasted_iota(jnp.int32, (m, ids.shape[1]), 0) == ids
+    weight = jnp.where(member, 1.0 if sizes is None else sizes, 0.0)
+    mass = jnp.sum(weight, axis=1, keepdims=True)
+    mass_ref[...] = tpu.row(mass)
     inverse = jnp.where(mass == 0, 0.0, 1 / jnp.where(mass == 0, 1.0, mass))
-    count = _passes(x.dtype, sizes is not None)
+    high, low, parts = weight.astype(jnp.bfloat16), None, tpu.parts(x, 3)
+    y_ref[...] = (tpu.select(high, parts) * inverse).astype(y_ref.dtype)
     if sizes is not None:
-        x = x.astype(jnp.float32) * tpu.column(sizes)
-    y = tpu.select(jnp.where(member, 1.0, 0.0).astype(jnp.bfloat16), tpu.parts(x, count))
-    return y * inverse, tpu.row(mass)
+        low = sizes - sizes.astype(jnp.bfloat16).astype(jnp.float32)
+
+        @pl.when(jnp.max(jnp.abs(low)) > 0)
+        def _():
+            rest = (weight - high.astype(jnp.float32)).astype(jnp.bfloat16)
+            y_ref[...] = ((tpu.select(high, parts) + tpu.select(rest, parts)) * inverse).astype(y_ref.dtype)
 
 
-def _passes(dtype: Any, weighted: bool) -> int:
-    """bfloat16 parts of x: 24 bits where x has them, 16 of a bfloat16 times a size."""
-    return 3 if dtype == jnp.float32 else 2 if weighted else 1
+def _passes(dtype: Any) -> int:
+    """bfloat16 parts of x."""
+    return 3 if dtype == jnp.float32 else 1
 
 
 def _need(rows: int, metric: Any, x: Any, r: int) -> int:
@@ -146,7 +189,8 @@ def _need(rows: int, metric: Any, x: Any, r: int) -> int:
     m = n - r
     blocks = tpu.nbytes(metric.shape[1:], metric.dtype) + tpu.nbytes((n, d), x.dtype) + tpu.nbytes((m, d), x.dtype)
     small = 3 * tpu.nbytes((1, n), jnp.float32)
-    live = 6 * tpu.nbytes((n, n), jnp.float32) + 2 * tpu.nbytes((n, d), jnp.float32) + tpu.nbytes((m, d), jnp.float32)
+    plan = rows * 8 * tpu.nbytes((n // 2 + 1, n // 2 + 1), jnp.float32) + 4 * tpu.nbytes((n, n), jnp.float32)
+    live = plan + 2 * tpu.nbytes((n, d), jnp.float32) + 2 * tpu.nbytes((m, d), jnp.float32)
     return 2 * rows * (blocks + small) + live + 2 * tpu.MIB
 
 

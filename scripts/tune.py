@@ -1,0 +1,102 @@
+"""Measure the kernels of this machine's accelerator against XLA, and write what was found to the package.
+
+    python -m scripts.tune                            every operation and layer of arg_specs, bfloat16 and float32
+    python -m scripts.tune --ops step --layers "ViT-B/16@224"
+
+For each operation and layer: XLA's time, and the kernel's for every setting that its module names in CANDIDATES. The table
+`jaxmerge/_kernels/tuned/<device kind>.json` then says which settings are used, and whether the kernel runs by default.
+"""
+
+import json
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from jaxmerge._kernels import _dispatch as dispatch
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
+
+
+def main(
+    *,
+    ops: tuple[str, ...] = tuple(dispatch.FOLDERS),
+    layers: tuple[str, ...] = tuple(spec.name for spec in (*VIT, *LONG, *BYTES)),
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+    batch: int = 32,
+    repeats: int = 20,
+) -> None:
+    """Tune and write the table.
+
+    Args:
+      ops: of match, energy, nearest_k, merge, unmerge, step, pack.
+      layers: names in `arg_specs`.
+      dtypes: of metric and tokens.
+      batch: rows of the batch; a quarter of it for long sequences.
+      repeats: calls in one measurement; the median of five is kept.
+    """
+    here = dispatch.target()
+    names = [name for name, platform in dispatch.KERNELS.items() if platform == here.platform]
+    if not names:
+        raise SystemExit(f"tune: there are no kernels for {here.platform}; run this on a TPU or a Hopper GPU.")
+    (name,) = names
+    console, path = Console(), dispatch.table_path(here.kind)
+    table = json.loads(path.read_text()) if path.exists() else {}
+    for spec in (*VIT, *LONG, *BYTES):
+        for dtype in dtypes if spec.name in layers else ():
+            for op, (shapes, static) in cases(spec, batch // 4 if spec in LONG else batch, jnp.dtype(dtype)).items():
+                if op not in ops or dispatch.refusals(op, name, shapes, **static):
+                    continue
+                arrays = [None if s is None else filled(i, s, spec.n - spec.r) for i, s in enumerate(shapes)]
+                found = tune(op, name, arrays, static, repeats)
+                table.setdefault(f"{op}.{name}", {})[dispatch.shape_key(shapes, **static)] = found
+                console.print(f"{spec.name} {dtype} {op}: {found}", highlight=False)
+                path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def tune(op: str, name: str, arrays: list, static: dict, repeats: int) -> dict:
+    """The best setting, its microseconds and XLA's."""
+    module, reference = dispatch.implementation(op, name), dispatch.implementation(op, "ref")
+    best = {"us": float("inf")}
+    for options in getattr(module, "CANDIDATES", {}).get(op, ({},)):
+        try:
+            us = microseconds(lambda *a, options=options: getattr(module, op)(*a, **static, **options), arrays, repeats)
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
+            continue  # a setting that does not fit this shape or chip
+        best = min(best, {"us": round(us, 2), **options}, key=lambda found: found["us"])
+    return best | {"xla_us": round(microseconds(lambda *a: getattr(reference, op)(*a, **static), arrays, repeats), 2)}
+
+
+def microseconds(call: Callable, arrays: list, repeats: int) -> float:
+    """The median of five measurements of `repeats` calls, dispatched back to back."""
+    some = [a for a in arrays if a is not None]
+    full = lambda *given: call(*(next(it) if a is not None else None for it in [iter(given)] for a in arrays))
+    program = jax.jit(full)
+    jax.block_until_ready(program(*some))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        found = [program(*some) for _ in range(repeats)]
+        jax.block_until_ready(found)
+        times.append((time.perf_counter() - start) / repeats)
+    return float(np.median(times)) * 1e6
+
+
+def filled(seed: int, shape: jax.ShapeDtypeStruct, m: int) -> jax.Array:
+    """Numbers for an argument: ids of m segments, in order but for a quarter; true a third of the time; normal rows."""
+    rng = np.random.default_rng(seed)
+    if shape.dtype == bool:
+        return jnp.asarray(rng.random(shape.shape) < 1 / 3)
+    if shape.dtype == jnp.int32:
+        ids = np.sort(rng.integers(0, m, shape.shape), axis=-1)
+        return jnp.asarray(np.where(rng.random(shape.shape) < 0.25, rng.integers(0, m, shape.shape), ids), jnp.int32)
+    if len(shape.shape) == 2:
+        return jnp.asarray(rng.integers(1, 4, shape.shape), shape.dtype)
+    return jnp.asarray(rng.standard_normal(shape.shape, np.float32), shape.dtype)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
