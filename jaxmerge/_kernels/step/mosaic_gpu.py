@@ -30,8 +30,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels._dispatch import target, tuned
 from jaxmerge._kernels.match import mosaic_gpu as matching
 
+CANDIDATES = {"step": ({"threads": 4}, {"threads": 2})}
 TILE = 64
 LANES = mgpu.LANES
 REGISTERS = 48
@@ -39,8 +41,6 @@ REGISTERS = 48
 UNROLLED = 4
 AT_ONCE = 832
 MOST_TOKENS = 2048
-SIDE_BY_SIDE = 1
-"""Blocks of a multiprocessor."""
 NONE = 1 << 20
 
 
@@ -51,7 +51,7 @@ def step(
     *,
     r: int,
     protected: tuple[bool, ...],
-    threads: int = 4,
+    threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
     prefetch: bool = True,
@@ -60,8 +60,9 @@ def step(
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
     B, n, d = x.shape
     na, nb = (n + 1) // 2, n // 2
+    threads = threads or tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes), r=r).get("threads", 4)
     pairs = pairs or max(1, min(4, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
-    blocks = splits or max(1, 132 * SIDE_BY_SIDE // B)
+    blocks = splits or max(1, 132 * 4 // threads // B)  # so that one wave of them fills the chip
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
     c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs)
