@@ -7,8 +7,8 @@ For each operation and layer: XLA's time, and the kernel's for every setting tha
 `jaxmerge/_kernels/tuned/<device kind>.json` then says which settings are used, and whether the kernel runs by default.
 """
 
+import itertools
 import json
-import time
 from collections.abc import Callable
 
 import jax
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
+from scripts.bench import device
 
 
 def main(
@@ -27,7 +28,6 @@ def main(
     layers: tuple[str, ...] = tuple(spec.name for spec in (*VIT, *LONG, *BYTES)),
     dtypes: tuple[str, ...] = ("bfloat16", "float32"),
     batch: int = 32,
-    repeats: int = 20,
 ) -> None:
     """Tune and write the table.
 
@@ -36,7 +36,6 @@ def main(
       layers: names in `arg_specs`.
       dtypes: of metric and tokens.
       batch: rows of the batch; a quarter of it for long sequences.
-      repeats: calls in one measurement; the median of five is kept.
     """
     here = dispatch.target()
     names = [name for name, platform in dispatch.KERNELS.items() if platform == here.platform]
@@ -51,38 +50,30 @@ def main(
                 if op not in ops or dispatch.refusals(op, name, shapes, **static):
                     continue
                 arrays = [None if s is None else filled(i, s, spec.n - spec.r) for i, s in enumerate(shapes)]
-                found = tune(op, name, arrays, static, repeats)
+                found = tune(op, name, arrays, static)
                 table.setdefault(f"{op}.{name}", {})[dispatch.shape_key(shapes, **static)] = found
                 console.print(f"{spec.name} {dtype} {op}: {found}", highlight=False)
                 path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def tune(op: str, name: str, arrays: list, static: dict, repeats: int) -> dict:
+def tune(op: str, name: str, arrays: list, static: dict) -> dict:
     """The best setting, its microseconds and XLA's."""
     module, reference = dispatch.implementation(op, name), dispatch.implementation(op, "ref")
     best = {"us": float("inf")}
     for options in getattr(module, "CANDIDATES", {}).get(op, ({},)):
         try:
-            us = microseconds(lambda *a, options=options: getattr(module, op)(*a, **static, **options), arrays, repeats)
+            us = microseconds(lambda *a, options=options: getattr(module, op)(*a, **static, **options), arrays)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
             continue  # a setting that does not fit this shape or chip
         best = min(best, {"us": round(us, 2), **options}, key=lambda found: found["us"])
-    return best | {"xla_us": round(microseconds(lambda *a: getattr(reference, op)(*a, **static), arrays, repeats), 2)}
+    return best | {"xla_us": round(microseconds(lambda *a: getattr(reference, op)(*a, **static), arrays), 2)}
 
 
-def microseconds(call: Callable, arrays: list, repeats: int) -> float:
-    """The median of five measurements of `repeats` calls, dispatched back to back."""
-    some = [a for a in arrays if a is not None]
-    full = lambda *given: call(*(next(it) if a is not None else None for it in [iter(given)] for a in arrays))
-    program = jax.jit(full)
-    jax.block_until_ready(program(*some))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        found = [program(*some) for _ in range(repeats)]
-        jax.block_until_ready(found)
-        times.append((time.perf_counter() - start) / repeats)
-    return float(np.median(times)) * 1e6
+def microseconds(call: Callable, arrays: list) -> float:
+    """Of one call, on these arguments or copies of them."""
+    again = itertools.cycle([a for a in arrays if a is not None])
+    shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    return device.seconds(call, shapes, draw=lambda rng, shape: jnp.copy(next(again))) * 1e6
 
 
 def filled(seed: int, shape: jax.ShapeDtypeStruct, m: int) -> jax.Array:

@@ -16,8 +16,10 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec as P
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
@@ -120,6 +122,22 @@ def run(
     specs = tuple(spec(roles[i]) for i in given)
     per_shard = jax.shard_map(flat, mesh=layout.mesh, in_specs=specs, out_specs=tuple(map(spec, outputs)), check_vma=False)
     return per_shard(*some)
+
+
+def folded(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f over arrays of one batch axis, such that `jax.vmap` makes that axis longer and the kernel is still launched once."""
+    call = custom_vmap(f)
+
+    @call.def_vmap
+    def rule(size, batched, *arrays):
+        def fold(x, has):
+            x = x if has else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        y = folded(f)(*(None if x is None else fold(x, has) for x, has in zip(arrays, batched, strict=True)))
+        return jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), y), jax.tree.map(lambda y: True, y)
+
+    return call
 
 
 def choose(

@@ -51,6 +51,20 @@ def test_kernels_give_the_public_answer_on_a_mesh(mesh, arrays):
             np.testing.assert_allclose(one, other, atol=N * 2.0**-22 * np.abs(arrays[1]).max())
 
 
+def test_vmap_is_one_launch(arrays):
+    """A mapped axis joins the batch, with gradients too; a kernel with a dynamic grid would else run in a loop."""
+    metric, x, sizes = (a.reshape(2, 4, *a.shape[1:]) for a in arrays)
+    kernel = partial(layer, implementation="mosaic_tpu")
+    with dispatch.aim("tpu", interpret=True):
+        loss = lambda x: jnp.sum(kernel(metric[0], x, sizes[0])[0].x ** 2)
+        program = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+        value, gradient = program(x)
+        names = [e.primitive.name for e in jax.make_jaxpr(program)(x).eqns[0].params["jaxpr"].eqns]
+    wanted = jax.jit(jax.vmap(lambda x: jnp.sum(layer(metric[0], x, sizes[0])[0].x ** 2)))(x)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert gradient.shape == x.shape and not {"while", "scan"} & set(names)
+
+
 def test_all_reasons_are_named_at_once(arrays):
     metric, x, _ = arrays
     with pytest.raises(ValueError, match=r"(?s)it is for tpu, and this process runs on cpu.*metric is float16.*form 17 runs"):

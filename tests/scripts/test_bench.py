@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmerge._kernels.arg_specs import VIT, cases
 from models.vit import ViTConfig
-from scripts.bench import meter, opentome, tome, vit
+from scripts import tune
+from scripts.bench import kernels_aot, meter, opentome, tome, vit
 
 TINY = ViTConfig(width=16, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=4)
 
@@ -57,3 +59,18 @@ def test_opentome_without_its_peer(tmp_path):
     unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
     want = (unit[:, 7:] @ unit[:, :7].transpose(0, 2, 1)).argmax(-1)
     np.testing.assert_array_equal(ids, np.concatenate([np.tile(np.arange(7), (2, 1)), want], axis=1))
+
+
+def test_kernels_ahead_of_time_know_the_floor():
+    spec = VIT[0]
+    arrays, static = cases(spec, 2, np.dtype("float32"))["step"]
+    flops, moved = kernels_aot.floor("step", arrays, static)
+    assert flops == 2 * 197 * 197 / 2 * 64  # each even position with each odd one
+    assert moved == 4 * 2 * (197 * (64 + 384 + 1) + 184 * 384 + 2 * 197)
+    flops, moved = kernels_aot.floor("match", *cases(spec, 2, np.dtype("float32"))["match"])
+    assert flops == 2 * 2 * 99 * 98 * 64 and moved == 4 * 2 * (197 * 64 + 2 * 99)
+
+
+def test_tune_needs_an_accelerator():
+    with pytest.raises(SystemExit, match="no kernels for cpu"):
+        tune.main()

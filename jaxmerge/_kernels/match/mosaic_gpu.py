@@ -36,7 +36,7 @@ def match(
     a_ok: Bool[Array, "#B n"] | None = None,
     b_ok: Bool[Array, "#B m"] | None = None,
     window: int | None = None,
-    slots: int = 64,
+    slots: int = 32,
     stages: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
@@ -48,7 +48,7 @@ def match(
     return similarity, index
 
 
-def best(a, b, *, b_ok=None, window=None, slots=64, stages=None, interpret=None):
+def best(a, b, *, b_ok=None, window=None, slots=32, stages=None, interpret=None):
     """`match` of queries padded to whole blocks."""
     m = b.shape[1]
     (a, inverse_a), (b, inverse_b) = prepare((a, b), interpret=interpret)

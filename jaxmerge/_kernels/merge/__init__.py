@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Int
 
 from jaxmerge import _segments as segments
-from jaxmerge._kernels._dispatch import Implementation, run
+from jaxmerge._kernels._dispatch import Implementation, folded, run
 from jaxmerge._kernels.merge._linear import apply, inverse, spread
 
 
@@ -48,7 +48,7 @@ def unmerge(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def differentiable(module: Any, m: int, mean: bool, ids: Array, x: Array, weight: Array | None) -> tuple[Array, Array]:
     """An implementation's merge, with derivatives in x and in the weights."""
-    return module.merge(ids, x, weight, m=m, mean=mean)
+    return folded(partial(module.merge, m=m, mean=mean))(ids, x, weight)
 
 
 @partial(differentiable.defjvp, symbolic_zeros=True)

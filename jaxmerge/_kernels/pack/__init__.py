@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import merge
-from jaxmerge._kernels._dispatch import Implementation, run
+from jaxmerge._kernels._dispatch import Implementation, folded, run
 from jaxmerge._kernels.pack.ref import slots
 
 
@@ -32,7 +32,7 @@ def pack(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def differentiable(module: Any, capacity: int, keep: Array, x: Array) -> tuple[Array, Array, Array]:
     """An implementation's packing, with derivatives in x: those of a merge."""
-    return module.pack(keep, x, capacity=capacity)
+    return folded(partial(module.pack, capacity=capacity))(keep, x)
 
 
 @partial(differentiable.defjvp, symbolic_zeros=True)

@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Float, Int
 
 from jaxmerge._kernels import merge
-from jaxmerge._kernels._dispatch import Implementation, run
+from jaxmerge._kernels._dispatch import Implementation, folded, run
 
 
 def step(
@@ -36,7 +36,7 @@ def differentiable(
     module: Any, r: int, protected: tuple[bool, ...], metric: Array, x: Array, sizes: Array | None
 ) -> tuple[Array, Array, Array]:
     """An implementation's step, with derivatives in x: those of its merge, under the plan that was found."""
-    return module.step(metric, x, sizes, r=r, protected=protected)
+    return folded(partial(module.step, r=r, protected=protected))(metric, x, sizes)
 
 
 @partial(differentiable.defjvp, symbolic_zeros=True)

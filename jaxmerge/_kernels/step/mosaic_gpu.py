@@ -30,17 +30,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels._dispatch import target, tuned
 from jaxmerge._kernels.match import mosaic_gpu as matching
 
+CANDIDATES = {"step": ({"threads": 4}, {"threads": 2})}
 TILE = 64
 LANES = mgpu.LANES
 REGISTERS = 48
 """Of each lane, for the rows that a thread reads at a time: enough loads in flight to hide the memory's latency."""
-UNROLLED = 8
+UNROLLED = 4
 AT_ONCE = 832
 MOST_TOKENS = 2048
-SIDE_BY_SIDE = 1
-"""Blocks of a multiprocessor."""
 NONE = 1 << 20
 
 
@@ -51,7 +51,7 @@ def step(
     *,
     r: int,
     protected: tuple[bool, ...],
-    threads: int = 4,
+    threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
     prefetch: bool = True,
@@ -60,8 +60,9 @@ def step(
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
     B, n, d = x.shape
     na, nb = (n + 1) // 2, n // 2
-    pairs = pairs or max(1, min(8, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
-    blocks = splits or max(1, 132 * SIDE_BY_SIDE // B)
+    threads = threads or tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes), r=r).get("threads", 4)
+    pairs = pairs or max(1, min(4, REGISTERS // 2 * 512 // (d * x.dtype.itemsize)))
+    blocks = splits or max(1, 132 * 4 // threads // B)  # so that one wave of them fills the chip
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
     c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs)
@@ -296,17 +297,19 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
     @pl.loop(0, c.share // (c.threads * c.pairs))
     def _(i):
         pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
-        evens = [x[c.row, 2 * jnp.minimum(p, c.na - 1), :] for p in pairs]
-        odds = [x[c.row, 2 * jnp.minimum(p, c.nb - 1) + 1, :] for p in pairs]
+        even_at = [2 * jnp.minimum(p, c.na - 1) for p in pairs]
+        odd_at = [2 * jnp.minimum(p, c.nb - 1) + 1 for p in pairs]
+        rows = [x[c.row, at, :] for at in (*even_at, *odd_at)]
+        weights = [weight(at) for at in (*even_at, *odd_at)]  # all asked for before any is waited for
 
-        def source(p, row):
+        def source(p, row, own):
             stays = c.rank[c.t, p] >= c.r
 
             @pl.when(stays)
             def _():
                 at = c.stay[0, p] - 1 + p
                 y[c.row, at, :] = row
-                mass[c.row, at] = weight(2 * p)
+                mass[c.row, at] = own
                 ids[c.row, 2 * p] = at
 
             @pl.when(jnp.logical_not(stays))
@@ -314,14 +317,14 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
                 to = c.to[0, p]
                 ids[c.row, 2 * p] = c.stay[0, to] + to
 
-        def destination(p, row):
+        def destination(p, row, own):
             at, edge = c.stay[0, p] + p, c.first[0, p]
             ids[c.row, 2 * p + 1] = at
 
             @pl.when(edge >= c.r)
             def _():
                 y[c.row, at, :] = row
-                mass[c.row, at] = weight(2 * p + 1)
+                mass[c.row, at] = own
 
             @pl.when(edge < c.r)
             def _():
@@ -331,15 +334,14 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, y: Any, mass: Any, ids: Any) -
                     w = weight(q)
                     return c.next[0, edge], total + w, sum + x[c.row, q, :].astype(jnp.float32) * w
 
-                own = weight(2 * p + 1)
                 state = edge, own, row.astype(jnp.float32) * own
                 _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, state)
                 y[c.row, at, :] = (sum * (1 / total)).astype(x.dtype)
                 mass[c.row, at] = total
 
-        for p, even, odd in zip(pairs, evens, odds, strict=True):
-            pl.when(p < c.na)(lambda p=p, row=even: source(p, row))
-            pl.when(p < c.nb)(lambda p=p, row=odd: destination(p, row))
+        for u, p in enumerate(pairs):
+            pl.when(p < c.na)(lambda p=p, u=u: source(p, rows[u], weights[u]))
+            pl.when(p < c.nb)(lambda p=p, u=u: destination(p, rows[c.pairs + u], weights[c.pairs + u]))
 
 
 def _bias(open: np.ndarray, length: int) -> Array:

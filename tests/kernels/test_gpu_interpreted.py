@@ -1,0 +1,63 @@
+"""Rung 1 for Hopper: kernels equal their references where JAX interprets them, barriers and copies included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
+from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
+from jaxmerge._kernels.step import mosaic_gpu as stepping, ref as step_ref
+from tests.kernels import cases
+
+pytestmark = pytest.mark.slow
+both = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+
+
+@pytest.fixture
+def interpret():
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this jax does not offer its GPU interpreter")
+    return plgpu.InterpretGPUParams()
+
+
+@both
+@pytest.mark.parametrize("at_once", [True, False])
+def test_step(monkeypatch, interpret, dtype, at_once):
+    if not at_once:
+        monkeypatch.setattr(stepping, "AT_ONCE", 64)
+    rng, n, r = np.random.default_rng(0), 137, 9
+    metric, x = cases.exact(rng, 2, n, 32, dtype), cases.tokens(rng, 2, n, 128, jnp.float32)
+    sizes, protected = cases.sizes(rng, 2, n), (True, True) + (False,) * (n - 2)
+    step = lambda *a: stepping.step(*a, r=r, protected=protected, threads=2, splits=2, interpret=interpret)
+    y, mass, ids = jax.jit(step)(metric, x, sizes)
+    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, sizes, r=r, protected=protected)
+    assert (ids == ids_ref).all() and (mass == mass_ref).all()
+    cases.close(y, y_ref, terms=r + 1, largest=float(jnp.abs(x).max()))
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"window": 40}], ids=["all", "window"])
+def test_match(interpret, dtype, options):
+    rng = np.random.default_rng(0)
+    a, b = cases.exact(rng, 2, 130, 64, dtype), cases.exact(rng, 2, 200, 64, dtype)
+    if not options:
+        options = {"a_ok": jnp.asarray(rng.random((2, 130)) < 0.8), "b_ok": jnp.asarray(rng.random((1, 200)) < 0.8)}
+    similarity, index = matching.match(a, b, **options, interpret=interpret)
+    wanted, index_ref = match_ref.match(a, b, **options)
+    assert (index == index_ref).all() and (similarity == wanted).all()
+
+
+@both
+@pytest.mark.parametrize("weighted, mean", [(True, True), (False, True), (True, False)])
+def test_merge_and_unmerge(interpret, dtype, weighted, mean):
+    rng, n, m = np.random.default_rng(0), 150, 70
+    ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 128, dtype)
+    weight = cases.sizes(rng, 2, n) if weighted else None
+    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, interpret=interpret)
+    y_ref, mass_ref = merge_ref.merge(ids, x, weight, m=m, mean=mean)
+    assert (mass == mass_ref).all()
+    cases.close(y, y_ref, terms=n, largest=333.0 * float(jnp.abs(x).max()))
+    found = merging.unmerge(ids, y_ref, None, weight, interpret=interpret)
+    cases.close(found, merge_ref.unmerge(ids, y_ref, None, weight), terms=1, largest=333.0 * float(jnp.abs(y_ref).max()))
