@@ -10,6 +10,7 @@ jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 
 import dataclasses
 import inspect
+import os
 import pathlib
 import sys
 from typing import Any, Literal
@@ -237,7 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user must change something."""
     import tyro
 
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        _keep_compiled()
+        argv = sys.argv[1:]
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
         return 0
@@ -262,11 +265,36 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         tx = _transform(method, parsed)
-        (_plan if verb == "plan" else _merge)(tx, parsed.files)
+        if verb == "plan":
+            _plan(tx, parsed.files)
+        else:
+            _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
     except (MergeError, OSError, _UserError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def made_by(recipe: Any, out: str) -> params.MergeTransform:
+    """The transform of a merge by METHOD, from its receipt.
+
+    Raises:
+      ValueError: it was made in another way.
+    """
+    if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
+        raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["options"].items()}
+    return METHODS[recipe["method"]](**options).transform()
+
+
+def _keep_compiled() -> None:
+    """Programs that were compiled once are kept on disk, unless the user has said where."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxmerge"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class _UserError(Exception):
@@ -336,7 +364,7 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console.print("nothing speaks against this merge")
 
 
-def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
+def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -360,6 +388,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput) -> None:
             nonfinite=files.nonfinite,
             overwrite=files.overwrite,
             resume=files.resume,
+            recipe=recipe,
             on_progress=show,
             **_arguments(files),
         )

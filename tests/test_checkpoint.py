@@ -86,6 +86,27 @@ def test_equals_the_merge_in_memory(saved, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("name", ["linear", "ties", "dare"])
+def test_leaves_larger_than_the_memory(saved, tmp_path, name):
+    """They are read, merged and written some rows at a time; nothing else about the output changes."""
+    (paths, trees), (tx, _) = saved, METHODS[name]
+    report = checkpoint.merge(tx, paths["base"], [paths["a"], paths["b"]], tmp_path / "out", memory=1500)
+    assert {u.name for group in report.headers.units for u in group} == {f"blocks/{i}/w" for i in range(3)} | {"list/1"}
+    assert all(len(group) > 2 for group in report.headers.units)
+    expected, loaded = flat(params.merge(tx, trees["base"], [trees["a"], trees["b"]])), ocp.load(tmp_path / "out")
+    for n, value in expected.items():
+        np.testing.assert_array_equal(flat(loaded)[n].astype(np.float32), value.astype(np.float32))
+    base = ocp.load(paths["base"])
+    jax.tree.map(lambda a, b: (a.sharding == b.sharding) or pytest.fail(f"{a.sharding} is not {b.sharding}"), loaded, base)
+    again = checkpoint.merge(tx, tmp_path / "out", [paths["a"], tmp_path / "out"], tmp_path / "next", memory=1500)
+    assert again.headers.units and [p.name for p in tmp_path.glob("*.merging*")] == []
+    strange = {**trees["a"], "list": [trees["a"]["list"][0], np.full((16, 8), np.nan, np.float32)]}
+    save(tmp_path / "strange", strange, jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)))
+    with pytest.raises(checkpoint.MergeError, match=r"list/1: 128 in strange"):
+        checkpoint.merge(tx, paths["base"], [paths["a"], tmp_path / "strange"], tmp_path / "no", memory=1500)
+    assert not list(tmp_path.glob("no*"))
+
+
 def test_no_base_other_sharding_and_one_batch(saved, tmp_path):
     paths, trees = saved
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -131,3 +131,17 @@ def test_help(capsys):
 def test_starts_without_the_heavy_rooms():
     code = "import sys, jaxmerge.cli; print([m for m in ('orbax', 'tyro', 'rich', 'flax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_verify(saved, tmp_path, capsys):
+    root, _ = saved
+    out, parents = tmp_path / "out", ["--base", str(root / "base"), "--models", str(root / "a"), str(root / "b")]
+    command = ["merge", "ties", *parents, "--out", str(out), "--format", "safetensors", "--density", "0.5"]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    assert "peak memory" in capsys.readouterr().out
+    assert cli.main(["verify", str(out)]) == 0 and "bit for bit: b, w" in capsys.readouterr().out
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2] + b"\x00\x7f")
+    assert cli.main(["verify", str(out)]) == 1
+    assert "w: 1 of 128 entries differ, the first at flat index 127" in capsys.readouterr().out
+    assert cli.main(["verify", str(root / "a")]) == 2 and "has no receipt" in capsys.readouterr().err

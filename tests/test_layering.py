@@ -120,7 +120,7 @@ SURFACE = {
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
         update_selective varm weigh widen window_average wudi""",
     "jaxmerge.checkpoint": """CheckpointPlan Derived Leaf MergeError MergeReport Progress Source Verified derived fsdp merge
-        open plan renamed subset verify""",
+        open plan receipt renamed subset verify""",
     "jaxmerge.recipe": """Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read
         stacks verify""",
 }

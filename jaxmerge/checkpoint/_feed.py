@@ -13,6 +13,10 @@ from jaxmerge.checkpoint._source import Source
 
 LANES = 4
 """Inputs that are read at once."""
+ROOMS = 4
+"""Units in memory at once, at most: one is read, two are prepared, one is worked on."""
+PREPARERS = 2
+"""Units that are prepared at once."""
 FLUSH = 1 << 22
 """Bytes that are written at once."""
 
@@ -34,7 +38,6 @@ def read_ahead(
     inputs: Sequence[Source],
     reader: _direct.Reader,
     *,
-    rooms: int,
     limit: int,
     alone: frozenset[str] = frozenset(),
     prepare: Callable[[Unit, list[np.ndarray]], None] | None = None,
@@ -45,16 +48,14 @@ def read_ahead(
       units: in the order in which they are wanted.
       inputs: the checkpoints.
       reader: what reads files.
-      rooms: how many units are in memory at once, 2 or more.
       limit: bytes that all rooms together may take, if they are more than one.
       alone: leaves of which only the first input is wanted.
-      prepare: what is to be done with a unit while the one before is worked on; in a thread of its own.
+      prepare: what is to be done with a unit while those before are worked on; in threads of its own.
     """
     if not units:
         return
     width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    free = _Rooms(len(inputs), rooms, limit)
-    read: queue.Queue = queue.Queue()
+    free = _Rooms(len(inputs), ROOMS, limit)
     ready: queue.Queue = queue.Queue()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
@@ -66,48 +67,38 @@ def read_ahead(
         return data.view(dtype)
 
     def reading() -> None:
-        with concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs))) as lanes:
+        try:
             for unit in units:
                 room = free.take(unit.size * width[unit.name] + 2 * _direct.PAGE)
                 if room is None:
                     return
                 several = inputs[:1] if unit.name in alone else inputs
-                futures = [lanes.submit(fill, s, unit, r) for s, r in zip(several, room, strict=False)]
-                read.put((unit, [f.result() for f in futures], room))
-
-    def preparing() -> None:
-        for _ in units:
-            if (item := read.get()) is None:
-                return
-            if not isinstance(item, BaseException) and prepare is not None:
-                prepare(*item[:2])
-            ready.put(item)
-
-    def guarded(work: Callable[[], None], onward: queue.Queue) -> None:
-        try:
-            work()
+                arrays = list(lanes.map(lambda pair, unit=unit: fill(pair[0], unit, pair[1]), zip(several, room, strict=False)))
+                prepared = None if prepare is None else preparers.submit(prepare, unit, arrays)
+                ready.put((unit, arrays, room, prepared))
         except BaseException as e:
-            onward.put(e)
+            ready.put(e)
 
-    stages = [
-        threading.Thread(target=guarded, args=(reading, read), name="jaxmerge-read", daemon=True),
-        threading.Thread(target=guarded, args=(preparing, ready), name="jaxmerge-prepare", daemon=True),
-    ]
-    for stage in stages:
-        stage.start()
-    try:
-        for _ in units:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            unit, arrays, room = item
-            yield unit, arrays
-            free.give(room)
-    finally:
-        free.close()
-        read.put(None)
-        for stage in stages:
-            stage.join()
+    with (
+        concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
+        concurrent.futures.ThreadPoolExecutor(PREPARERS, "jaxmerge-prepare") as preparers,
+    ):
+        thread = threading.Thread(target=reading, name="jaxmerge-read", daemon=True)
+        thread.start()
+        try:
+            for _ in units:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                unit, arrays, room, prepared = item
+                if prepared is not None:
+                    prepared.result()
+                yield unit, arrays
+                del item, arrays, prepared
+                free.give(room)
+        finally:
+            free.close()
+            thread.join()
 
 
 class _Rooms:

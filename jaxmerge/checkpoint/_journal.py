@@ -140,7 +140,9 @@ def sync(path: pathlib.Path) -> None:
 
 
 def pack(value: Any) -> Any:
-    """Nested dicts, lists and arrays as JSON; tuples come back as lists."""
+    """Nested dicts, lists, names and arrays as JSON; tuples come back as lists."""
+    if value is None or isinstance(value, str):
+        return {"v": value}
     if isinstance(value, dict):
         return {"d": {k: pack(v) for k, v in value.items()}}
     if isinstance(value, list | tuple):
@@ -152,6 +154,8 @@ def pack(value: Any) -> Any:
 
 def unpack(packed: Any) -> Any:
     """What `pack` was given."""
+    if "v" in packed:
+        return packed["v"]
     if "d" in packed:
         return {k: unpack(v) for k, v in packed["d"].items()}
     if "l" in packed:

@@ -151,7 +151,9 @@ def merge(
     if headers.format == "safetensors":
         from jaxmerge.checkpoint import _ranges
 
-        found = _ranges.run(tx, headers, out, cast=dtype, resume=resume, recipe=recipe, beside=beside, tell=tell, **common)
+        found = _ranges.run(
+            tx, headers, out, cast=dtype, memory=memory, resume=resume, recipe=recipe, beside=beside, tell=tell, **common
+        )
     else:
         from jaxmerge.checkpoint import _sharded
 

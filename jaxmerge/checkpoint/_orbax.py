@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoint._remote import is_remote
@@ -55,6 +56,11 @@ class Orbax:
 
     def extent(self, name: str) -> Extent | None:
         return None
+
+    def granule(self, name: str) -> int | None:
+        if not self.leaves[name].shape:
+            return None
+        return int(_arrays(self.path)[name].chunk_layout.read_chunk.shape[0])
 
     def identity(self) -> str:
         where = _base(self.path) / "_METADATA"
@@ -115,19 +121,27 @@ def _arrays(path: epath.Path) -> dict[str, Any]:
 
     base = _base(path)
     described = json.loads((base / "_METADATA").read_text())
-    ocdbt, zarr3 = described.get("use_ocdbt", True), described.get("use_zarr3", False)
-    root = str(base) if is_remote(base) else f"file://{base}"
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened = {}
     for entry in described["tree_metadata"].values():
-        keys = [str(k["key"]) for k in entry["key_metadata"]]
-        if entry["value_metadata"].get("value_type") in ("string", "None"):
-            continue
-        at = ".".join(keys)
-        store = {"driver": "ocdbt", "base": f"{root}/", "path": f"{at}/"} if ocdbt else f"{root}/{at}/"
-        spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store, "recheck_cached_data": False}
-        opened["/".join(keys)] = ts.open(spec, open=True, read=True, context=context)
+        if entry["value_metadata"].get("value_type") not in ("string", "None"):
+            keys = _keys(entry)
+            opened["/".join(keys)] = ts.open(_spec(base, described, keys), open=True, read=True, context=context)
     return {name: future.result() for name, future in opened.items()}
+
+
+def _keys(entry: dict[str, Any]) -> list[str]:
+    return [str(k["key"]) for k in entry["key_metadata"]]
+
+
+def _spec(base: epath.Path, described: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """Where tensorstore finds an array."""
+    root = str(base) if is_remote(base) else f"file://{base}"
+    at = ".".join(keys)
+    ocdbt = described.get("use_ocdbt", True)
+    store = {"driver": "ocdbt", "base": f"{root}/", "path": f"{at}/"} if ocdbt else f"{root}/{at}/"
+    driver = "zarr3" if described.get("use_zarr3", False) else "zarr"
+    return {"driver": driver, "kvstore": store, "recheck_cached_data": False}
 
 
 def groups(leaves: Mapping[str, Leaf]) -> list[list[str]]:
@@ -155,9 +169,16 @@ class Writer:
         """Add some leaves, whole groups."""
         ocp.partial.save(self.aside, _tree(leaves, self.leaves))
 
+    def finalize(self) -> None:
+        """Everything but the rows of large leaves is there."""
+        ocp.partial.finalize(self.aside)
+
+    def rows_of(self, name: str, rows: int) -> Any:
+        """A leaf of which a `stand_in` was written, as a tensorstore array of its own shape, to be filled `rows` at a time."""
+        return _replaced(self.aside, name, self.leaves[name].shape, rows)
+
     def finish(self) -> None:
         """Make the output appear."""
-        ocp.partial.finalize(self.aside)
 
         def swap():
             old = self.out.parent / f"{self.out.name}.replaced"
@@ -190,6 +211,44 @@ class Writer:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices(f"jaxmerge: {self.out.name}")
+
+
+def stand_in(leaf: Leaf, sharding: Sharding) -> jax.Array:
+    """As many zeros as the sharding has shards: what is written of a leaf that is filled later."""
+    counts = [1] * len(leaf.shape)
+    if isinstance(sharding, NamedSharding):
+        for dimension, axes in enumerate(sharding.spec):
+            axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+            counts[dimension] = math.prod(sharding.mesh.shape[a] for a in axes)
+    return jax.device_put(np.zeros(counts, leaf.dtype), sharding)
+
+
+def _replaced(path: epath.Path, name: str, shape: tuple[int, ...], rows: int) -> Any:
+    """The array of this name anew, with another shape, in chunks of so many rows."""
+    import tensorstore as ts
+
+    base = _base(path)
+    described = json.loads((base / "_METADATA").read_text())
+    keys = next(k for k in map(_keys, described["tree_metadata"].values()) if "/".join(k) == name)
+    chunk = [min(rows, shape[0]), *shape[1:]]
+    spec = _spec(base, described, keys)
+    metadata = ts.open(spec, open=True).result().spec().to_json()["metadata"]
+    metadata |= {"shape": list(shape)}
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+    for codec in metadata["codecs"]:
+        if codec["name"] == "sharding_indexed":
+            codec["configuration"]["chunk_shape"] = chunk
+    array = ts.open({**spec, "metadata": metadata}, create=True, delete_existing=True).result()
+    entry = next(e for e in described["tree_metadata"].values() if _keys(e) == keys)
+    entry["value_metadata"]["write_shape"] = chunk
+    (base / "_METADATA").write_text(json.dumps(described))
+    for file in (base / "array_metadatas").glob("*"):
+        arrays = json.loads(file.read_text())
+        for one in arrays["array_metadatas"]:
+            if one["array_metadata"]["param_name"] == ".".join(keys):
+                one["array_metadata"] |= {"write_shape": chunk, "chunk_shape": chunk}
+        file.write_text(json.dumps(arrays))
+    return array
 
 
 def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:

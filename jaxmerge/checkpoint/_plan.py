@@ -13,7 +13,7 @@ from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import Layout
 from jaxmerge.checkpoint._sharding import Rule, all_devices, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
-from jaxmerge.checkpoint._units import by_ranges
+from jaxmerge.checkpoint._units import by_ranges, in_rows
 from jaxmerge.params._transform import Match, MergeTransform, Step
 
 MEMORY = 1 << 30
@@ -33,9 +33,10 @@ class CheckpointPlan(NamedTuple):
       out: {leaf: shape and dtype of the output}, in the order in which they are written.
       shardings: where each leaf of an Orbax output goes; nothing where files are written by ranges.
       batches: names of the leaves of an Orbax output that are in memory together.
-      units: parts of leaves of a safetensors output that are in memory together; of all processes, in groups of one process.
+      units: parts of leaves of a safetensors output that are in memory together; of all processes, in groups of one process. Of
+        an Orbax output, the parts of leaves that are larger than the memory.
       entire: leaves that a method must see whole, and that therefore count against the memory.
-      rooms, room_bytes: how many units of a process are in memory at once, and bytes for them.
+      room_bytes: what the units of a process that are in memory at once may take.
       layout: the files of a safetensors output; None for Orbax.
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
@@ -55,7 +56,6 @@ class CheckpointPlan(NamedTuple):
     batches: tuple[tuple[str, ...], ...]
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
-    rooms: int
     room_bytes: int
     layout: Layout | None
     settings: tuple[dict[str, Any], ...]
@@ -176,7 +176,6 @@ def plan(
             batches=(),
             units=ways.units,
             entire=ways.entire,
-            rooms=ways.rooms,
             room_bytes=ways.room_bytes,
             layout=ways.layout,
             passes=looks,
@@ -190,20 +189,22 @@ def plan(
     for name, target in shardings.items():
         problems += split_evenly(name, leaves[name].shape, target)
     budget = parse_size(memory, "memory") if memory is not None else MEMORY
-    batches = _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
-    passes = 1 if len(batches) == 1 else looks
+    small = memory is None and jax.default_backend() != "cpu"  # the devices' memory is not what is asked about
+    rows = {} if small else in_rows(inputs, floating, steps, budget)
+    held = {n: h for n, h in leaves.items() if n not in rows}
+    batches = _batches(_orbax.groups(leaves), held, max(budget // (2 * len(inputs)), 1))
+    passes = 1 if len(batches) == 1 and not rows else looks
     peak = 0
     for batch in batches:
-        work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
-        peak = max(peak, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
+        work = max((leaves[n].size for n in batch if _is_floating(leaves[n]) and n not in rows), default=0)
+        peak = max(peak, sum(leaves[n].bytes for n in batch if n not in rows) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
     return CheckpointPlan(
         **common,
         shardings=shardings,
         batches=tuple(map(tuple, batches)),
-        units=(),
+        units=tuple(rows.values()),
         entire=frozenset(),
-        rooms=0,
-        room_bytes=0,
+        room_bytes=budget,
         layout=None,
         passes=passes,
         bytes_read=size * passes + rest * (len(inputs) + 1),
@@ -283,7 +284,7 @@ def _settings(steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> tupl
 def _batches(groups: list[list[str]], leaves: dict[str, Any], batch_bytes: int) -> list[list[str]]:
     batches, room = [], 0
     for group in groups:
-        size = sum(leaves[n].bytes for n in group)
+        size = sum(leaves[n].bytes for n in group if n in leaves)
         if not batches or size > room:
             batches.append([])
             room = batch_bytes

@@ -68,6 +68,16 @@ def patterns(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
+def adder(steps: tuple[Step, ...], f: Any, has_base: bool, cast: Any) -> Any:
+    """(settings of f, settings, origin, inputs) -> f of what these steps leave of a block."""
+
+    def look(mine: Any, settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
+        return f(placed(mine, origin), after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+
+    return jax.jit(look)
+
+
+@functools.lru_cache(maxsize=64)
 def surveyor(steps: tuple[Step, ...], read: Any, has_base: bool, cast: Any) -> Any:
     """(query, settings, origin, inputs) -> counts of what these steps leave of a block."""
 

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _journal, _processes, _receipt
-from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
+from jaxmerge.checkpoint._feed import WriteBehind, read_ahead
 from jaxmerge.checkpoint._layout import INDEX, prepare
 from jaxmerge.checkpoint._merge import differing, strange
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._source import Extent, digest
-from jaxmerge.checkpoint._stream import Stream, Task
+from jaxmerge.checkpoint._stream import Stream
+from jaxmerge.checkpoint._task import make_task, unit_bytes
 from jaxmerge.params._transform import MergeTransform
 
 CHECKPOINT = 1 << 26
@@ -26,6 +27,7 @@ def run(
     out: Any,
     *,
     cast: Any,
+    memory: int | str | None,
     integers: str,
     nonfinite: str,
     overwrite: bool,
@@ -41,7 +43,7 @@ def run(
     keep = False
     try:
         task = make_task(tx, headers, cast)
-        options = {"integers": integers, "nonfinite": nonfinite, "dtype": _name(cast)}
+        options = {"integers": integers, "nonfinite": nonfinite, "dtype": _name(cast), "memory": memory}
         identity = digest(
             _journal.fingerprint(tx.match.steps),  # type: ignore[attr-defined]
             _journal.pack(list(headers.settings)),
@@ -55,21 +57,10 @@ def run(
         if integers == "agree":
             _check_exact(headers, stream)
         done = _recall(stream, lines)
-        surveyed = {line["survey"]: _journal.unpack(line["settings"]) for line in lines if "survey" in line}
-        for i, step in enumerate(task.steps):
-            if step.survey is None:
-                continue
-            if i in surveyed:
-                stream.settings[i] = dict(surveyed[i])
-                stream.advance.stage += step.survey.rounds
-                continue
-            stream.survey(i)
-            surveyed[i] = dict(stream.settings[i])
-            place.note({"survey": i, "settings": _journal.pack(surveyed[i])})
-            keep = True
+        surveyed = _survey(stream, place, lines)
         stream.advance.stage = headers.passes
         resumed = sum(u.size * task.out[u.name].itemsize for u in task.units[:done])
-        stream.advance.skip(sum(_bytes(headers, u) for u in task.units[:done]))
+        stream.advance.skip(sum(unit_bytes(headers, u) for u in task.units[:done]))
         buffered = _write(stream, place, headers, done)
         bad: dict[str, list[int]] = {}
         found: dict[str, Any] = {}
@@ -90,23 +81,6 @@ def run(
         raise
     by_step = tuple({n: found[n][i] for n in headers.floating if n in found} for i in range(len(task.steps)))
     return {"plan": by_step, "nonfinite": bad, "resumed": resumed, "buffered": tuple(sorted(buffered | stream.reader.buffered))}
-
-
-def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
-    """What this process does of a merge."""
-    weights = [sum(_bytes(headers, u) for u in group) for group in headers.units]
-    return Task(
-        steps=tx.match.steps,  # type: ignore[attr-defined]
-        inputs=headers.inputs,
-        has_base=headers.base is not None,
-        floating=frozenset(headers.floating),
-        cast=None if cast is None else jax.numpy.dtype(cast),
-        out={n: leaf.dtype for n, leaf in headers.out.items() if leaf.dtype is not None},
-        units=_processes.share(headers.units, weights, jax.process_index(), jax.process_count()),
-        entire=headers.entire,
-        rooms=headers.rooms,
-        limit=headers.room_bytes,
-    )
 
 
 class _Teller:
@@ -130,13 +104,26 @@ class _Teller:
         self.skipped += n
 
 
-def _bytes(headers: CheckpointPlan, unit: Unit) -> int:
-    """What a unit reads and writes."""
-    inputs = headers.inputs if unit.name in headers.shapes else headers.inputs[:1]
-    return unit.size * (
-        sum(s.leaves[unit.name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
-        + headers.out[unit.name].dtype.itemsize  # type: ignore[union-attr]
-    )
+def _survey(stream: Stream, place: _journal.Workplace, lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The statistics of the whole model, as far as an earlier run did not find them: {step: its settings}."""
+    noted = {tuple(line["round"]): line["state"] for line in lines if "round" in line}
+    known = list(noted.items())[: min(_processes.everyone(len(noted)))]  # a round counts when all processes have noted it
+    surveyed = {}
+    for i, step in enumerate(stream.task.steps):
+        if step.survey is None:
+            continue
+        rounds = [state for (which, _), state in known if which == i]
+        state = _journal.unpack(rounds[-1]) if rounds else None
+        first, done = stream.advance.stage, int(state[0]) if state else 0
+
+        def note(state: Any, i: int = i, first: int = first) -> None:
+            place.note({"round": [i, state[0]], "state": _journal.pack(state)})
+            stream.advance.stage = first + state[0]
+
+        stream.advance.stage = first + done
+        stream.survey(i, state, note)
+        surveyed[i] = dict(stream.settings[i])
+    return surveyed
 
 
 def _recall(stream: Stream, lines: list[dict[str, Any]]) -> int:
@@ -184,7 +171,7 @@ def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
     exact = frozenset(headers.exact)
     units = [u for u in stream.task.units if u.name in exact]
     differ = set()
-    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, rooms=2, limit=headers.room_bytes):
+    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, limit=headers.room_bytes):
         stream.advance(first.nbytes * len(headers.inputs), 0)
         if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):
             differ.add(unit.name)

@@ -72,8 +72,8 @@ def sample_hash(path: Any) -> str:
     return h.hexdigest()
 
 
-def read(out: Any) -> dict[str, Any]:
-    """The receipt of a merged checkpoint.
+def receipt(out: Any) -> dict[str, Any]:
+    """What a merge into safetensors says it was made of: inputs, hashes, what was asked for, versions; read from its directory.
 
     Raises:
       FileNotFoundError: there is none.

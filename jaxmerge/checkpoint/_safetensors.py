@@ -158,6 +158,9 @@ class Safetensors:
         extent = self._extents[name]
         return None if _remote.is_remote(epath.Path(extent.file)) else extent
 
+    def granule(self, name: str) -> int | None:
+        return 1 if self.leaves[name].shape else None
+
     def identity(self) -> str:
         tensors = [(n, e.file, e.offset, str(self.leaves[n].dtype), self.leaves[n].shape) for n, e in self._extents.items()]
         return digest(str(self.path), self._stamps, sorted(tensors))

@@ -18,6 +18,8 @@ from jaxmerge.checkpoint import _orbax
 from jaxmerge.checkpoint._merge import differing, strange
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._programs import after, stacked
+from jaxmerge.checkpoint._stream import Stream
+from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._stack import Integers, reduced
 from jaxmerge.params._transform import MergeTransform, Step, settled
 
@@ -51,7 +53,7 @@ def run(
         nonlocal done, stage, held
         stage += 1
         for batch in headers.batches:
-            names = [n for n in batch if n in floating]
+            names = [n for n in batch if n in floating and n not in large]
             if held:
                 arrays = held
             else:
@@ -65,6 +67,8 @@ def run(
             tell(stage, stages, done, stage_bytes * stages)
 
     floating = frozenset(headers.floating)
+    rows = Stream(make_task(tx, headers, cast), headers.settings, lambda read, written: None)
+    large = frozenset(u.name for u in rows.task.units)
     settings = list(headers.settings)
     has_base = headers.base is not None
     for i in surveys:
@@ -77,8 +81,10 @@ def run(
                     read = _reader(steps[:i], survey.read, headers.shardings[n], has_base, cast)
                     counts[n] = settled(read(query, [s[n] for s in settings[:i]], leaves))
                 counts = {n: c if isinstance(c, np.ndarray) else _from_halves(c) for n, c in counts.items()}
+            counts |= rows.counts(i, survey, query)
             query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
         settings[i] = survey.finish(notes, settings[i])
+        rows.settings[i] = dict(settings[i])
 
     found: dict[str, Any] = {}
     bad: dict[str, list[int]] = {}
@@ -97,16 +103,35 @@ def run(
             rest = [n for n in batch if n not in floating]
             if rest:
                 written |= headers.reference.load({n: headers.shardings[n] for n in rest})
+            written |= {n: _orbax.stand_in(headers.out[n], headers.shardings[n]) for n in batch if n in large}
             writer.write(written)
+        held = {}
+        if not (bad and nonfinite == "refuse"):
+            writer.finalize()
+        _fill(rows, writer)
+        found |= rows.found
+        bad |= rows.bad
         if bad and nonfinite == "refuse":
             raise strange(bad, headers)
-        held = {}
         writer.finish()
     except BaseException:
         writer.discard(wait=False)
         raise
     by_step = tuple({n: found[n][i] for n in headers.floating} for i in range(len(steps)))
     return {"plan": by_step, "nonfinite": bad}
+
+
+def _fill(rows: Stream, writer: _orbax.Writer) -> None:
+    """Merge the leaves that are larger than the memory, some rows at a time."""
+    arrays: dict[str, Any] = {}
+    for unit, inputs in rows.units(rows.task.units, len(rows.task.steps)):
+        leaf = writer.leaves[unit.name]
+        row = leaf.size // leaf.shape[0]
+        if unit.name not in arrays:
+            arrays[unit.name] = writer.rows_of(unit.name, unit.size // row)
+        block = np.concatenate([part for _, part in rows.merged(unit, inputs)])
+        first, last = unit.start // row, unit.stop // row
+        arrays[unit.name][first:last].write(block.reshape(last - first, *leaf.shape[1:])).result()
 
 
 # --- one leaf on its devices -----------------------------------------------------------------------------------------

@@ -88,6 +88,10 @@ class Source(Protocol):
         """Where the leaf lies in a local file, if it is one run of bytes there."""
         ...
 
+    def granule(self, name: str) -> int | None:
+        """How many rows (of the first axis) are read together at least; None: only the whole leaf."""
+        ...
+
     def identity(self) -> str:
         """A digest of where each leaf comes from and of what the headers say; of files also size and time of change."""
         ...
@@ -104,7 +108,10 @@ def open(path: Any) -> Source:
     """
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
-    path = epath.Path(path)
+    try:
+        path = epath.Path(path)
+    except KeyError:
+        raise ValueError(f"{path}: checkpoints are read from local paths, gs:// and s3://; download it first.") from None
     path = path if is_remote(path) else path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")
@@ -221,6 +228,12 @@ class _View:
             return None
         source, there = self._where[name]
         return source.extent(there)
+
+    def granule(self, name: str) -> int | None:
+        if name in self._computed:
+            return None
+        source, there = self._where[name]
+        return source.granule(there)
 
     def identity(self) -> str:
         names = sorted((here, there) for here, (_, there) in self._where.items())

@@ -15,8 +15,8 @@ import numpy as np
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
 from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
-from jaxmerge.params._transform import Step
-from jaxmerge.params.order._host import Patterns
+from jaxmerge.params._transform import Step, Survey
+from jaxmerge.params.order._host import Streamed
 from jaxmerge.params.order._quantile import position, row_size
 
 LOOK = 1 << 17
@@ -35,7 +35,7 @@ class Task(NamedTuple):
       cast, out: {leaf: dtype} of the arithmetic's inputs (None: as they are) and of the output.
       units: all leaves' parts, in the order of the output; this process's own.
       entire: leaves that must be seen whole.
-      rooms, limit: how many units are in memory at once, and bytes for them.
+      limit: bytes for the units that are in memory at once.
     """
 
     steps: tuple[Step, ...]
@@ -46,7 +46,6 @@ class Task(NamedTuple):
     out: Mapping[str, np.dtype]
     units: tuple[Unit, ...]
     entire: frozenset[str]
-    rooms: int
     limit: int
 
 
@@ -63,21 +62,31 @@ class Stream:
 
     # --- statistics of the whole model ---
 
-    def survey(self, i: int) -> None:
-        """Complete the settings of step i with a statistic of the whole model."""
-        task, survey = self.task, self.task.steps[i].survey
+    def survey(self, i: int, state: Any, note: Callable[[Any], None]) -> None:
+        """Complete the settings of step i with a statistic of the whole model.
+
+        Args:
+          i: which step.
+          state: [rounds done, query, notes] of an earlier run, or None.
+          note: is told the state after each round.
+        """
+        survey = self.task.steps[i].survey
         assert survey is not None
-        query, notes = survey.start(self.settings[i])
-        units = [u for u in task.units if u.name in task.floating]
-        for _ in range(survey.rounds):
-            counts: dict[str, np.ndarray] = {}
-            for unit, arrays in self.units(units, i):
-                found = self._counts(i, survey, query, unit, arrays)
-                counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
-                self.advance(sum(a.nbytes for a in arrays), 0)
-            counts = _processes.summed(counts)
-            query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
+        done, query, notes = state or [0, *survey.start(self.settings[i])]
+        for n in range(int(done), survey.rounds):
+            counts = _processes.summed(self.counts(i, survey, query))
+            query, notes = survey.step(query, notes, {name: counts[name] for name in sorted(counts)})
+            note([n + 1, query, notes])
         self.settings[i] = survey.finish(notes, self.settings[i])
+
+    def counts(self, i: int, survey: Survey, query: Any) -> dict[str, np.ndarray]:
+        """What a round of a survey counts in this process's units, by leaf."""
+        counts: dict[str, np.ndarray] = {}
+        for unit, arrays in self.units([u for u in self.task.units if u.name in self.task.floating], i):
+            found = self._counts(i, survey, query, unit, arrays)
+            counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
+            self.advance(sum(a.nbytes for a in arrays), 0)
+        return counts
 
     def _counts(self, i: int, survey: Any, query: Any, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         task, name = self.task, unit.name
@@ -152,17 +161,17 @@ class Stream:
     def _waits(self, name: str, before: int) -> bool:
         """Whether a step before this one must find something out about the leaf first."""
         steps = zip(self.task.steps[:before], self.settings, strict=False)
-        return any(step.resolve is not None and is_open(s.get(name)) for step, s in steps)
+        return any(step.resolve is not None and step.open(s[name]) for step, s in steps)
 
     def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
-            s = self.settings[i].get(name)
-            if step.resolve is not None and is_open(s):
+            if step.resolve is not None and name in self.task.floating and step.open(s := self.settings[i][name]):
                 sample = None if arrays is None or unit.size < SAMPLED else functools.partial(self._sample, i, unit, arrays)
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
-                self.settings[i][name] = step.resolve(s, Patterns(models, self._shape(name), blocks, sample))
+                total = functools.partial(self._total, i, unit, arrays)
+                self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, sample, total))
             models = step.models or models
 
     def _placed(self, before: int, name: str) -> Any:
@@ -179,16 +188,32 @@ class Stream:
         look = programs.patterns(task.steps[:i], task.has_base, task.cast)
         if settings is None:
             settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
+        for part, held in self._parts(unit, arrays):
+            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
+                bits = look(settings, self._origin(part, start), programs.padded(held, start, stop, size))
+                yield part.start - unit.start + start, np.asarray(bits)[:, : stop - start]
+
+    def _total(self, i: int, unit: Unit, arrays: Any, f: Any, mine: Any, combine: np.ufunc) -> np.ndarray:  # noqa: PLR0917
+        """What f comes to over a unit, of what the steps before i leave; added up alike whatever is in memory together."""
+        look = programs.adder(self.task.steps[:i], f, self.task.has_base, self.task.cast)
+        mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
+        total: Any = None
+        for part, held in self._parts(unit, arrays):
+            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
+                found = look(mine, settings, self._origin(part, start), programs.padded(held, start, stop, size))
+                found = np.asarray(found).astype(np.float64)
+                total = found if total is None else combine(total, found)
+        return total
+
+    def _parts(self, unit: Unit, arrays: list[np.ndarray] | None) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+        """A unit that is held, or its parts from the files."""
         if arrays is not None:
-            for start, stop, size in programs.pieces(unit.size, (LOOK, programs.SIZES[-1])):
-                bits = look(settings, self._origin(unit, start), programs.padded(arrays, start, stop, size))
-                yield start, np.asarray(bits)[:, : stop - start]
+            yield unit, arrays
             return
-        parts = list(split(unit, programs.SIZES[0]))
-        for part, held in read_ahead(parts, task.inputs, self.reader, rooms=2, limit=task.limit):
+        most = max(u.size for u in self.task.units if u.name == unit.name)
+        for part, held in read_ahead(list(split(unit, most)), self.task.inputs, self.reader, limit=self.task.limit):
             self.advance(sum(a.nbytes for a in held), 0)
-            for start, bits in self._magnitudes(i, settings, part, held):
-                yield part.start + start, bits
+            yield part, held
 
     def _sample(self, i: int, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         look = programs.patterns(self.task.steps[:i], self.task.has_base, self.task.cast)
@@ -214,7 +239,7 @@ class Stream:
         task = self.task
         copied = frozenset(u.name for u in units) - task.floating
         prepare = functools.partial(self._resolve, before)
-        return read_ahead(units, task.inputs, self.reader, rooms=task.rooms, limit=task.limit, alone=copied, prepare=prepare)
+        return read_ahead(units, task.inputs, self.reader, limit=task.limit, alone=copied, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:
         return position(self._shape(unit.name), unit.start + start)
@@ -241,15 +266,6 @@ def parts_of(name: str, shape: tuple[int, ...], most: int) -> Iterator[Unit]:
     """A leaf in parts, as `split`; each within one row of its coordinates."""
     size = int(np.prod(shape, dtype=object))
     return split(Unit(name, 0, size), most, row_size(shape))
-
-
-def is_open(settings: Any) -> bool:
-    """Whether there is something that `Step.resolve` must find."""
-    if not isinstance(settings, dict):
-        return False
-    if "cut" in settings:
-        return False
-    return "count" in settings or "quota" in settings or any(is_open(v) for v in settings.values())
 
 
 def _raw(array: np.ndarray) -> np.ndarray:

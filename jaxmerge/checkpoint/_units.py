@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxmerge.checkpoint import _programs as programs
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
-from jaxmerge.checkpoint._feed import FLUSH, Unit
+from jaxmerge.checkpoint._feed import FLUSH, ROOMS, Unit
 from jaxmerge.checkpoint._layout import Layout, layout
 from jaxmerge.checkpoint._source import Leaf, Source
-from jaxmerge.checkpoint._stream import LOOK, is_open, parts_of
+from jaxmerge.checkpoint._stream import LOOK, parts_of, split
 from jaxmerge.params._transform import Step
 
 HOLD = 1 << 30
@@ -19,7 +21,6 @@ class Ways(NamedTuple):
 
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
-    rooms: int
     room_bytes: int
     layout: Layout | None
     again: tuple[str, ...]
@@ -57,8 +58,12 @@ def by_ranges(
         if name not in merged:
             units += [(part,) for part in parts_of(name, leaf.shape, block)]
             continue
-        piecemeal = all(s.extent(name) is not None for s in inputs if name in s.leaves)
-        look = any(step.resolve is not None and is_open(s.get(name)) for step, s in zip(steps, settings, strict=False))
+        local = all(s.extent(name) is not None for s in inputs if name in s.leaves)
+        large = 4 * held > 3 * hold
+        rows = None if local or not large else _rows_together(inputs, name)
+        most_entries = block if rows is None else max(block // max(rows, 1), 1) * rows
+        mine = zip(steps, settings, strict=False)
+        look = any(step.resolve is not None and name in s and step.open(s[name]) for step, s in mine)
         if not blockwise:
             entire.add(name)
             need = held + 4 * leaf.size * (2 * len(inputs) + 1)
@@ -69,8 +74,8 @@ def by_ranges(
                 )
             units.append((whole,))
             work = max(work, need - held)
-        elif piecemeal and (not look or 4 * held > 3 * hold):
-            parts = tuple(parts_of(name, leaf.shape, block))
+        elif (local and not look) or (large and (local or rows)):
+            parts = tuple(parts_of(name, leaf.shape, most_entries))
             units += [parts] if look else [(part,) for part in parts]
             if look:
                 again.append(name)
@@ -83,7 +88,35 @@ def by_ranges(
     except ValueError as e:
         files = None
         problems.append(f"  {e}")
-    rooms = 4 if largest <= block * len(inputs) * width else 3
-    limit = max(hold - work, largest)
-    peak = min(rooms * largest, limit) + work + 4 * FLUSH
-    return Ways(tuple(units), frozenset(entire), rooms, limit, files, tuple(again), peak, tuple(problems))
+    limit = hold if memory is None else max(hold - work, largest)
+    peak = min(ROOMS * largest, limit) + work + 4 * FLUSH
+    return Ways(tuple(units), frozenset(entire), limit, files, tuple(again), peak, tuple(problems))
+
+
+def in_rows(
+    inputs: Sequence[Source], floating: Sequence[str], steps: Sequence[Step], budget: int
+) -> dict[str, tuple[Unit, ...]]:
+    """Leaves of an Orbax output that do not fit into so many bytes, in parts of whole rows; on one process.
+
+    Where a leaf cannot be read by rows, or a step must see it whole, it is merged whole all the same.
+    """
+    if jax.process_count() > 1 or not all(step.blocks for step in steps):
+        return {}
+    found = {}
+    for name in floating:
+        leaf = inputs[0].leaves[name]
+        if leaf.bytes * (len(inputs) + 1) > budget and (together := _rows_together(inputs, name)):
+            per_entry = 4 * (len(inputs) + 1) * max(s.leaves[name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
+            most = max(budget // per_entry // together, 1) * together
+            found[name] = tuple(split(Unit(name, 0, leaf.size), most))
+    return found
+
+
+def _rows_together(inputs: Sequence[Source], name: str) -> int | None:
+    """Entries of the rows that all inputs can read without the rest of the leaf; None where one cannot."""
+    found = [s.granule(name) for s in inputs if name in s.leaves]
+    leaf = inputs[0].leaves[name]
+    if None in found or not leaf.size:
+        return None
+    rows = max(n for n in found if n is not None)
+    return rows * (leaf.size // leaf.shape[0]) if rows < leaf.shape[0] else None

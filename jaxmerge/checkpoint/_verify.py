@@ -9,9 +9,9 @@ import numpy as np
 from jaxmerge.checkpoint import _journal, _receipt
 from jaxmerge.checkpoint._feed import Unit, flat_range
 from jaxmerge.checkpoint._plan import MergeError, plan
-from jaxmerge.checkpoint._ranges import make_task
 from jaxmerge.checkpoint._source import open as open_source
 from jaxmerge.checkpoint._stream import Stream
+from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._transform import MergeTransform
 
 
@@ -47,12 +47,13 @@ def verify(
       base, models: the parents, where they have moved or were views; None: as the receipt names them.
       leaves: of how many leaves, drawn at random, a part is computed again.
       seed: another seed, another sample.
-      memory: see `plan`.
+      memory: see `plan`; None: as the merge had.
 
     Raises:
       FileNotFoundError: no receipt, or a parent that is not there. MergeError: the parents do not fit together.
     """
-    receipt, result = _receipt.read(out), open_source(out)
+    receipt, result = _receipt.receipt(out), open_source(out)
+    memory = receipt["options"]["memory"] if memory is None else memory
     if base is None and receipt["base"] is not None:
         base = receipt["base"]["path"]
     models = [m["path"] for m in receipt["models"]] if models is None else models

@@ -156,7 +156,10 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     survey = next((_of_label(key, step.survey) for key, step in steps.items() if step.survey is not None), None)
 
     def resolve(settings, x):
-        return {key: s if (found := steps[key].resolve) is None else found(s, x) for key, s in settings.items()}
+        return {key: find(s, x) if (find := steps[key].resolve) and steps[key].open(s) else s for key, s in settings.items()}
+
+    def waits(settings):
+        return any(steps[key].resolve is not None and steps[key].open(s) for key, s in settings.items())
 
     return atom(
         Step(
@@ -168,6 +171,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
             needs=needs,
             blocks=all(step.blocks for step in steps.values()),
             resolve=resolve if any(step.resolve for step in steps.values()) else None,
+            open=waits,
         )
     )
 

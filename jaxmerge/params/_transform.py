@@ -19,7 +19,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, PyTree
 
-from jaxmerge.params.order._host import Patterns
+from jaxmerge.params.order._host import Streamed
 
 Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
@@ -75,8 +75,9 @@ class Step(NamedTuple):
       needs: what it looks at; nothing for an atom that is pointwise.
       blocks: whether `match` and `merge` take any flat block of a leaf (K, n) for itself, given what `resolve` found; an entry
         "origin" in the settings is then the index of the block's first entry in the leaf, as (row, column) of `coordinates`.
-      resolve: (settings, magnitudes of x on the host) -> settings with which `match` need not look at the tensor; None where
-        nothing is to be found.
+      resolve: (settings, x as it streams through the host) -> settings with which `match` need not look at the tensor; None
+        where nothing is to be found.
+      open: settings -> whether `resolve` has still to find something.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -86,7 +87,8 @@ class Step(NamedTuple):
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
     blocks: bool = False
-    resolve: Callable[[Any, Patterns], Any] | None = None
+    resolve: Callable[[Any, Streamed], Any] | None = None
+    open: Callable[[Any], bool] = lambda settings: True
 
 
 class Match(NamedTuple):

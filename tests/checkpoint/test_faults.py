@@ -110,9 +110,10 @@ def test_killed_at_random_moments(models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dare", "ties"])
-def test_killed_at_fifty_random_moments(models, tmp_path, method):
-    assert kills(models, tmp_path, 50, method) >= 15
+@pytest.mark.parametrize(("method", "resumed"), [("dare", 15), ("ties", 3)])
+def test_killed_at_fifty_random_moments(models, tmp_path, method, resumed):
+    """Of ties most moments are in the passes that find the threshold, which are done again if they were not whole."""
+    assert kills(models, tmp_path, 50, method) >= resumed
 
 
 def merge(models, out, **kwargs):

@@ -86,25 +86,45 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     if not isinstance(tx.match, Match) or len(tx.match.steps) != 1 or tx.match.steps[0].models is not None:
         raise ValueError("rescale: wrap one masking atom, such as rescale(random_mask(0.5, seed=0), 'inv_p'); got a chain.")
     (step,) = tx.match.steps
+    of, combine, finish = NORMS.get(norm, (None, None, None))
 
     def match(settings, x):
+        if "factor" in settings:  # `on_host` has been there
+            return {"mask": step.match(settings["mask"], x), "factor": settings["factor"]}
         plan = step.match(settings, x)
         if norm == "inv_p":
             if not isinstance(plan, dict) or "density" not in plan:
                 raise ValueError("rescale: this atom has no density to divide by; use norm='l1', or scale.")
             density = jnp.asarray(plan["density"])
             return {"mask": plan, "factor": jnp.where(density > 0, 1 / jnp.where(density > 0, density, 1), 1)}
-        was, left = NORMS[norm](jnp.concatenate([x, step.merge(plan, x)])).reshape(2, -1)
+        return {"mask": plan, "factor": ratio(finish(part(plan, x)), jnp)}
+
+    def part(plan, x):
+        """Of every model before, and of every model after, what its norm is made of."""
+        return of(jnp.concatenate([x, step.merge(plan, x)]))
+
+    def ratio(norms, np):
+        was, left = norms.reshape(2, -1)
         usable = (was >= 1e-7) & (left >= 1e-7)
-        return {"mask": plan, "factor": jnp.where(usable, was / jnp.where(usable, left, 1), 1)}
+        return np.where(usable, was / np.where(usable, left, 1), 1)
+
+    def on_host(settings, x):
+        if step.resolve is not None and step.open(settings):
+            settings = step.resolve(settings, x)
+        norms = np.asarray(finish(x.total(of_block, settings, combine)))
+        return {"mask": settings, "factor": ratio(norms, np).astype(np.float32)}
+
+    def of_block(settings, x):
+        return part(step.match(settings, x), x)
 
     def merge(plan, x):
         return _times("factor")(plan, step.merge(plan["mask"], x))
 
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
-    blocks = step.blocks and norm == "inv_p"
-    resolve = step.resolve if blocks else None
-    return atom(Step(step.settings, match, merge, survey=step.survey, needs=needs, blocks=blocks, resolve=resolve))
+    if norm == "inv_p":
+        return atom(step._replace(match=match, merge=merge, needs=needs))
+    more = {"resolve": on_host, "open": lambda settings: "factor" not in settings} if step.blocks else {}
+    return atom(step._replace(match=match, merge=merge, needs=needs, **more))
 
 
 def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -116,10 +136,11 @@ def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 NORMS = {
-    "l1": _sums_of(jnp.abs),
-    "l2": lambda x: jnp.sqrt(_sums_of(jnp.square)(x)),
-    "linf": lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0),
+    "l1": (_sums_of(jnp.abs), np.add, lambda total: total),
+    "l2": (_sums_of(jnp.square), np.add, lambda total: total**0.5),
+    "linf": (lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0), np.maximum, lambda total: total),
 }
+"""(what is added up of x (K, *shape), how, the norm that it makes)."""
 
 
 def _times(name: str):

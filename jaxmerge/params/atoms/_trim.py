@@ -254,13 +254,14 @@ def _cut(shares: Callable[[str, int], np.ndarray], counts: Counts, cuts: int, *,
         s = settings(name, shape)
         return {"density": s["density"], "count": s["count"]}
 
+    waits = lambda settings: "cut" not in settings
     needs = (Need("order", scope),)
     if scope == "tensor":
-        return atom(Step(leaf_settings, select, merge, needs=needs, blocks=True, resolve=on_host))
+        return atom(Step(leaf_settings, select, merge, needs=needs, blocks=True, resolve=on_host, open=waits))
     if scope == "row":
         return atom(Step(leaf_settings, select_rows, merge_rows, needs=needs))
     survey = _survey(counts, cuts)
-    return atom(Step(settings, share, merge, survey=survey, needs=needs, blocks=True, resolve=on_host))
+    return atom(Step(settings, share, merge, survey=survey, needs=needs, blocks=True, resolve=on_host, open=waits))
 
 
 def _density(density: Hyperparameter, name: str, models: int, what: str) -> np.ndarray:

@@ -8,7 +8,7 @@ flat index, lowest first, as everywhere here.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,19 +17,22 @@ FEW = 1 << 22
 """Entries between two patterns that are noted one by one, per model."""
 
 
-class Patterns(NamedTuple):
-    """The magnitudes of a stacked leaf (K, n), flat, as integers of 31 bits; a block at a time, as often as asked.
+class Streamed(NamedTuple):
+    """A stacked leaf (K, n), flat, a block at a time, as often as asked; its magnitudes as integers of 31 bits.
 
     Attributes:
       models, shape: K, and the leaf's shape, of n entries.
       blocks: () -> (offset, uint32 (K, m)) until all have been seen, in order.
       sample: () -> uint32 (K, m) from all over the leaf; or None.
+      total: (f, settings, combine) -> what f(settings, block) comes to over all blocks, float64; f must not see zeros that fill
+        a block up.
     """
 
     models: int
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
     sample: Callable[[], np.ndarray] | None = None
+    total: Callable[[Callable, Any, np.ufunc], np.ndarray] = lambda f, settings, combine: np.zeros(0)
 
     @property
     def size(self) -> int:
@@ -45,7 +48,7 @@ class Found(NamedTuple):
     cut: np.ndarray
 
 
-def select(x: Patterns, k: np.ndarray) -> Found:
+def select(x: Streamed, k: np.ndarray) -> Found:
     """The k-th largest of each model; k (n K,), 1 or more: the first order statistic of every model, the second, ..."""
     if x.sample is not None:
         low, high = _around(x.sample(), k, x)
@@ -65,7 +68,7 @@ def select(x: Patterns, k: np.ndarray) -> Found:
     return locate(x, pattern, left)
 
 
-def locate(x: Patterns, pattern: np.ndarray, quota: np.ndarray) -> Found:
+def locate(x: Streamed, pattern: np.ndarray, quota: np.ndarray) -> Found:
     """Where to cut so that exactly the first `quota` of the entries at each pattern (n K,) lie before."""
     above, tied, cut = (np.zeros(len(pattern), np.int64) for _ in range(3))
     for offset, u in x.blocks():
@@ -80,8 +83,8 @@ def locate(x: Patterns, pattern: np.ndarray, quota: np.ndarray) -> Found:
     return Found(pattern, above, tied, np.where(tied <= quota, x.size, cut))
 
 
-def _around(sample: np.ndarray, k: np.ndarray, x: Patterns) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns about the k-th largest: where the sample puts it, give or take five times what it scatters."""
+def _around(sample: np.ndarray, k: np.ndarray, x: Streamed) -> tuple[np.ndarray, np.ndarray]:
+    """Streamed about the k-th largest: where the sample puts it, give or take five times what it scatters."""
     many = sample.shape[1]
     part = k / x.size
     reach = 5 * np.sqrt(part * (1 - part) * many) + 8
@@ -95,7 +98,7 @@ def _around(sample: np.ndarray, k: np.ndarray, x: Patterns) -> tuple[np.ndarray,
     return low, high
 
 
-def _collect(x: Patterns, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
+def _collect(x: Streamed, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
     """The k-th largest, if it is in [low, high) and not too many others are."""
     above, there = np.zeros(len(k), np.int64), np.zeros(len(k), np.int64)
     values: list[list[np.ndarray]] = [[] for _ in k]
@@ -129,7 +132,7 @@ def _collect(x: Patterns, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> F
     return Found(pattern.astype(np.uint32), above, tied, cut)
 
 
-def _histogram(x: Patterns, cuts: int, digits: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+def _histogram(x: Streamed, cuts: int, digits: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
     counts = np.zeros((cuts, 1 << HALF), np.int64)
     for _, u in x.blocks():
         for c in range(cuts):

@@ -112,7 +112,7 @@ def _look(leaves: list[Array], k: Words, order: Order, bits: int) -> tuple[UInt3
 
 
 def typical(leaves: list[Array], k: Words, order: Order) -> UInt32[Array, "4 _"]:
-    """Patterns about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
+    """Streamed about the k-th largest (n K): where a few thousand of the entries put it, give or take what they scatter."""
     models, size = leaves[0].shape[0], max(sum(x[0].size for x in leaves), 1)
     # apart, or XLA keeps an array of patterns for all who ask
     some = lax.optimization_barrier([_every(x, size // SAMPLE) for x in leaves])

@@ -7,7 +7,7 @@ from jax import Array
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, each, over, resolve, total
 from jaxmerge.params.atoms._consensus import sum_experts
 from jaxmerge.params.atoms._scale import weigh
-from jaxmerge.params.sphere._sphere import products
+from jaxmerge.params.sphere._sphere import products, with_products, without_products
 
 
 def interpolate(t: Hyperparameter) -> MergeTransform:
@@ -61,7 +61,7 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
         return {"t": resolve(t, name, 1, "spherical: t").astype(np.float32)}
 
     def match(settings, x):
-        g = products(x).reshape(2, 2)
+        g = (settings["products"] if "products" in settings else products(x)).reshape(2, 2)
         length = jnp.sqrt(jnp.diagonal(g))
         length = jnp.where(length > floor, length, 1)
         cos = jnp.clip(g[0, 1] / (length[0] * length[1]), -1, 1)
@@ -73,4 +73,5 @@ def spherical(t: Hyperparameter, *, threshold: float = 0.9995, floor: float = 1e
 
     needs = (Need("sum", "tensor"),)
     merge = lambda plan, x: total(each(lambda x, c: x * over(c, x), x, plan["coefficient"]))
-    return atom(Step(settings, match, merge, models=1, needs=needs))
+    more = {"blocks": True, "resolve": with_products, "open": without_products}
+    return atom(Step(settings, match, merge, models=1, needs=needs, **more))

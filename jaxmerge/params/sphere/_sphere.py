@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
+from jaxmerge.params.order._host import Streamed
 from jaxmerge.params.order._sums import sums
 
 Scope = Literal["tensor", "row", "column"]
@@ -45,10 +46,27 @@ def combination(
         raise ValueError(f'{what}: scope must be "tensor", "row" or "column", got {scope!r}.')
 
     def match(settings, x):
-        return {"coefficient": coefficients(settings, products(x, scope))}
+        g = settings["products"] if "products" in settings else products(x, scope)
+        return {"coefficient": coefficients(settings, g)}
 
     merge = lambda plan, x: total(each(jnp.multiply, x, plan["coefficient"]))
-    return atom(Step(settings, match, merge, models=1, needs=(Need("sum", scope),)))
+    needs = (Need("sum", scope),)
+    if scope != "tensor":
+        return atom(Step(settings, match, merge, models=1, needs=needs))
+    return atom(Step(settings, match, merge, models=1, needs=needs, blocks=True, resolve=with_products, open=without_products))
+
+
+def with_products(settings: dict, x: Streamed) -> dict:
+    """Settings from which `match` takes the products, added up block by block."""
+    return settings | {"products": x.total(_of_block, {}, np.add).astype(np.float32)}
+
+
+def without_products(settings: dict) -> bool:
+    return "products" not in settings
+
+
+def _of_block(settings: dict, x: Array) -> Array:
+    return products(x)
 
 
 def nuslerp(weight: Hyperparameter = 1.0, *, scope: Scope = "tensor") -> MergeTransform:

@@ -1,0 +1,36 @@
+"""From a plan to what one process does of it."""
+
+from typing import Any
+
+import jax
+
+from jaxmerge.checkpoint import _processes
+from jaxmerge.checkpoint._feed import Unit
+from jaxmerge.checkpoint._plan import CheckpointPlan
+from jaxmerge.checkpoint._stream import Task
+from jaxmerge.params._transform import MergeTransform
+
+
+def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
+    """What this process does of a merge."""
+    weights = [sum(unit_bytes(headers, u) for u in group) for group in headers.units]
+    return Task(
+        steps=tx.match.steps,  # type: ignore[attr-defined]
+        inputs=headers.inputs,
+        has_base=headers.base is not None,
+        floating=frozenset(headers.floating),
+        cast=None if cast is None else jax.numpy.dtype(cast),
+        out={n: leaf.dtype for n, leaf in headers.out.items() if leaf.dtype is not None},
+        units=_processes.share(headers.units, weights, jax.process_index(), jax.process_count()),
+        entire=headers.entire,
+        limit=headers.room_bytes,
+    )
+
+
+def unit_bytes(headers: CheckpointPlan, unit: Unit) -> int:
+    """What a unit reads and writes."""
+    inputs = headers.inputs if unit.name in headers.shapes else headers.inputs[:1]
+    return unit.size * (
+        sum(s.leaves[unit.name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
+        + headers.out[unit.name].dtype.itemsize  # type: ignore[union-attr]
+    )
