@@ -336,14 +336,15 @@ def _extract(files: Any, options: Extract) -> None:
 
 
 def _verify(files: Any, options: Verify) -> int:
-    from jaxmerge import checkpoint, cli, recipe
+    from jaxmerge import checkpoint, recipe
+    from jaxmerge.cli import made_by
 
-    sample = {"leaves": options.leaves, "seed": options.seed}
-    made = checkpoint.receipt(files.out)["recipe"]
-    if isinstance(made, dict) and made.get("method") in cli.METHODS:
-        found = checkpoint.verify(files.out, cli.again(**made), **sample)
-    else:
+    sample: dict[str, Any] = {"leaves": options.leaves, "seed": options.seed}
+    asked = checkpoint.receipt(files.out)["recipe"]
+    if isinstance(asked, str):
         found = recipe.verify(files.out, parts=options.parts, **sample)
+    else:
+        found = checkpoint.verify(files.out, made_by(asked, files.out), **sample)
     for note in found.notes:
         print(f"note: {note}")
     for problem in found.problems:

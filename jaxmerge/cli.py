@@ -280,9 +280,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def again(method: str, options: dict[str, Any]) -> params.MergeTransform:
-    """The transform of a merge, from what its receipt says."""
-    return METHODS[method](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}).transform()
+def made_by(recipe: Any, out: str) -> params.MergeTransform:
+    """The transform of a merge by METHOD, from its receipt.
+
+    Raises:
+      ValueError: it was made in another way.
+    """
+    if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
+        raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["options"].items()}
+    return METHODS[recipe["method"]](**options).transform()
 
 
 def _keep_compiled() -> None:

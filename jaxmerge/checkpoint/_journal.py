@@ -89,9 +89,6 @@ class Workplace:
         if self.rank == 0:
             for name, content in files.items():
                 (self.directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-            for path in self.directory.glob("journal-*.jsonl"):
-                path.unlink()
-            (self.directory / "lock").unlink()
             for path in (*self.directory.iterdir(), self.directory):
                 sync(path)
             old = self.out.parent / f"{self.out.name}.replaced"
@@ -99,7 +96,9 @@ class Workplace:
                 if old.exists():  # killed between two renames, some other time
                     shutil.rmtree(old)
                 self.out.rename(old)
-            self.directory.rename(self.out)
+            self.directory.rename(self.out)  # still locked: nobody else takes it for a place to work
+            for path in (self.out / "lock", *self.out.glob("journal-*.jsonl")):
+                path.unlink()
             sync(self.out.parent)
             if old.exists():
                 shutil.rmtree(old)

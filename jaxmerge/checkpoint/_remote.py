@@ -1,4 +1,4 @@
-"""Ranges of bytes of a file, local or remote: gs://, s3:// and http:// through tensorstore."""
+"""Ranges of bytes of a file, local or remote: gs:// and s3:// through tensorstore."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ def read(path: Any, offset: int, length: int) -> bytes:
     """
     if is_remote(path):
         directory, _, name = str(path).rpartition("/")
-        data = _store(directory + "/").read(name, byte_range=slice(offset, offset + length)).result().value
+        data = _bytes(directory + "/", name, offset, length)
     else:
         with open(path, "rb", buffering=0) as f:
             parts, left = [], length
@@ -44,8 +44,15 @@ def read(path: Any, offset: int, length: int) -> bytes:
     return data
 
 
+def _bytes(directory: str, name: str, offset: int, length: int) -> bytes:
+    try:
+        return _store(directory).read(name, byte_range=slice(offset, offset + length)).result().value
+    except ValueError as e:  # the range is not there
+        raise OSError(f"{directory}{name}: asked for {length} bytes from {offset} on, got an error: {e}") from e
+
+
 @functools.lru_cache(maxsize=64)
 def _store(directory: str) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(directory).result()
+    return ts.KvStore.open(directory if "://" in directory else f"file://{directory}").result()

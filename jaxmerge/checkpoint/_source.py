@@ -108,7 +108,10 @@ def open(path: Any) -> Source:
     """
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
-    path = epath.Path(path)
+    try:
+        path = epath.Path(path)
+    except KeyError:
+        raise ValueError(f"{path}: checkpoints are read from local paths, gs:// and s3://; download it first.") from None
     path = path if is_remote(path) else path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")

@@ -138,6 +138,9 @@ class Adapted:
     def extent(self, name: str) -> Extent | None:
         return None if name in self._low else self._base.extent(name)
 
+    def granule(self, name: str) -> int | None:
+        return self._base.granule(name)
+
     def identity(self) -> str:
         return digest(self._base.identity(), self._adapter.identity(), {n: list(u) for n, u in self._low.items()})
 

@@ -52,6 +52,10 @@ class Mosaic:
         source, there = self.parts[name]
         return source.extent(there)
 
+    def granule(self, name: str) -> int | None:
+        source, there = self.parts[name]
+        return source.granule(there)
+
     def identity(self) -> str:
         known: dict[int, str] = {}
         for source, _ in self.parts.values():

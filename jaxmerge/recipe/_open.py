@@ -90,5 +90,8 @@ class Planned:
     def extent(self, name: str) -> Extent | None:
         return Extent(self.name, 0, self.leaves[name].bytes)
 
+    def granule(self, name: str) -> int | None:
+        return 1
+
     def identity(self) -> str:
         return self.name

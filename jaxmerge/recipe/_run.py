@@ -140,10 +140,7 @@ def verify(
     """
     out = pathlib.Path(out)
     parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
-    receipt = out / "jaxmerge.json"
-    if not receipt.exists():
-        raise FileNotFoundError(f"{out} has no receipt jaxmerge.json: it was not merged by jaxmerge, or not into safetensors.")
-    text = json.loads(receipt.read_text()).get("recipe")
+    text = checkpoint.receipt(out)["recipe"]
     if not isinstance(text, str):
         raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
     [document] = read(text, "the receipt's recipe")
@@ -196,7 +193,7 @@ def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
     """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
     if not (place / "jaxmerge.json").exists():
         return False
-    receipt = json.loads((place / "jaxmerge.json").read_text())
+    receipt = checkpoint.receipt(place)
     parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
     now = [describe(source)["files"] for source in todo.headers.inputs]
     return receipt["recipe"] == todo.recipe.text and [p["files"] for p in parents] == now

@@ -202,6 +202,12 @@ class Aligned:
     def extent(self, name: str) -> Extent | None:
         return None
 
+    def granule(self, name: str) -> int | None:
+        """Rows that stand in runs are read block by block; where they are scattered, a block is as dear as the whole."""
+        scattered = np.count_nonzero(np.diff(self._rows) != 1) > MANY
+        sizes = [source.granule(there) for source, there in self._tables]
+        return None if scattered or self._axis or None in sizes else max(n for n in sizes if n is not None)
+
     def identity(self) -> str:
         tables = [(source.identity(), there) for source, there in self._tables]
         rows = [self._rows.tolist(), self._donors.tolist()]

@@ -74,7 +74,8 @@ def gpt2(size: Size) -> dict[str, tuple[int, ...]]:
 
 def t5(size: Size) -> dict[str, tuple[int, ...]]:
     """The tensors of a T5 v1.1: two stacks, the decoder one block shorter."""
-    h, found = size.hidden, {"shared.weight": (size.vocabulary, size.hidden), "lm_head.weight": (size.vocabulary, size.hidden)}
+    h, found = size.hidden, dict[str, tuple[int, ...]]()
+    found |= {"shared.weight": (size.vocabulary, h), "lm_head.weight": (size.vocabulary, h)}
     attention = lambda name: {f"{name}.{n}": (h, h) for n in "qkvo"}
     feed = {f"DenseReluDense.{n}": (size.inner, h) for n in ("wi_0", "wi_1")} | {"DenseReluDense.wo": (h, size.inner)}
     stacks = {

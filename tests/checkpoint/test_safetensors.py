@@ -1,6 +1,7 @@
 """Safetensors as sources: what is there, by ranges; what is wrong, said once and clearly; views."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 from jaxmerge import checkpoint
+from jaxmerge.checkpoint import _remote
 from tests.checkpoint.conftest import save, tree
 
 
@@ -116,6 +118,8 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"PyTorch pickles.*convert it to safetensors"):
         checkpoint.open(tmp_path)
+    with pytest.raises(ValueError, match=r"local paths, gs:// and s3://; download it first"):
+        checkpoint.open("https://example.org/model.safetensors")
     with pytest.raises(ValueError, match=r"name an Orbax directory, a \.safetensors file"):
         checkpoint.open(tmp_path / "pytorch_model.bin")
 
@@ -154,3 +158,17 @@ def test_a_changed_file_is_another_source(tmp_path):
     assert checkpoint.open(tmp_path).identity() == before
     save(tmp_path, tree(1))
     assert checkpoint.open(tmp_path).identity() != before
+
+
+def test_ranges_through_tensorstore(models, monkeypatch):
+    """Remote files are read by the same ranges; tensorstore's file driver stands in for a bucket."""
+    paths, trees = models
+    path = paths["a"] / "model.safetensors"
+    monkeypatch.setattr(_remote, "is_remote", lambda path: True)
+    monkeypatch.setattr(_remote, "stat", lambda path: (os.stat(path).st_size, 0))
+    source = checkpoint.open(path)
+    assert source.extent("big") is None
+    np.testing.assert_array_equal(source.read("big", (slice(3, 5), slice(2, 9))), trees["a"]["big"][3:5, 2:9])
+    np.testing.assert_array_equal(source.read("odd"), trees["a"]["odd"])
+    with pytest.raises(OSError, match=r"asked for 10 bytes from .* on, got"):
+        _remote.read(path, path.stat().st_size - 4, 10)

@@ -101,7 +101,10 @@ def test_dtypes(models, golden):
     agree(got, "dtypes", golden, rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in VECTORS if n.startswith("yaml_") and "tokenizer" not in n])
+RECORDED = [n for n in VECTORS if n.startswith("yaml_") and "tokenizer" not in n]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "ties" in n else n for n in RECORDED])
 def test_equals_the_recorded_yaml(tmp_path, golden, name):
     from safetensors.numpy import save_file
 
@@ -156,3 +159,14 @@ def test_the_recorded_vocabulary(tmp_path, golden):
         rows = np.array([[ours[t], theirs[t]] for t in theirs]).T
         np.testing.assert_allclose(got[n][rows[0]], vectors[f"out/{n}"][rows[1]], **TOLERANCE)
     assert plan.vocabulary[f"{tmp_path}/base"] == {"exact": 7, "borrowed": 2, "averaged": 2, "zero": 0}
+
+
+def test_tables_in_blocks_are_the_table(models):
+    """Whatever rows and columns are read together: own rows, donors', decrees, padding."""
+    [plan] = recipe.plan(cases.recipe("union_tokens", models))
+    for source in (plan.work.base, *plan.work.models):
+        whole = source.read("model.embed_tokens.weight")
+        blocks = [source.read("model.embed_tokens.weight", (slice(i, i + 5), slice(0, 8))) for i in range(0, 16, 5)]
+        np.testing.assert_array_equal(np.concatenate(blocks)[:12], whole[:12])
+        np.testing.assert_allclose(np.concatenate(blocks)[12:], whole[12:], rtol=1e-6)
+        np.testing.assert_array_equal(source.read("model.embed_tokens.weight", (slice(3, 11), slice(2, 6))), whole[3:11, 2:6])

@@ -1,6 +1,7 @@
 """The benchmarks run at tiny shapes, without their peers, and count what they say they count. No time is asserted."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jaxmerge._kernels.arg_specs import VIT, cases
 from models.vit import ViTConfig
 from scripts import tune
-from scripts.bench import kernels_aot, meter, opentome, tome, vit
+from scripts.bench import engine, kernels_aot, meter, opentome, tome, vit
 
 TINY = ViTConfig(width=16, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=4)
 
@@ -74,3 +75,18 @@ def test_kernels_ahead_of_time_know_the_floor():
 def test_tune_needs_an_accelerator():
     with pytest.raises(SystemExit, match="no kernels for cpu"):
         tune.main()
+
+
+@pytest.mark.slow
+def test_merges_on_disk(tmp_path, monkeypatch):
+    """Models as large as they say, and every run's figures, of the floor's process and of ours."""
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
+    engine.build(tmp_path, 0.0001)
+    engine.run(tmp_path, 0.0001, ("linear", "ties"), rounds=1, out=tmp_path / "figures.json")
+    runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    size = (tmp_path / "0.0001/base/model.safetensors").stat().st_size
+    for method in ("linear", "ties"):
+        for (taken,) in runs[method].values():
+            assert taken["wall"] > 0 and taken["cpu"] > 0 and taken["faults"] > 0
+        assert runs[method]["ours"][0]["anonymous"] > 20
+    assert 2 * sum(np.prod(s) for s in engine.shapes(0.0001).values()) < size < 300_000
