@@ -9,7 +9,6 @@ import pytest
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
-from jaxmerge._kernels.step import mosaic_gpu as steps
 
 H200 = "NVIDIA H200"
 LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
@@ -39,11 +38,11 @@ def test_a_step_is_one_launch_and_its_gradient_another(spec, dtype):
     assert lowered(jax.grad(partial(step, spec), argnums=1, has_aux=True), *shapes) == 2
 
 
-def test_a_long_row_is_three_launches():
-    assert LONG_ROW.n > steps.AT_ONCE
-    n = LONG_ROW.n
-    shapes = shape(8, n, LONG_ROW.k), shape(8, n, LONG_ROW.d), shape(8, n, dtype=jnp.float32)
-    assert lowered(partial(step, LONG_ROW), *shapes) == 3
+@pytest.mark.parametrize("spec, dtype", [(LONG_ROW, jnp.bfloat16), (VIT[3], jnp.float32)], ids=["long", "float32"])
+def test_a_row_whose_metric_does_not_fit_is_three_launches(spec, dtype):
+    n = spec.n
+    shapes = shape(8, n, spec.k, dtype=dtype), shape(8, n, spec.d, dtype=dtype), shape(8, n, dtype=jnp.float32)
+    assert lowered(partial(step, spec), *shapes) == 3
 
 
 def test_match_is_two_launches():
