@@ -34,11 +34,14 @@ def step(spec, metric, x, sizes):
 @pytest.mark.parametrize("spec, dtype", [(VIT[2], jnp.bfloat16), (VIT[0], jnp.float32)], ids=["bfloat16", "float32"])
 def test_a_step_is_one_launch_and_its_gradient_another(spec, dtype):
     shapes = shape(8, spec.n, spec.k, dtype=dtype), shape(8, spec.n, spec.d, dtype=dtype), shape(8, spec.n, dtype=jnp.float32)
-    assert lowered(partial(step, spec), *shapes) == 1
     assert lowered(jax.grad(partial(step, spec), argnums=1, has_aux=True), *shapes) == 2
 
 
-@pytest.mark.parametrize("spec, dtype", [(LONG_ROW, jnp.bfloat16), (VIT[3], jnp.float32)], ids=["long", "float32"])
+@pytest.mark.parametrize(
+    "spec, dtype",
+    [(LONG_ROW, jnp.bfloat16), pytest.param(VIT[3], jnp.float32, marks=pytest.mark.slow)],
+    ids=["long", "float32"],
+)
 def test_a_row_whose_metric_does_not_fit_is_three_launches(spec, dtype):
     n = spec.n
     shapes = shape(8, n, spec.k, dtype=dtype), shape(8, n, spec.d, dtype=dtype), shape(8, n, dtype=jnp.float32)
@@ -58,8 +61,7 @@ def test_merge_and_its_gradient_are_one_launch_each():
         return jm.merge(jm.Plan(ids, m), x, weight=weight, implementation="mosaic_gpu").astype(jnp.float32).sum()
 
     shapes = shape(2, n, d), shape(2, n, dtype=jnp.int32), shape(2, n, dtype=jnp.float32)
-    assert lowered(jax.grad(loss), *shapes) >= 1
-    assert lowered(loss, *shapes) == 1
+    assert lowered(jax.value_and_grad(loss), *shapes) == 2
 
 
 def test_reasons_against_a_kernel():
