@@ -12,6 +12,9 @@ from jaxmerge._kernels.step import mosaic_tpu as step_tpu, ref as step_ref
 from tests.kernels import cases
 
 
+pytestmark = pytest.mark.slow  # callbacks from compiled code: seconds alone, and not to be relied on beside other programs
+
+
 @pytest.fixture
 def strict():
     yield pltpu.InterpretParams()
