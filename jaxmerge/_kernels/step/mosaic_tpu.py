@@ -33,12 +33,12 @@ def step(
     rows: int | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """`ref.step`; `rows` of the batch at a time, by what was measured or else as many as fill a block of two MiB."""
+    """`ref.step`; `rows` of the batch at a time, by what was measured or else up to four that fill two MiB."""
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
     rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes), r=r).get("rows")
-    rows = tpu.divisor(batch, rows or max(1, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
+    rows = tpu.divisor(batch, rows or min(4, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
     moved = metric.size * item(metric) + (x.size + batch * m * d) * item(x) + 4 * batch * (n * (1 + (sizes is not None)) + m)
     highest = metric.dtype != jnp.bfloat16
