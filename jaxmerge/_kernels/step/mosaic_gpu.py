@@ -1,12 +1,12 @@
 """`step` in one launch on Hopper: similarities by wgmma, ranks by counting, chains of what joins, and one pass over x.
 
 A block computes one batch row's matching and moves a share of its tokens. So several blocks repeat the matching, which is
-short, and none waits for another; x is asked into the L2 cache meanwhile. Even tokens are sources, `a`, odd ones
-destinations, `b`.
+short, and none waits for another. Even tokens are sources, `a`, odd ones destinations, `b`.
 
     cosines  a (na, k) . b (nb, k) from shared memory, 64 x 64 at a time. Products of bfloat16 numbers are exact in float32, and
              the inverse norms are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products
-             that matter are added. Rows longer than `AT_ONCE` tokens are matched by the kernel of `match`, two launches more.
+             that matter are added. A row whose metric does not fit on chip is matched by the kernel of `match`, two launches
+             more.
     rank_i   = |{j : s_j > s_i, or s_j = s_i and j < i}|: no sort. Sources are those of rank < r.
     edges    the r sources in the order of rank, and where each goes.
     stay_i   = |{j <= i : j is no source}|, from which the new ids follow.
@@ -54,7 +54,6 @@ def step(
     threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
-    prefetch: bool = True,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
@@ -93,8 +92,6 @@ def step(
         given, (x, sizes, y, mass, ids) = refs[:3], refs[3:]
         here = SimpleNamespace(**vars(c), **scratch)
         here.row, here.share_at, here.t = (lax.axis_index(name) for name in ("row", "share", "thread"))
-        if prefetch:
-            _prefetch(here, x)
         if at_once:
             flat, open_a, open_b = given
             _cosines(here, flat, open_b)
@@ -139,15 +136,6 @@ def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
         to_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.int32),
         loaded=plgpu.Barrier(num_barriers=c.threads),
     )
-
-
-def _prefetch(c: SimpleNamespace, x: Any) -> None:
-    """Ask for this block's tokens, so that they are in the L2 cache when the matching is done."""
-    rows = 2 * c.share // c.threads
-    width = max(w for w in range(128, 257, 128) if x.shape[2] % w == 0)
-    at = jnp.minimum(2 * c.share_at * c.share + c.t * rows, max(0, c.n - rows))
-    for column in range(0, x.shape[2], width):
-        plgpu.async_prefetch(x.at[c.row, pl.ds(at, min(rows, c.n)), pl.ds(column, width)])
 
 
 def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
