@@ -148,8 +148,7 @@ def described(row: dict[str, Any]) -> list[str]:
 
 def torch_step(checkout: pathlib.Path, specs: list[Tokens], batch: int | None, dtype: str) -> list[dict[str, Any]]:
     """The official step in torch, on the same GPU: seconds of each way to run it."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     sys.path.insert(0, str(checkout / "tome"))
     official = importlib.import_module("merge")  # alone: the package around it wants timm
     kind = dict(device="cuda", dtype=getattr(torch, dtype))

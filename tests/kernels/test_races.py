@@ -11,6 +11,8 @@ from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu, ref as merge_ref
 from jaxmerge._kernels.step import mosaic_tpu as step_tpu, ref as step_ref
 from tests.kernels import cases
 
+pytestmark = pytest.mark.slow  # callbacks from compiled code: seconds alone, and not to be relied on beside other programs
+
 
 @pytest.fixture
 def strict():

@@ -5,7 +5,7 @@ numbers, exact in float32; the inverse norms are applied to the sums, so one pas
 cut into three bfloat16 parts, high to low, and the six products that matter are added.
 
 A block of `search` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
-compute thread holds, for each query and each of `SLOTS` columns, the best score yet and the group of `SLOTS` keys that it is
+compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
 from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
 first of equals win.
 """
