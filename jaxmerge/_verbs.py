@@ -335,16 +335,29 @@ def _extract(files: Any, options: Extract) -> None:
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
+def _made_by(recipe: Any, out: str) -> Any:
+    """The transform of a merge by METHOD, from its receipt.
+
+    Raises:
+      ValueError: it was made in another way.
+    """
+    from jaxmerge.cli import METHODS
+
+    if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
+        raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["options"].items()}
+    return METHODS[recipe["method"]](**options).transform()
+
+
 def _verify(files: Any, options: Verify) -> int:
     from jaxmerge import checkpoint, recipe
-    from jaxmerge.cli import made_by
 
     sample: dict[str, Any] = {"leaves": options.leaves, "seed": options.seed}
     asked = checkpoint.receipt(files.out)["recipe"]
     if isinstance(asked, str):
         found = recipe.verify(files.out, parts=options.parts, **sample)
     else:
-        found = checkpoint.verify(files.out, made_by(asked, files.out), **sample)
+        found = checkpoint.verify(files.out, _made_by(asked, files.out), **sample)
     for note in found.notes:
         print(f"note: {note}")
     for problem in found.problems:

@@ -280,18 +280,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def made_by(recipe: Any, out: str) -> params.MergeTransform:
-    """The transform of a merge by METHOD, from its receipt.
-
-    Raises:
-      ValueError: it was made in another way.
-    """
-    if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
-        raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["options"].items()}
-    return METHODS[recipe["method"]](**options).transform()
-
-
 def _keep_compiled() -> None:
     """Programs that were compiled once are kept on disk, unless the user has said where."""
     import jax
