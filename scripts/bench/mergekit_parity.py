@@ -1,8 +1,8 @@
 """The same answer as mergekit: every recipe of mergekit_cases, run by mergekit and by us on the same safetensors models.
 
-    python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5 torch
-    python -m scripts.bench.mergekit_parity --mergekit /tmp/mergekit/bin/python --out runs/parity
-    python -m scripts.bench.mergekit_parity --mergekit /tmp/mergekit/bin/python --record-to tests/golden/recipe
+    python -m venv .venv-mergekit && .venv-mergekit/bin/pip install mergekit==0.1.5 torch
+    python -m scripts.bench.mergekit_parity --mergekit .venv-mergekit/bin/python --out runs/parity
+    python -m scripts.bench.mergekit_parity --mergekit .venv-mergekit/bin/python --record-to tests/golden/recipe
 
 Prints the largest difference for each recipe, and how many entries differ by more than rounding explains: none should, but for
 arcee_fusion, which takes an entry or leaves it by a divergence that is a small difference of large sums (1 of 35000 here). dare
