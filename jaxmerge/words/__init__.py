@@ -35,6 +35,14 @@ from jaxmerge.words._segment import (
     segments as segments,
     shift as shift,
 )
+from jaxmerge.words._span import (
+    SENTINEL as SENTINEL,
+    Corrupted as Corrupted,
+    corrupt as corrupt,
+    span_counts as span_counts,
+    span_lengths as span_lengths,
+    span_mask as span_mask,
+)
 from jaxmerge.words._split import split as split, starts as starts
 from jaxmerge.words._vocabulary import (
     EOS as EOS,
