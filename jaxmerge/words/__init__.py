@@ -13,6 +13,7 @@ from jaxmerge.words._gate import (
     softmax1 as softmax1,
 )
 from jaxmerge.words._hash import ngram_hash as ngram_hash
+from jaxmerge.words._pack import Packed as Packed, pack as pack, pack_stream as pack_stream, unpack as unpack
 from jaxmerge.words._patch import (
     BLT_THRESHOLD as BLT_THRESHOLD,
     byte_entropy as byte_entropy,
