@@ -1,5 +1,6 @@
 """Pillar 2: which bytes become one word? Splitters on the host; segments, gates and controllers as pure functions."""
 
+from jaxmerge.words._control_gate import SEPARATORS as SEPARATORS, fixed_gate as fixed_gate, random_gate as random_gate
 from jaxmerge.words._controller import (
     Controller as Controller,
     ControllerState as ControllerState,
@@ -8,8 +9,11 @@ from jaxmerge.words._controller import (
 from jaxmerge.words._gate import (
     delete_gate as delete_gate,
     deletion_rate as deletion_rate,
+    gate_entropies as gate_entropies,
     kept as kept,
+    log_sigmoid_gate as log_sigmoid_gate,
     masked_mean as masked_mean,
+    masked_variance as masked_variance,
     softmax1 as softmax1,
 )
 from jaxmerge.words._hash import ngram_hash as ngram_hash
@@ -33,6 +37,7 @@ from jaxmerge.words._router import (
 from jaxmerge.words._segment import (
     capacity_for as capacity_for,
     document_starts as document_starts,
+    place_in_word as place_in_word,
     segments as segments,
     shift as shift,
 )
