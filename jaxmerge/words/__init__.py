@@ -6,6 +6,13 @@ from jaxmerge.words._controller import (
     ControllerState as ControllerState,
     pi_controller as pi_controller,
 )
+from jaxmerge.words._existence import (
+    existence_bias as existence_bias,
+    log_existence as log_existence,
+    no_start_probability as no_start_probability,
+    sample_starts as sample_starts,
+    word_existence as word_existence,
+)
 from jaxmerge.words._gate import (
     delete_gate as delete_gate,
     deletion_rate as deletion_rate,
