@@ -6,6 +6,17 @@ from jaxmerge.words._controller import (
     ControllerState as ControllerState,
     pi_controller as pi_controller,
 )
+from jaxmerge.words._exact import (
+    END as END,
+    ByteModel as ByteModel,
+    Covers as Covers,
+    bits_per_byte as bits_per_byte,
+    byte_model as byte_model,
+    canonical_after as canonical_after,
+    canonical_pairs as canonical_pairs,
+    cover_encodings as cover_encodings,
+    next_symbol as next_symbol,
+)
 from jaxmerge.words._existence import (
     existence_bias as existence_bias,
     log_existence as log_existence,
