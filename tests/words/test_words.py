@@ -1,5 +1,9 @@
 """Segments, delete gates and the controller: laws, golden traces, meshes, faults."""
 
+import pathlib
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -295,3 +299,14 @@ def test_bad_arguments(unchecked):
         words.capacity_for([1], multiple_of=0)
     with pytest.raises(ValueError, match="counts must be one or more numbers"):
         words.capacity_for([])
+
+
+def test_the_table_names_everything():
+    """`help(jm.words)` lists whatever is offered, and the vectors that it names are there."""
+    table = words.__doc__ or ""
+    offered = {n for n, v in vars(words).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
+    missing = {name for name in offered - {"Corrupted", "DynamicTokens", "Packed"} if not re.search(rf"\b{name}\b", table)}
+    assert not missing, f"no row for {missing}"
+    golden = pathlib.Path(__file__).parents[1] / "golden"
+    for name in ("hat_splitter", "span", "blt", "hnet", "mrt5", "exact_byte_probs"):
+        assert re.search(rf"\b{name}\b", table) and list(golden.glob(f"*/{name}_a.npz"))
