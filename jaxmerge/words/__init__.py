@@ -2,12 +2,12 @@
 
 What runs on a device is jit-able, has static shapes and stays local to a row of the batch, means apart; what runs on the host
 is numpy over whole texts. Words become a plan by `segments`, and every model over bytes goes on from there: `jm.merge`,
-`jm.unmerge`, `shift`. "Equal to" names the vectors in tests/golden, outputs of the official code, or what stands in for it; each
-docstring says where that code differs. Ids of documents in one row, `documents=`, part what must not mix.
+`jm.unmerge`, `shift`. "Equal to" names the vectors in tests/golden, outputs of the official code, or what stands in for it;
+each docstring says where that code differs. Ids of documents in one row, `documents=`, part what must not mix.
 
     function                       method (seed)                    in -> out                            equal to
     words, on the host
-      starts, split                HAT, UAX #29, whitespace         text -> bool per byte, words         hat_splitter, Unicode 17
+      starts, split                HAT, UAX #29, whitespace         text -> bool per byte, words         hat_splitter, Unicode
       to_ids, to_bytes             ByT5's bytes                     text <-> ids                         round trip
         EOS, OFFSET, PAD, SIZE, UNK                                 their numbers
       span_mask, corrupt,          ByT5's span corruption           ids -> Corrupted                     span
