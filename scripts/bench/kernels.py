@@ -114,7 +114,7 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
         return everything + row(shapes[1]) * static["m"], 0.0
     if op == "pack":
         return size(shapes[0]) + 2 * row(shapes[1]) * static["capacity"], 0.0
-    metric, x, _ = shapes
+    metric, x = shapes[:2]
     batch, n, k = metric.shape
     return everything + row(x) * (n - static["r"]) + 4 * batch * (2 * n - static["r"]), 2.0 * batch * (n // 2) * (
         n - n // 2
