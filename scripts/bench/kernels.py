@@ -3,10 +3,10 @@
     python -m scripts.bench.kernels --out runs/bench [--tome PATH]        PATH: a checkout of facebookresearch/ToMe
 
 Shapes are those of real models (jaxmerge/_kernels/arg_specs.py). Times are of one call among many in one program, on
-arguments that are in no cache. "of copy" is the least a call must move, over its time, as a share of a large copy measured in
-the same run; "of rate" likewise its multiplications, as a share of a large bfloat16 product's. With --tome, torch runs
-`bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run: eager, through torch.compile, and each replayed as
-a CUDA graph. Writes kernels.json.
+arguments that are in no cache; on a GPU they are what the launches took on the chip. "of copy" is the least a call must move,
+over its time, as a share of a large copy measured in the same run; "of rate" likewise its multiplications, as a share of a
+large bfloat16 product's. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
+eager, through torch.compile, and each replayed as a CUDA graph. Writes kernels.json.
 """
 
 import functools
