@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmerge._kernels._dispatch import target
@@ -20,8 +19,6 @@ LANES = 128
 """Of a warpgroup, which is one thread in Pallas."""
 SHARED = 200 * 1024
 """Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
-BOX = 256
-"""The most rows, or columns, of an asynchronous copy."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -78,17 +75,6 @@ def kernel(
         interpret=target().interpret or None if interpret is None else interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
     )(*[operands[i] for i in given])
-
-
-def prefetch(x: Any, row: Any, start: Any, count: int, thread: Any) -> None:
-    """Have x[row, start : start + count] brought to the L2 cache while the block does something else."""
-    high, wide = min(count, BOX), next(w for w in (256, 192, 128) if x.shape[2] % w == 0)
-
-    @pl.when(thread == 0)
-    def _():
-        for at in range(0, count, high):
-            for column in range(0, x.shape[2], wide):
-                plgpu.async_prefetch(x.at[row, pl.ds(start + at, high), pl.ds(column, wide)])
 
 
 def unit(v: Array) -> tuple[Array, Array]:

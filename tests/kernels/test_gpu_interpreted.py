@@ -38,6 +38,16 @@ def test_step(monkeypatch, interpret, dtype, at_once):
     cases.close(y, y_ref, terms=r + 1, largest=2 * float(jnp.abs(x).max()))
 
 
+def test_step_whose_tiles_are_shared_by_threads(interpret):
+    rng, n, r = np.random.default_rng(0), 577, 40
+    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 128, jnp.bfloat16)
+    protected = (True,) + (False,) * (n - 1)
+    y, mass, ids = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
+    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, r=r, protected=protected)
+    assert (ids == ids_ref).all() and (mass == mass_ref).all()
+    cases.close(y, y_ref, terms=r + 1, largest=float(jnp.abs(x).max()))
+
+
 @both
 @pytest.mark.parametrize("options", [{}, {"window": 40}], ids=["all", "window"])
 def test_match(interpret, dtype, options):

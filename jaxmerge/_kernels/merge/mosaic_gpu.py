@@ -53,8 +53,6 @@ def rows(ids, x, weight, *, m, mean, at_once=None, interpret=None):
 
     def merge_rows(ids, x, weight, y, mass, position, ids_here, first, count, one_first, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
-        part = -(-n // -(-m // TILE))
-        mgpu.prefetch(x, b, tile * part, part, t)  # of all rows as many as there are blocks, whoever needs them
 
         def together():
             plgpu.barrier_arrive(sync)

@@ -1,8 +1,7 @@
 """`step` in one launch on Hopper: similarities by wgmma, ranks by counting, chains of what joins, and one pass over x.
 
 A block computes one batch row's matching and moves a share of its tokens. So several blocks repeat the matching, which is
-short, and none waits for another; meanwhile x is on its way to the L2 cache. Even tokens are sources, `a`, odd ones
-destinations, `b`.
+short, and none waits for another. Even tokens are sources, `a`, odd ones destinations, `b`.
 
     cosines  a (na, k) . b (nb, k) from shared memory, 64 x 64 at a time. Products of bfloat16 numbers are exact in float32, and
              the inverse norms are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products
@@ -95,9 +94,6 @@ def step(
         given, (x, sizes, residual, y, mass, ids) = refs[:3], refs[3:]
         here = SimpleNamespace(**vars(c), **scratch)
         here.row, here.share_at, here.t = (lax.axis_index(name) for name in ("row", "share", "thread"))
-        for some in (x, residual):
-            if some is not None:
-                mgpu.prefetch(some, here.row, 2 * here.share_at * share, min(2 * share, n), here.t)
         if at_once:
             flat, open_a, open_b = given
             _cosines(here, flat, open_b)
@@ -135,15 +131,13 @@ def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
     if pad or c.k > k:
         flat = jnp.pad(flat, ((0, pad), (0, c.k - k)))
     tiles = c.ta + c.tb
-    fitting = (mgpu.SHARED // (TILE * c.k * 2) - tiles) // c.threads
-    c.depth = max(1, min(-(-tiles // c.threads), fitting))  # tiles that a thread asks for ahead
     return flat.reshape(-1, 2, c.k), dict(
         tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
         inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
         best_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.float32),
         to_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.int32),
-        raw=plgpu.SMEM((c.threads * c.depth, TILE, c.k), metric.dtype) if c.parts == 1 else None,
-        loaded=plgpu.Barrier(num_barriers=c.threads * c.depth),
+        raw=plgpu.SMEM((c.threads, TILE, c.k), metric.dtype) if c.parts == 1 else None,
+        loaded=plgpu.Barrier(num_barriers=c.threads),
     )
 
 
@@ -155,18 +149,14 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
     wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), square, (1,))
     start = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
 
-    def of(tile):
+    def normalise(tile):
         side = jnp.where(tile < c.ta, 0, 1)
         at = (c.row * c.n + side) // 2 + (tile - side * c.ta) * TILE
-        return flat.at[pl.ds(at, TILE), jnp.where(side == 0, odd, 1 - odd)]
-
-    def fetch(tile, slot):
-        plgpu.copy_gmem_to_smem(of(tile), c.raw.at[slot], c.loaded.at[slot])
-
-    def normalise(tile, slot):
+        here = flat.at[pl.ds(at, TILE), jnp.where(side == 0, odd, 1 - odd)]
         if c.parts == 1:
-            plgpu.barrier_wait(c.loaded.at[slot])
-        here = c.raw.at[slot] if c.parts == 1 else of(tile)
+            plgpu.copy_gmem_to_smem(here, c.raw.at[c.t], c.loaded.at[c.t])
+            plgpu.barrier_wait(c.loaded.at[c.t])
+            here = c.raw.at[c.t]
         v = plgpu.layout_cast(mgpu.load(here).astype(jnp.float32), plgpu.Layout.WGMMA)
         v, c.inverse[rows(tile)] = mgpu.unit(v)
         for p in range(c.parts):
@@ -201,15 +191,7 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
         c.best_parts[part, rows(tile)] = highest
         c.to_parts[part, rows(tile)] = index
 
-    tiles, ahead = c.ta + c.tb, c.depth if c.parts == 1 else 0
-    own = lambda i, do: _one(c, i, tiles, lambda tile: do(tile, c.t * c.depth + i % c.depth))
-    for i in range(ahead):
-        own(i, fetch)
-    for i in range(-(-tiles // c.threads)):
-        own(i, normalise)
-        if ahead and (i + ahead) * c.threads < tiles:
-            plgpu.commit_smem()  # all lanes have read what is written over
-            own(i + ahead, fetch)
+    _each(c, c.ta + c.tb, normalise)
     plgpu.commit_smem()
     _together(c)
     _each(c, c.ta * c.of_b, match)
@@ -363,17 +345,11 @@ def _bias(open: np.ndarray, length: int) -> Array:
 
 def _each(c: SimpleNamespace, count: int, do: Any) -> None:
     """do(i) for every i below count, shared out among the threads."""
-    for i in range(-(-count // c.threads)):
-        _one(c, i, count, do)
-
-
-def _one(c: SimpleNamespace, i: int, count: int, do: Any) -> None:
-    """The thread's i-th of them, if there is one."""
-    here = i * c.threads + c.t
-    if (i + 1) * c.threads <= count:
-        do(here)
-    else:
-        pl.when(here < count)(lambda: do(here))
+    for i in range(0, count, c.threads):
+        if i + c.threads <= count:
+            do(i + c.t)
+        else:
+            pl.when(i + c.t < count)(lambda i=i: do(i + c.t))
 
 
 def _groups(count: int) -> list[Any]:
