@@ -234,7 +234,7 @@ class Stack(nnx.Module):
         self.position = nnx.Param(jax.random.normal(rngs.params(), (c.num_buckets, c.num_heads)) * c.d_model**-0.5)
         self.norm = RMSNorm(c.d_model, dtype=dtype)
         self.decoder, self.max_distance, self.dropout = decoder, c.max_distance, c.dropout
-        self.remat, self.block_size = remat, block_size
+        self.shape, self.remat, self.block_size = c, remat, block_size
 
     def position_bias(
         self, positions: Int[Array, "one n"], keys: Int[Array, "one s"] | None = None
