@@ -23,6 +23,7 @@ from jaxmerge import words
 from jaxmerge.attention import key_bias
 from models.fold import fold
 from models.sampling import beam_init, beam_step, sample
+from models.t5 import lookup
 
 
 class Cache(NamedTuple):
@@ -125,7 +126,7 @@ def step(model: Any, ids: Int[Array, "b t"], cache: Cache) -> tuple[Float[Array,
             x = block.add(x, y.reshape(h.shape))
         return (block.add(x, block.ffn(block.ffn_norm(x))), k, v), None
 
-    carry = (model.embedding[...][ids], cache.k, cache.v)
+    carry = (lookup(model.embedding[...], ids), cache.k, cache.v)
     (x, k, v), _ = fold(stack.blocks, one, carry, (jnp.arange(len(stack.blocks)), cache.cross))
     logits = model.head(stack.last(x).astype(jnp.float32))
     return logits, cache._replace(k=k, v=v, length=cache.length + ids.shape[1])
