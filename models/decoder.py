@@ -130,13 +130,8 @@ def places(docs: Int[Array, "b n"]) -> Places:
       [[0, 1, 2, 0, 1, 0]]
     """
     index = jnp.arange(docs.shape[1])[None] + jnp.zeros_like(docs)
-    first = jax.lax.cummax(jnp.where(begins(docs), index, 0), axis=1)
+    first = jax.lax.cummax(jnp.where(words.document_starts(docs), index, 0), axis=1)
     return Places(index - first, docs)
-
-
-def begins(docs: Int[Array, "b n"]) -> Bool[Array, "b n"]:
-    """True where another document begins."""
-    return jnp.concatenate([jnp.ones_like(docs[:, :1], bool), docs[:, 1:] != docs[:, :-1]], axis=1)
 
 
 class RMSNorm(nnx.Module):

@@ -28,7 +28,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, begins, embed, linear, llama, nats, places, rope
+from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, embed, linear, llama, nats, places, rope
 
 WORD, STOP = 256, 257
 """The paper's [W] and [S]. A document that is over ends with STOP in `ids`, a word of its own."""
@@ -101,19 +101,15 @@ def read_words(
       docs: which document each byte is of; negative for padding.
       capacity: room for that many words in a row, all that there could be by default. What did not fit is `plan.overflow`.
     """
-    n = starts.shape[1]
-    starts = starts | begins(docs)
-    index = jnp.arange(n)[None] + jnp.zeros_like(docs)
-    within = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    starts = starts | (within % max_word == 0)
-    plan = jm.words.segments(starts, n if capacity is None else capacity, mask=docs >= 0)
+    starts = jm.words.limit_patches(starts | jm.words.document_starts(docs), max_word)
+    plan = jm.words.segments(starts, starts.shape[1] if capacity is None else capacity, mask=docs >= 0)
     word_docs = jnp.where(plan.sizes > 0, jm.merge(plan, docs, reduce="first"), -1)
     return Words(plan, places(word_docs))
 
 
 def before(words: Float[Array, "b m d"], first: Float[Array, "..."], at: Places) -> Float[Array, "b m d"]:
     """What the words before each put out; for the first word of a document, a learned vector."""
-    return jnp.where(begins(at.segment)[..., None], first.reshape(1, 1, -1), jm.words.shift(words))
+    return jnp.where(jm.words.document_starts(at.segment)[..., None], first.reshape(1, 1, -1), jm.words.shift(words))
 
 
 class Stream(NamedTuple):
