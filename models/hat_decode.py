@@ -120,7 +120,7 @@ def begin(model: HAT | TFreeHAT, ids: Array, starts: Array, lengths: Array, *, s
     told = lambda predicted: jnp.where(
         count[:, None] > 0, _at(predicted, jnp.maximum(count - 1, 0)), model.first[...].reshape(1, -1)
     )
-    room, start = jnp.pad(ids, ((0, 0), (0, size - n))), lengths - last
+    room, start = jnp.pad(jnp.where(docs >= 0, ids, 0), ((0, 0), (0, size - n))), lengths - last
     backbone = model.backbone.cache(b, size)
     if isinstance(model, HAT):
         predicted, backbone = model.backbone.step(model.encode(with_marks(ids, words)), closed, cache=backbone)
