@@ -122,20 +122,20 @@ class Stream(NamedTuple):
     """Position in the word, and which word; negative where nothing is."""
 
 
-def with_marks(ids: Int[Array, "b n"], words: Words) -> Stream:
-    """Put [W] before each word: byte t of word w, both counted from 0, goes to slot t + w + 1."""
+def with_marks(ids: Int[Array, "b n"], words: Words, marks: int = 1) -> Stream:
+    """Put [W] before each word, or several: byte t of word w, both counted from 0, goes to slot t + marks · (w + 1)."""
     plan, capacity = words.plan, words.plan.num_segments
-    length = ids.shape[1] + capacity
-    rank = jnp.cumsum(plan.kept, axis=1, dtype=jnp.int32)
-    spread = jm.Plan(jnp.where(plan.kept, rank + plan.segment_ids, -1), length)
+    length = ids.shape[1] + marks * capacity
+    rank = jnp.cumsum(plan.kept, axis=1, dtype=jnp.int32) - 1
+    spread = jm.Plan(jnp.where(plan.kept, rank + marks * (plan.segment_ids + 1), -1), length)
     byte = spread.sizes > 0
     slot = jnp.arange(length)[None] + jnp.zeros_like(ids[:, :1])
-    used = slot < jnp.sum(plan.kept, axis=1, keepdims=True) + jnp.sum(plan.sizes > 0, axis=1, keepdims=True)
+    used = slot < jnp.sum(plan.kept, axis=1, keepdims=True) + marks * jnp.sum(plan.sizes > 0, axis=1, keepdims=True)
     mark = used & ~byte
-    word = jnp.where(used, jnp.cumsum(mark, axis=1, dtype=jnp.int32) - 1, -1)
-    position = jnp.where(used, slot - jax.lax.cummax(jnp.where(mark, slot, 0), axis=1), 0)
+    word = jnp.where(used, (jnp.cumsum(mark, axis=1, dtype=jnp.int32) - 1) // marks, -1)
+    position = slot - jax.lax.cummax(jnp.where(mark & jm.words.document_starts(word), slot, 0), axis=1)
     filled = jnp.where(mark, WORD, jm.merge(spread, ids, reduce="sum"))
-    return Stream(filled, jm.Plan(word, capacity), Places(position, word))
+    return Stream(filled, jm.Plan(word, capacity), Places(jnp.where(used, position, 0), word))
 
 
 class HAT(nnx.Module):
