@@ -98,7 +98,7 @@ class ETok(nnx.Module):
         return self.head(self.norm(self.decoder(x, stream.at)))
 
     def nats(self, ids: Int[Array, "b n"], docs: Int[Array, "b n"], words: Words) -> tuple[Array, Array, Array]:
-        """-log p of what follows each slot; whether that counts (it is of the same document and no inner mark); whether a byte."""
+        """-log p of what follows each slot; whether that counts (same document, no inner mark); whether it is a byte."""
         stream = with_marks(ids, words, self.c.tokens)
         logits = self(stream, words)[:, :-1]
         owner = jm.unmerge(stream.plan, words.at.segment, fill=-1)
