@@ -7,8 +7,8 @@
 Three losses (`loss`): restore every base through the merges, at a compression drawn anew each step; restore them though the
 latent encoder keeps but a few words (the tokenizer held still); and guess masked bases, words that stand alone masked most.
 
-No code is public: what the paper leaves open is settled here. Tokens are compared by the keys of the attention before the merge
-(as Token Merging does), words weigh their sizes in merging, and positions are those of the short sequence.
+No code is public: what the paper leaves open is settled here. Tokens are compared by keys, as in Token Merging, but of what the
+block before the merge puts out, so that context counts; words weigh their sizes in merging; positions are those of the words.
 
     model = MergeDNA(MergeDNAConfig(local, latent, window=16, rates=((2, 2), (4, 2), (4, 4))), rngs=nnx.Rngs(0))
     total, metrics = loss(model, ids, rngs=nnx.Rngs(1))
@@ -122,9 +122,9 @@ class MergeDNA(nnx.Module):
             raise ValueError(f"MergeDNA: {ids.shape[1]} bases are no multiple of the window, {size}; cut or pad them.")
         x, plan = embed(self.embedding, ids), jm.identity(ids.shape[1], like=ids[..., None])
         for block, r in zip(self.local_encoder, self.c.middle if rate is None else rate, strict=True):
-            _, keys, _ = block.attention.qkv_heads(block.attention_norm(x))
             x = _windows(lambda x, at, block=block: block(x, at)[0], x, size)
             if r:
+                _, keys, _ = block.attention.qkv_heads(block.attention_norm(x))
                 step = jm.tokens.block_matching(keys.astype(jnp.float32).mean(axis=-2), r, block=size)
                 x = jm.merge(step, x, weight=plan.sizes.astype(jnp.float32))
                 plan, size = jm.compose(step, plan), size - r

@@ -14,6 +14,7 @@ from models import load
 from models.decoder import Places
 from models.hnet import HNet, HNetConfig, depth_of, groups, loss, torch_name
 from models.hnet_decode import begin, generate, step
+from models.mamba2 import MambaConfig
 from tests.models.test_decoder import copy_parameters
 
 ATOL = 1e-4  # the golden vectors' own figure for float32
@@ -239,6 +240,7 @@ def test_published_config():
         "tie_embeddings": False,
     }
     c = HNetConfig.published(config)
+    assert c.mamba == MambaConfig(state=128, conv=4, expand=2, chunk=256)
     assert c.window == (1023, None) and depth_of(c.layout) == 2 and c.stack(1, "T", 22, 1).d_ff == 4096
     with pytest.raises(ValueError, match="tie_embeddings is set"):
         HNetConfig.published({**config, "tie_embeddings": True})
