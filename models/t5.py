@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge import words
@@ -234,21 +235,25 @@ class Stack(nnx.Module):
         self.position = nnx.Param(jax.random.normal(rngs.params(), (c.num_buckets, c.num_heads)) * c.d_model**-0.5)
         self.norm = RMSNorm(c.d_model, dtype=dtype)
         self.decoder, self.max_distance, self.dropout = decoder, c.max_distance, c.dropout
-        self.remat, self.block_size = remat, block_size
+        self.shape, self.remat, self.block_size = c, remat, block_size
 
     def position_bias(
-        self, positions: Int[Array, "one n"], keys: Int[Array, "one s"] | None = None
+        self,
+        positions: Int[Array, "one n"],
+        keys: Int[Array, "one s"] | None = None,
+        *,
+        table: Float[Array, "buckets h"] | None = None,
     ) -> Float[Array, "one h n s"]:
         """The bias between tokens that stand at `positions` of the text, one row per example or one for all.
 
-        A decoder's queries see no later key. `keys`: where the keys stand, if elsewhere than the queries.
+        A decoder's queries see no later key. `keys`: where the keys stand, if elsewhere than the queries. `table`: the
+        parameter, if it comes from elsewhere.
         """
+        table = jnp.asarray(self.position[...] if table is None else table)
         keys = positions if keys is None else keys
         distance = keys[:, None, :] - positions[:, :, None]
-        buckets = relative_buckets(
-            distance, num_buckets=self.position.shape[0], max_distance=self.max_distance, causal=self.decoder
-        )
-        bias = jnp.moveaxis(self.position[...][buckets], -1, 1)
+        buckets = relative_buckets(distance, num_buckets=table.shape[0], max_distance=self.max_distance, causal=self.decoder)
+        bias = jnp.moveaxis(lookup(table, buckets), -1, 1)
         return jnp.where(distance[:, None] <= 0, bias, MASKED) if self.decoder else bias
 
     def __call__(
@@ -265,17 +270,24 @@ class Stack(nnx.Module):
         """The residual stream after each block from `start` to before `stop`, and each block's excess of scores over 5."""
         positions = jnp.arange(x.shape[1])[None] if positions is None else positions
         depth = len(self.blocks)
-        bias: Any = Relative(lambda queries: self.position_bias(queries, positions), positions)
-        if self.block_size is None:
-            bias = self.position_bias(positions)  # once for all blocks
         keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
+        every = place = None
+        if self.block_size is None:
+            every = self.position_bias(positions)  # once for all layers
+        else:  # handed to each layer: what does not change from layer to layer, a scan would compute once and keep
+            place = jax.tree.map(lambda a: jnp.broadcast_to(a, (depth, *a.shape)), (positions, self.position[...]))
 
-        def one(block, x, key):
+        def one(block, x, given):
+            key, place = given
             rngs = None if key is None else nnx.Rngs(dropout=key)
+            bias: Any = every
+            if place is not None:
+                at, table = place
+                bias = Relative(lambda queries: self.position_bias(queries, at, table=table), at)
             x, excess = block(x, position_bias=bias, key_bias=key_bias, memory=memory, rngs=rngs)
             return x, (x, excess)
 
-        _, seen = fold(self.blocks, one, x, keys, start=start, stop=stop, remat=self.remat)
+        _, seen = fold(self.blocks, one, x, (keys, place), start=start, stop=stop, remat=self.remat)
         return [h for h, _ in seen], [e for _, e in seen]
 
     def last(self, x: Float[Array, "b n d"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
@@ -324,7 +336,7 @@ class T5(nnx.Module):
         self.dropout = c.dropout
 
     def embed(self, ids: Int[Array, "b n"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
-        return dropout(self.embedding[...][ids], self.dropout, rngs)
+        return dropout(lookup(self.embedding[...], ids), self.dropout, rngs)
 
     def encode(
         self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"] | None = None, *, rngs: nnx.Rngs | None = None
@@ -380,6 +392,12 @@ def relative_buckets(distance: Int[Array, "..."], *, num_buckets: int, max_dista
     for edge in edges:
         bucket = bucket + (size >= edge)
     return bucket if causal else bucket + jnp.where(distance > 0, half, 0)
+
+
+def lookup(table: Float[Array, "v d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """table[ids], laid out as the ids are where axes are Explicit."""
+    layout = getattr(jax.typeof(ids).sharding, "spec", ())
+    return table.at[ids].get(out_sharding=P(*layout, None) if any(axis is not None for axis in layout) else None)
 
 
 def shift_right(labels: Int[Array, "b t"]) -> Int[Array, "b t"]:
