@@ -23,7 +23,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, embed, linear, llama, nats, places
+from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, linear, llama, nats, places
+from models.t5 import lookup
 
 OFFSET = 4
 """Byte b is b + 4 in BLT's tables; BOE, BOS, EOS and BPE come before."""
@@ -148,11 +149,11 @@ class BLT(nnx.Module):
     def embed(self, ids: Int[Array, "b n"], docs: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         """A byte's own embedding and those of the n-grams that end with it."""
         ids = ids + OFFSET
-        x = embed(self.embedding, ids)
+        x = lookup(self.embedding[...], ids)
         kinds = [(function, size) for function in range(self.c.functions) for size in self.c.ngrams]
         for table, (function, size) in zip(self.tables, kinds, strict=True):
             at = jm.words.ngram_hash(ids, size, self.c.rows, function=function, documents=docs)
-            x = x + jnp.take(table[...], at, axis=0)
+            x = x + lookup(table[...], at)
         return x
 
     def __call__(

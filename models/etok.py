@@ -22,8 +22,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import DecoderConfig, Places, RMSNorm, embed, linear, llama, nats
+from models.decoder import DecoderConfig, Places, RMSNorm, linear, llama, nats
 from models.hat import STOP, WORD, Stream, Words, read_words, with_marks
+from models.t5 import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,8 @@ class ETok(nnx.Module):
         is_mark = stream.ids == WORD
         number = jnp.where(is_mark, p * stream.plan.segment_ids + stream.at.position, -1)
         tokens = jm.Plan(number, p * m)  # from marks to positions of the backbone
-        mark = embed(self.marks, jnp.where(is_mark, stream.at.position, 0))
-        x = self.encoder(jnp.where(is_mark[..., None], mark, embed(self.embedding, stream.ids)), stream.at)
+        mark = lookup(self.marks[...], jnp.where(is_mark, stream.at.position, 0))
+        x = self.encoder(jnp.where(is_mark[..., None], mark, lookup(self.embedding[...], stream.ids)), stream.at)
         x = self.to_backbone(self.encoder_norm(jm.merge(tokens, x, reduce="first"))).astype(jnp.float32)
 
         each = jnp.arange(p).reshape(1, 1, p) + jnp.zeros_like(words.at.position)[..., None]
@@ -94,7 +95,7 @@ class ETok(nnx.Module):
             jm.words.document_starts(words.at.segment)[..., None], self.first[...].reshape(1, 1, -1), jm.words.shift(y)
         )
         told = self.to_decoder(y.reshape(b, p * m, -1).astype(self.to_decoder.dtype)).astype(jnp.float32)
-        x = jnp.where(is_mark[..., None], jm.unmerge(tokens, told), embed(self.decoder_embedding, stream.ids))
+        x = jnp.where(is_mark[..., None], jm.unmerge(tokens, told), lookup(self.decoder_embedding[...], stream.ids))
         return self.head(self.norm(self.decoder(x, stream.at)))
 
     def nats(self, ids: Int[Array, "b n"], docs: Int[Array, "b n"], words: Words) -> tuple[Array, Array, Array]:

@@ -25,8 +25,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import DecoderConfig, Places, RMSNorm, Stack, embed, llama, nats, places
+from models.decoder import DecoderConfig, Places, RMSNorm, Stack, llama, nats, places
 from models.mamba2 import MambaBlock, MambaConfig
+from models.t5 import lookup
 
 BOS, STOP = 254, 255
 """The official tokenizer begins and ends a text with these bytes, which no UTF-8 has."""
@@ -254,7 +255,7 @@ class HNet(nnx.Module):
         if len(capacities) != len(self.c.ratios):
             raise ValueError(f"HNet: capacities must have {len(self.c.ratios)} entries, one per router; got {capacities}.")
         docs = jnp.zeros_like(ids) if docs is None else docs
-        x, routed = self.backbone(embed(self.embedding, ids), places(docs), capacities)
+        x, routed = self.backbone(lookup(self.embedding[...], ids), places(docs), capacities)
         return self.head(x), routed
 
 

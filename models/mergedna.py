@@ -27,7 +27,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 import jaxmerge as jm
-from models.decoder import Block, DecoderConfig, Places, RMSNorm, embed, linear, llama, nats
+from models.decoder import Block, DecoderConfig, Places, RMSNorm, linear, llama, nats
+from models.t5 import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ class MergeDNA(nnx.Module):
         size = self.c.window
         if ids.shape[1] % size:
             raise ValueError(f"MergeDNA: {ids.shape[1]} bases are no multiple of the window, {size}; cut or pad them.")
-        x, plan = embed(self.embedding, ids), jm.identity(ids.shape[1], like=ids[..., None])
+        x, plan = lookup(self.embedding[...], ids), jm.identity(ids.shape[1], like=ids[..., None])
         for block, r in zip(self.local_encoder, self.c.middle if rate is None else rate, strict=True):
             x = _windows(lambda x, at, block=block: block(x, at)[0], x, size)
             if r:

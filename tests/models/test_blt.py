@@ -113,6 +113,7 @@ def test_loss_counts_and_learns_everywhere(model, batch):
     assert tight["overflow"] > 0 and np.isfinite(tight["ce"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [AxisType.Auto], indirect=True)
 def test_eight_devices_equal_one(mesh, model, batch):
     batch = tuple(jnp.concatenate([x] * 4) for x in batch)

@@ -133,6 +133,7 @@ def test_no_byte_sees_a_later_one(nested, ids):
     assert (np.abs(a - b)[:, 15:].max(-1) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_chunks_that_do_not_fit_are_counted(nested, ids):
     docs = jnp.zeros_like(ids)
     whole, (outer, inner) = run(nested, ids, docs)
@@ -150,7 +151,7 @@ def test_chunks_that_do_not_fit_are_counted(nested, ids):
         assert np.isfinite(tight[row]).all()
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_steps_equal_the_uncached_forward(nested, ids, scan):
     """Prompts of 9, 1, 12 and 5 bytes in one call, then byte by byte, each row at its own place."""
     model = twin(nested, scan=True) if scan else nested
@@ -196,6 +197,7 @@ def test_generate(nested, ids):
         generate(nested, ids, lengths, max_new=1)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(nested, ids):
     docs = jnp.zeros_like(ids).at[:, 10:].set(1)
     value = lambda model: value_and_grad(*nnx.split(model), ids, docs)
