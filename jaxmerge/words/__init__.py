@@ -12,7 +12,29 @@ from jaxmerge.words._gate import (
     masked_mean as masked_mean,
     softmax1 as softmax1,
 )
-from jaxmerge.words._segment import capacity_for as capacity_for, segments as segments, shift as shift
+from jaxmerge.words._hash import ngram_hash as ngram_hash
+from jaxmerge.words._patch import (
+    BLT_THRESHOLD as BLT_THRESHOLD,
+    byte_entropy as byte_entropy,
+    entropy_starts as entropy_starts,
+    limit_patches as limit_patches,
+    patch_threshold as patch_threshold,
+    space_starts as space_starts,
+)
+from jaxmerge.words._router import (
+    Routing as Routing,
+    dechunk as dechunk,
+    moving_average as moving_average,
+    ratio_loss as ratio_loss,
+    route as route,
+    straight_through as straight_through,
+)
+from jaxmerge.words._segment import (
+    capacity_for as capacity_for,
+    document_starts as document_starts,
+    segments as segments,
+    shift as shift,
+)
 from jaxmerge.words._split import split as split, starts as starts
 from jaxmerge.words._vocabulary import (
     EOS as EOS,
