@@ -71,9 +71,7 @@ def tile(text: np.ndarray, length: int, at_most: int | None = None) -> np.ndarra
     return data.tile(text, whole if at_most is None else min(whole, at_most), length)
 
 
-def hide_spans(
-    windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float
-) -> tuple[np.ndarray, np.ndarray]:
+def hide_spans(windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> tuple[np.ndarray, np.ndarray]:
     """What the encoder reads and what the decoder spells, (b, n) and (b, t) int32 ids; every row has as many spans.
 
     Args:

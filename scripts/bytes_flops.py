@@ -41,18 +41,21 @@ def _one(eqn: core.JaxprEqn) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left, out = eqn.invars[0].aval, eqn.outvars[0].aval
-        return 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
+        left, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+        return 2 * math.prod(out) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
-        features = params["dimension_numbers"].rhs_spec[0]
-        return 2 * math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[features]
+        kernel, out = _shape(eqn.invars[1]), _shape(eqn.outvars[0])
+        return 2 * math.prod(out) * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
     inner = [_count(j) for j in _jaxprs(params)]
     if name == "while" and any(inner):
         raise ValueError("operations: a while loop holds a matrix product; use scan, whose length is known.")
     if name == "cond":
         return max(inner)
     return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
+
+
+def _shape(of: Any) -> tuple[int, ...]:
+    return of.aval.shape
 
 
 def _jaxprs(params: dict[str, Any]):

@@ -5,6 +5,9 @@ MrT5, deletion at random). "next byte": a decoder reads a window and predicts ea
 """
 
 import dataclasses
+import json
+import pathlib
+import typing
 from typing import Any, Literal
 
 import jax
@@ -14,10 +17,12 @@ from flax import nnx
 from jax import Array
 
 from jaxmerge import words
-from models import mrt5, t5
+from models import decoder, hat, mrt5, t5
+from models.decoder import ByteDecoder, DecoderConfig
+from models.hat import HAT, HATConfig
 from models.mrt5 import MrT5, MrT5Config
 from models.t5 import T5, T5Config
-from scripts import bytes_data
+from scripts import bytes_data, state
 
 Task = Literal["hidden spans", "next byte"]
 Params = dict[str, Any]
@@ -43,68 +48,103 @@ class Contestant:
     at_random: bool = False
     share: float = 1.0
 
+    @property
+    def packs(self) -> bool:
+        """Whether what it keeps is packed into a number of slots that is chosen beforehand."""
+        return isinstance(self.config, MrT5Config | HATConfig)
+
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        return BUILD[type(self.config)](self.config, rngs=rngs)
+        build: Any = BUILD[type(self.config)]
+        return build(self.config, rngs=rngs)
 
     def init(self, seed: int, start: Params | None) -> Params:
         """Fresh parameters, those of `start` in their place."""
-        params = nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(seed)), nnx.Param))
+        params = state.to_tree(self.make(nnx.Rngs(seed)))
         if isinstance(self.config, MrT5Config):
             return params if start is None else {**params, "t5": start}
         if isinstance(self.config, T5Config) and start is None:
-            near_bytes_first(params)
+            head_start(params)
         return params if start is None else start
 
     def model(self, params: Params) -> Any:
         """A module that holds these parameters; cheap enough to call inside jit."""
-        graph, state = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)
+        return state.filled(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))), params)
 
     def batch(self, windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> Batch:
         """What the model reads, from (b, length) bytes."""
         if self.task == "hidden spans":
             return tuple(map(jnp.asarray, bytes_data.hide_spans(windows, rng, noise=noise, span=span)))
+        if isinstance(self.config, HATConfig):
+            return jnp.asarray(windows.astype(np.int32)), jnp.asarray(word_starts(windows, self.config.max_word))
         return (jnp.asarray(windows.astype(np.int32)),)
+
+    def words(self, batch: Batch) -> int:
+        """In the fullest window."""
+        return int(batch[1].sum(axis=1).max())
 
     def loss(
         self, params: Params, batch: Batch, key: Array, alpha: Array | float = 0.0, capacity: int | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """What training lowers, and `ce` (nats) and `rate` (deleted, or spared by the words) of the batch."""
         model = self.gated(self.model(params), key)
-        if isinstance(model, MrT5):
-            return mrt5.loss(model, *batch, 0.0 if self.at_random else alpha, capacity=capacity)
-        ids, labels = batch
-        encoded = model.encode(ids)
-        ce = t5.cross_entropy(model.decode(t5.shift_right(labels), encoded.states, encoded.key_bias).logits, labels)
-        return ce, {"ce": ce, "rate": jnp.zeros(())}
+        match model:
+            case MrT5():
+                return mrt5.loss(model, *batch, 0.0 if self.at_random else alpha, capacity=capacity)
+            case T5():
+                ids, labels = batch
+                encoded = model.encode(ids)
+                logits = model.decode(t5.shift_right(labels), encoded.states, encoded.key_bias).logits
+                ce = t5.cross_entropy(logits, labels)
+                return ce, {"ce": ce, "rate": jnp.zeros(())}
+            case HAT():
+                return hat.loss(model, *batch, capacity=capacity)
+            case ByteDecoder():
+                total, metrics = decoder.loss(model, *batch)
+                return total, {**metrics, "rate": jnp.zeros(())}
+        raise TypeError(f"Contestant: no loss is known for {type(model).__name__}.")
 
     def score(self, params: Params, batch: Batch, key: Array, capacity: int | None = None) -> dict[str, Array]:
-        """Per window: nats in all, positions that were kept, and those that found no room."""
-        model = self.gated(self.model(params), key)
-        ids, labels = batch
-        if isinstance(model, MrT5):
-            encoded = model.encode(ids, capacity=capacity)
-            logits = model.decode(t5.shift_right(labels), encoded).logits
-            kept = words.kept(encoded.gate, mask=encoded.mask, threshold=self.config.threshold).sum(-1)
-            overflow = jnp.zeros_like(kept) if encoded.plan is None else encoded.plan.overflow
-        else:
-            encoded = model.encode(ids)
-            logits = model.decode(t5.shift_right(labels), encoded.states, encoded.key_bias).logits
-            kept, overflow = jnp.full(len(ids), ids.shape[1]), jnp.zeros(len(ids), int)
-        return {"nats": nats(logits, labels).sum(-1), "kept": kept, "overflow": overflow}
+        """Per window: nats in all, positions that were kept, and bytes that found no room."""
+        model, ids = self.gated(self.model(params), key), batch[0]
+        full, none = jnp.full(len(ids), ids.shape[1]), jnp.zeros(len(ids), int)
+        match model:
+            case MrT5():
+                encoded = model.encode(ids, capacity=capacity)
+                logits = model.decode(t5.shift_right(batch[1]), encoded).logits
+                kept = words.kept(encoded.gate, mask=encoded.mask, threshold=self.config.threshold).sum(-1)
+                overflow = none if encoded.plan is None else encoded.plan.overflow
+                return {"nats": nats(logits, batch[1]).sum(-1), "kept": kept, "overflow": overflow}
+            case T5():
+                encoded = model.encode(ids)
+                logits = model.decode(t5.shift_right(batch[1]), encoded.states, encoded.key_bias).logits
+                return {"nats": nats(logits, batch[1]).sum(-1), "kept": full, "overflow": none}
+            case HAT():
+                docs = jnp.zeros_like(ids)
+                read = hat.read_words(batch[1], docs, capacity=capacity, max_word=self.config.max_word)
+                cost, scored, _ = model.nats(ids, docs, read)
+                of_first = jnp.arange(cost.shape[1]) == 0  # the first byte: no other model is asked for it
+                cost = jnp.where(scored & ~of_first, cost, 0).sum(-1)
+                return {"nats": cost, "kept": (read.plan.sizes > 0).sum(-1), "overflow": read.plan.overflow}
+            case ByteDecoder():
+                cost = nats(model(ids)[:, :-1], ids[:, 1:]).sum(-1)
+                return {"nats": cost, "kept": full, "overflow": none}
+        raise TypeError(f"Contestant: no score is known for {type(model).__name__}.")
 
     def gated(self, model: Any, key: Array) -> Any:
         """The model, its gate replaced by chance where this is the control."""
         if self.at_random:
-            assert self.deletion is not None
-            model.gate = lambda x: jnp.where(jax.random.bernoulli(key, self.deletion, x.shape[:-1]), -SURE, SURE)
+            model.gate = lambda x: jnp.where(jax.random.bernoulli(key, self.deletion or 0.0, x.shape[:-1]), -SURE, SURE)
         return model
 
 
 SURE = 30.0
 """A gate's logit at which it is open, or shut, to float32."""
-BUILD: dict[type, Any] = {T5Config: T5, MrT5Config: MrT5}
+BUILD = {T5Config: T5, MrT5Config: MrT5, DecoderConfig: ByteDecoder, HATConfig: HAT}
+
+
+def word_starts(windows: np.ndarray, max_bytes: int) -> np.ndarray:
+    """Where words begin in each window, whitespace ending them, as in HAT's paper."""
+    return np.stack([words.starts(w.tobytes(), rule="whitespace", max_bytes=max_bytes) for w in windows])
 
 
 def nats(logits: Array, labels: Array) -> Array:
@@ -112,22 +152,66 @@ def nats(logits: Array, labels: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
 
 
-def near_bytes_first(params: Params) -> None:
-    """A head start for minutes of training: near bytes weigh more, each head has a slope of its own."""
+def head_start(params: Params) -> None:
+    """What minutes of training would not find: near bytes weigh more, and a decoder first looks for the id that it stands at.
+
+    Each head's slope is its own; as queries and keys of cross-attention begin equal, a sentinel finds itself in the input.
+    """
     for stack, sides in (("encoder", 2), ("decoder", 1)):
         buckets, heads = params[stack]["position"].shape
         slope = 3.0 * 0.5 ** np.arange(heads)
         bias = -np.log1p(np.arange(buckets) % (buckets // sides))[:, None] * slope
         params[stack]["position"] = params[stack]["position"] + jnp.asarray(bias, jnp.float32)
+    for block in params["decoder"]["blocks"].values():
+        kernel = block["cross"]["k"]["kernel"]
+        block["cross"]["q"]["kernel"] = kernel * (kernel.shape[1] // heads) ** -0.5
+
+
+def contestants(rates: tuple[float, ...], share: float, *, decoders: bool) -> list[Contestant]:
+    """The rows of a suite."""
+    base = T5Config(
+        d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=4, num_decoder_layers=2, softmax1=True, dropout=0.0
+    )  # fmt: skip
+    return [*spans(base, 1, share, rates), *(next_byte() if decoders else [])]
 
 
 def spans(base: T5Config, gate_layer: int, share: float, rates: tuple[float, ...]) -> list[Contestant]:
     """ByT5 from scratch; then from it, for so much of the budget: ByT5 itself, MrT5 and random deletion at every rate."""
     gated = MrT5Config(base, gate_layer)
-    start = Contestant("start", "hidden spans", base, share=1 - share)
-    more = dict(task="hidden spans", start="start", share=share)
-    rows = [start, Contestant("ByT5", config=base, **more)]
+    more: dict[str, Any] = dict(task="hidden spans", start="start", share=share)
+    rows = [Contestant("start", "hidden spans", base, share=1 - share), Contestant("ByT5", config=base, **more)]
     for rate in rates:
         rows.append(Contestant(f"MrT5 {rate:.0%}", config=gated, deletion=rate, **more))
         rows.append(Contestant(f"random {rate:.0%}", config=gated, deletion=rate, at_random=True, **more))
     return rows
+
+
+def next_byte() -> list[Contestant]:
+    """Decoders whose train steps cost the same, within a few per cent: matched by the depth and width of HAT's backbone."""
+    plain = DecoderConfig(width=128, depth=4, num_heads=4, d_ff=320)
+    return [Contestant("plain", "next byte", plain)]
+
+
+def save_config(path: pathlib.Path, config: Any) -> None:
+    """The architecture, beside the parameters. MrT5's own file stays as `scripts.state` writes it."""
+    family = {} if isinstance(config, MrT5Config) else {"family": type(config).__name__}
+    path.write_text(json.dumps({**family, **dataclasses.asdict(config)}, indent=1) + "\n")
+
+
+def load_config(path: pathlib.Path) -> Any:
+    """The architecture, from the model.json beside a checkpoint."""
+    if not path.exists():
+        raise ValueError(f"load_config: {path} is missing; training writes it beside its checkpoints.")
+    fields = json.loads(path.read_text())
+    family = fields.pop("family", "MrT5Config")
+    kinds = {kind.__name__: kind for kind in BUILD}
+    if family not in kinds:
+        raise ValueError(f"load_config: {path} names the family {family!r}; known are {', '.join(kinds)}.")
+    return _from_dict(kinds[family], fields)
+
+
+def _from_dict(kind: type, fields: dict[str, Any]) -> Any:
+    """A config whose fields may be configs themselves."""
+    hints = typing.get_type_hints(kind)
+    inner = lambda name, v: _from_dict(hints[name], v) if dataclasses.is_dataclass(hints[name]) else v
+    return kind(**{name: inner(name, v) for name, v in fields.items()})

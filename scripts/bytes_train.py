@@ -67,13 +67,14 @@ class Trainer:
     def __init__(self, row: Contestant, recipe: Recipe, domains: list[Domain]):
         self.row, self.recipe, self.domains, self.steps = row, recipe, domains, recipe.steps(row)
         self.tx = optimiser(recipe.rate, self.steps, begins=row.start is None, decays=row.share == 1 or row.start is not None)
-        self.controller = words.pi_controller(
-            target=row.deletion or 0.0, k_p=recipe.k_p, k_i=recipe.k_i, lowest=recipe.lowest
-        )
+        self.controller = words.pi_controller(target=row.deletion or 0.0, k_p=recipe.k_p, k_i=recipe.k_i, lowest=recipe.lowest)
+        self.capacity = None
+        if row.packs and row.deletion is None:  # words: what deletion leaves is packed where it is hard, and training is soft
+            self.capacity = words.capacity_for([row.words(self.batch(i)) for i in range(50)], multiple_of=8)
         self.step = jax.jit(self._step, donate_argnums=0)
 
     def _step(self, s: TrainState, batch: tuple[Array, ...], key: Array) -> tuple[TrainState, dict[str, Array]]:
-        loss = lambda params: self.row.loss(params, batch, key, s.controller.alpha)
+        loss = lambda params: self.row.loss(params, batch, key, s.controller.alpha, self.capacity)
         (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(s.params)
         updates, state = self.tx.update(gradient, s.optimiser, s.params)
         controller = self.controller.update(s.controller, metrics["rate"])
@@ -87,12 +88,15 @@ class Trainer:
         windows = bytes_data.draw(self.domains, at, batch=r.batch, length=r.length, seed=r.seed)
         return self.row.batch(windows, np.random.default_rng((r.seed, at, 1)), noise=r.noise, span=r.span)
 
+    def begin(self, params: Params) -> TrainState:
+        return TrainState(params, self.tx.init(params), self.controller.init())
+
     def __call__(
         self, params: Params, scorer: "Scorer", tick: Callable[[str], Any]
     ) -> tuple[Params, list[dict[str, float]], list[dict[str, float]]]:
         """The trained parameters; the curve of held-out bits; the log of training, averages between points."""
         r = self.recipe
-        s = TrainState(jax.tree.map(jnp.array, params), self.tx.init(params), self.controller.init())
+        s = self.begin(jax.tree.map(jnp.array, params))  # a step consumes its state
         curve, log, seen = [], [], []
         at = {round(self.steps * (i + 1) / r.points) for i in range(r.points)}
         for i in range(self.steps):
@@ -101,7 +105,9 @@ class Trainer:
             if i + 1 in at or len(seen) == 50:
                 means = {k: float(np.mean([float(m[k]) for m in seen])) for k in metrics}
                 if not np.isfinite(means["loss"]):
-                    raise FloatingPointError(f"{self.row.name}: the loss is {means['loss']} at step {i}; lower --rate {r.rate}.")
+                    raise FloatingPointError(
+                        f"{self.row.name}: the loss is {means['loss']} at step {i}; lower --rate {r.rate}."
+                    )
                 log.append({"step": i + 1, **means})
                 seen = []
             if i + 1 in at:
@@ -128,7 +134,9 @@ def optimiser(rate: float, steps: int, *, begins: bool, decays: bool) -> optax.G
         factor = lambda path: 10.0 if path[-1].key == "position" else 0.2 if path[0].key == "gate" else 1.0
         return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates)
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01), optax.stateless(scale))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01), optax.stateless(scale)
+    )
 
 
 class Scores(NamedTuple):
@@ -154,6 +162,16 @@ class Scorer:
             self.batches[d.name] = len(windows), self._split(windows[order], rng)
         self.step = jax.jit(row.score, static_argnames="capacity")
 
+    @property
+    def first(self) -> tuple[Array, ...]:
+        """A batch."""
+        return next(iter(self.batches.values()))[1][0]
+
+    @property
+    def reads(self) -> int:
+        """Positions that the model reads of a window."""
+        return self.first[0].shape[1]
+
     def _split(self, windows: np.ndarray, rng: np.random.Generator) -> list[tuple[Array, ...]]:
         """Batches of equal shape; the last one is filled up with windows that are not counted."""
         full = np.concatenate([windows, windows[: -len(windows) % self.rows]])
@@ -168,8 +186,8 @@ class Scorer:
             found = []
             for i, batch in enumerate(batches[: -(-count // self.rows)]):
                 found.append(jax.device_get(self.step(params, batch, jax.random.key(i), capacity=capacity)))
-            join = lambda k: np.concatenate([f[k] for f in found])[:count]
-            bits[name] = join("nats") / np.log(2) / self.recipe.scored(self.row)
-            kept[name] = join("kept")
-            overflow += int(join("overflow").sum())
+            all_ = {k: np.concatenate([f[k] for f in found])[:count] for k in found[0]}
+            bits[name] = all_["nats"] / np.log(2) / self.recipe.scored(self.row)
+            kept[name] = all_["kept"]
+            overflow += int(all_["overflow"].sum())
         return Scores(bits, kept, overflow)

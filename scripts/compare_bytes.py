@@ -1,7 +1,7 @@
 """Byte models side by side: ByT5, MrT5 and deletion at random on hidden spans; a plain decoder, HAT and H-Net on the next byte.
 
     python -m scripts.compare_bytes --out runs/bytes                               # prose and code that every Python carries
-    python -m scripts.compare_bytes --data DIRECTORY --out runs/bytes/languages    # parallel.tsv and LANG.txt, by language
+    python -m scripts.compare_bytes --data DIRECTORY --out runs/bytes_languages    # parallel.tsv and LANG.txt, by language
 
 Within a task every row sees the same bytes in the same order. ByT5 is trained first; then ByT5 itself, MrT5 (softly, its
 controller on) and random deletion at each rate go on from it for `share` of the budget, and are judged with hard deletion.
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxmerge import words
-from scripts import bytes_data, bytes_models, bytes_report, state
+from scripts import bytes_data, bytes_models, bytes_report, bytes_speed, state
 from scripts.bytes_data import Domain
 from scripts.bytes_models import Contestant, Params
-from scripts.bytes_train import Recipe, Scorer, Scores, Trainer
+from scripts.bytes_train import Recipe, Scorer, Trainer
 
 
 def main(
@@ -35,10 +35,12 @@ def main(
     data: pathlib.Path | None = None,
     out: pathlib.Path = pathlib.Path("runs/bytes"),
     rates: tuple[float, ...] | None = None,
-    budget: int = 6_000_000,
+    budget: int = 4_000_000,
     share: float = 0.25,
+    decoder_budget: int = 2_000_000,
     length: int = 128,
-    batch: int = 16,
+    decoder_length: int = 256,
+    tokens: int = 2048,
     rate: float = 3e-3,
     noise: float = 0.3,
     span: float = 6.0,
@@ -46,6 +48,7 @@ def main(
     k_i: float = 1e-4,
     lowest: float = -0.1,
     windows: int = 256,
+    rounds: int = 9,
     only: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
@@ -54,33 +57,48 @@ def main(
     Args:
       data: a directory of parallel.tsv and LANG.txt; none: the text that comes with Python.
       rates: shares of bytes to delete; by default 0.3, 0.5 and 0.7, and 0.5 for languages.
-      budget: bytes that every row sees, those of its start included.
+      budget: bytes that every encoder-decoder sees, those of its start included.
       share: the part of the budget after the rows' common start.
-      length, batch: bytes in a window, windows in a step.
+      decoder_budget: bytes that every decoder sees.
+      length, decoder_length: bytes in a window.
+      tokens: bytes in a step.
       rate: of learning.
       noise, span: the share of bytes that is hidden (ByT5: 0.15), the mean length of a hidden span (ByT5: 20).
       k_p, k_i, lowest: the controller's gains, and alpha's floor (the paper: 0).
       windows: held out, of each domain, at most.
+      rounds: of timing, in turn; 0 leaves it out.
       only: names of rows to train, and what they start from; none: all of them.
     """
     console, began = Console(), time.perf_counter()
     rates = rates if rates is not None else (0.5,) if data else (0.3, 0.5, 0.7)
     domains = bytes_data.languages(data) if data else bytes_data.text()
-    rows = bytes_models.contestants(rates, share, decoders=data is None)
-    rows = chosen(rows, only)
-    recipe = Recipe(length, batch, budget, rate, noise, span, k_p, k_i, lowest, windows, seed=seed)
+    rows = chosen(bytes_models.contestants(rates, share, decoders=data is None), only)
+    common: dict[str, Any] = dict(
+        rate=rate, noise=noise, span=span, k_p=k_p, k_i=k_i, lowest=lowest, windows=windows, seed=seed
+    )  # fmt: skip
+    recipes = {
+        "hidden spans": Recipe(length=length, batch=tokens // length, budget=budget, **common),
+        "next byte": Recipe(length=decoder_length, batch=tokens // decoder_length, budget=decoder_budget, **common),
+    }
     out.mkdir(parents=True, exist_ok=True)
-    cache = Cache(out, recipe, domains)
+    cache = Cache(out, recipes, domains)
     columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         for row in rows:
             if row.name in cache.rows:
                 console.print(f"{row.name}: found in {out}", highlight=False)
                 continue
-            cache.keep(row, *run(row, recipe, domains, cache, progress))
-    report = {"recipe": dataclasses.asdict(recipe), "domains": cache.domains, "rows": [cache.rows[r.name] for r in rows]}
-    for table in bytes_report.tables(report):
-        console.print(table.rich())
+            start = cache.params(next(r for r in rows if r.name == row.start)) if row.start else None
+            cache.keep(row, *run(row, recipes[row.task], domains, start, progress))
+    if rounds and any("ms" not in cache.rows[row.name] for row in rows):
+        console.print("timing", highlight=False)
+        params, widths = {r.name: cache.params(r) for r in rows}, {r.name: cache.rows[r.name]["width"] for r in rows}
+        for name, ms in bytes_speed.times(rows, recipes, domains, params=params, widths=widths, rounds=rounds).items():
+            cache.rows[name]["ms"] = ms
+        cache.write()
+    report = cache.report([row.name for row in rows])
+    for sheet in bytes_report.tables(report):
+        console.print(sheet.rich())
     bytes_report.write(report, out)
     console.print(f"wrote bytes.json, bytes.md and pictures to {out}, in {time.perf_counter() - began:.0f} s")
 
@@ -94,33 +112,75 @@ def chosen(rows: list[Contestant], only: tuple[str, ...]) -> list[Contestant]:
     return [row for row in rows if row.name in wanted]
 
 
+def run(
+    row: Contestant, recipe: Recipe, domains: list[Domain], start: Params | None, progress: Progress
+) -> tuple[Params, dict[str, Any]]:
+    """Train a row and judge it: its parameters and its figures."""
+    trainer, scorer = Trainer(row, recipe, domains), Scorer(row, recipe, domains)
+    task = progress.add_task(f"{row.name:10s}", total=trainer.steps, text="compiling")
+    tick = lambda text: progress.update(task, advance=1, text=text)
+    before = time.process_time()
+    params, curve, log = trainer(row.init(recipe.seed, start), scorer, tick)
+    seconds = time.process_time() - before
+
+    soft = scorer(params)
+    width, scores = recipe.length, soft
+    if row.packs:  # room for the fullest window, so that nothing is lost
+        width = words.capacity_for(np.concatenate(list(soft.kept.values())), multiple_of=4, at_most=scorer.reads)
+        scores = scorer(params, capacity=width)
+        if scores.overflow:
+            raise RuntimeError(f"{row.name}: {scores.overflow} bytes found no room in {width} slots.")
+    means = lambda found, scale=1: {d: float(v.mean() / scale) for d, v in found.items()}
+    figures = dict(
+        name=row.name, task=row.task, start=row.start, deletion=row.deletion, at_random=row.at_random, steps=trainer.steps,
+        parameters=sum(x.size for x in jax.tree.leaves(params)), seconds=seconds, curve=curve, log=log, width=width,
+        bits={d: np.round(b.astype(float), 5).tolist() for d, b in scores.bits.items()},
+        soft=means(soft.bits) if row.deletion else None, kept=means(scores.kept, scorer.reads),
+        flops=bytes_speed.operations_of(row, params, trainer, scorer, width if row.packs else None),
+    )  # fmt: skip
+    return params, figures
+
+
 class Cache:
     """OUT/bytes.json and OUT/ROW: what is finished stays finished, as long as the recipe is the same."""
 
-    def __init__(self, out: pathlib.Path, recipe: Recipe, domains: list[Domain]):
-        self.path, self.out, self.recipe = out / "bytes.json", out, dataclasses.asdict(recipe)
+    def __init__(self, out: pathlib.Path, recipes: dict[str, Recipe], domains: list[Domain]):
+        self.out = out
         sizes = lambda d: dict(train=len(d.train), heldout=len(d.heldout), sentences=d.sentences)
-        self.domains = {d.name: sizes(d) for d in domains}
+        self.given = {
+            "recipes": {task: dataclasses.asdict(recipe) for task, recipe in recipes.items()},
+            "domains": {d.name: sizes(d) for d in domains},
+        }
         self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            found = json.loads(self.path.read_text())
-            if (found["recipe"], found["domains"]) != (self.recipe, self.domains):
-                raise SystemExit(f"{self.path} is of another recipe or other text; name another --out, or delete it.")
+        if (path := out / "bytes.json").exists():
+            found = json.loads(path.read_text())
+            if any(found[k] != v for k, v in self.given.items()):
+                raise SystemExit(f"{path} is of another recipe or other text; name another --out, or delete it.")
             self.rows = {row["name"]: row for row in found["rows"]}
+
+    def report(self, names: list[str] | None = None) -> dict[str, Any]:
+        """Everything, or the rows that are named, in that order."""
+        return {**self.given, "rows": [self.rows[name] for name in (self.rows if names is None else names)]}
+
+    def write(self) -> None:
+        (self.out / "bytes.json").write_text(json.dumps(self.report(), indent=1) + "\n")
 
     def keep(self, row: Contestant, params: Params, figures: dict[str, Any]) -> None:
         where = self.directory(row.name)
         where.mkdir(exist_ok=True)
-        state.save(where / "params", state.named(params))
+        state.save(where / "params", params)
         bytes_models.save_config(where / "model.json", row.config)
         self.rows[row.name] = figures
-        text = json.dumps({"recipe": self.recipe, "domains": self.domains, "rows": list(self.rows.values())}, indent=1)
-        self.path.write_text(text + "\n")
+        self.write()
 
     def params(self, row: Contestant) -> Params:
         """Of a finished row."""
         fresh = jax.eval_shape(lambda: row.init(0, None))
-        return state.unnamed(state.load(self.directory(row.name) / "params", state.make_mesh(1, 1), state.named(fresh)), fresh)
+        return state.load(self.directory(row.name) / "params", state.make_mesh(1, 1), fresh)
 
     def directory(self, name: str) -> pathlib.Path:
-        return self.out / name.replace(" ", "_").replace("%", "")
+        return self.out / name.replace(" ", "_").replace("%", "").lower()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
