@@ -6,9 +6,9 @@ A position sees its own segment (a document, a word), no later position where th
 where it has one. With a window nothing of size (n, n) is made: each block of queries meets the few blocks of keys in reach.
 Parameters are float32; `dtype` is the compute dtype, while the residual stream, softmax, norms and logits stay in float32.
 
-    stack = Stack(DecoderConfig(width=64, depth=4, num_heads=4, d_ff=128), rngs=nnx.Rngs(0))
-    x = stack(x, places(ids))                           uncached
-    x, caches = stack.step(x, at, caches)               t more positions of every row, equal to the uncached
+    stack = llama(DecoderConfig(width=64, depth=4, num_heads=4, d_ff=128), rngs=nnx.Rngs(0))
+    x = stack(x, places(docs))
+    x, cache = stack.step(x, at, cache=cache)           t more positions of every row, equal to the uncached
 
 Sources: Llama (arXiv:2302.13971), grouped queries (arXiv:2305.13245), sliding window (arXiv:2310.06825), QK-norm
 (arXiv:2302.05442), soft cap (arXiv:2408.00118).
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge import words
 from jaxmerge.attention import MASKED
-from models.layers import POLICIES, Layers, Remat
+from models import fold
 
 BLOCK = 256
 """Queries that share their keys, where a window limits them."""
@@ -57,7 +57,7 @@ class DecoderConfig:
       init_std: of the projections; 1/sqrt(fan in) by default.
       num_residuals: projections into the residual stream start smaller by its square root; 2 · depth by default.
       scan: keep the blocks stacked and scan over them, so that compile time does not grow with depth.
-      remat: what of a block is kept for the backward pass: everything (None), nothing ("full"), or its matrix products.
+      remat: what of a block the backward pass finds in memory: None (all), "full" (nothing), "dots", see `models.fold`.
     """
 
     width: int
@@ -78,7 +78,7 @@ class DecoderConfig:
     init_std: float | None = None
     num_residuals: int | None = None
     scan: bool = False
-    remat: Remat = None
+    remat: str | None = None
 
     def __post_init__(self):
         if self.head_dim is None and self.width % self.num_heads:
@@ -91,8 +91,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig: {self.turning} features cannot turn in pairs in a head of {self.features}.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"DecoderConfig: window must be 1 or more, or None for no limit; got {self.window}.")
-        if self.remat is not None and self.remat not in POLICIES:
-            raise ValueError(f"DecoderConfig: remat must be None or one of {', '.join(POLICIES)}; got {self.remat!r}.")
+        fold.checkpointed(lambda: None, self.remat)  # refuses an unknown name here, not in the first step
 
     @property
     def features(self) -> int:
@@ -131,13 +130,8 @@ def places(docs: Int[Array, "b n"]) -> Places:
       [[0, 1, 2, 0, 1, 0]]
     """
     index = jnp.arange(docs.shape[1])[None] + jnp.zeros_like(docs)
-    first = jax.lax.cummax(jnp.where(begins(docs), index, 0), axis=1)
+    first = jax.lax.cummax(jnp.where(words.document_starts(docs), index, 0), axis=1)
     return Places(index - first, docs)
-
-
-def begins(docs: Int[Array, "b n"]) -> Bool[Array, "b n"]:
-    """True where another document begins."""
-    return jnp.concatenate([jnp.ones_like(docs[:, :1], bool), docs[:, 1:] != docs[:, :-1]], axis=1)
 
 
 class RMSNorm(nnx.Module):
@@ -246,20 +240,39 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The blocks that a config describes."""
+    """Equal blocks, one after another, each from (x, *others, cache) to (x, cache); `scan` and `remat` as in `models.fold`."""
 
-    def __init__(self, c: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.layers = Layers([Block(c, dtype=dtype, rngs=rngs) for _ in range(c.depth)], scan=c.scan, remat=c.remat)
+    def __init__(self, blocks: list[Any], *, scan: bool = False, remat: str | None = None):
+        self.blocks, self.remat = fold.stack(blocks, scan=scan), remat
 
-    def __call__(self, x: Float[Array, "b n d"], at: Places) -> Float[Array, "b n d"]:
-        return self.layers(x, at)
+    def __call__(self, x: Float[Array, "b n d"], *others: Any) -> Float[Array, "b n d"]:
+        return fold.fold(self.blocks, lambda block, x, _: (block(x, *others)[0], None), x, remat=self.remat)[0]
 
-    def step(self, x: Float[Array, "b t d"], at: Places, cache: Any) -> tuple[Float[Array, "b t d"], Any]:
-        """t more positions of every row, padding anywhere (segment below 0 is neither written nor of any use)."""
-        return self.layers.step(x, at, cache=cache)
+    def step(self, x: Float[Array, "b t d"], *others: Any, cache: Any) -> tuple[Float[Array, "b t d"], Any]:
+        """The same for t more positions of every row, with what earlier ones left in the cache.
+
+        Padding (a segment below 0) may stand anywhere; it is not written.
+        """
+        if isinstance(self.blocks, fold.Scanned):
+            graph, params = nnx.split(self.blocks.each)
+            return jax.lax.scan(lambda x, layer: nnx.merge(graph, layer[0])(x, *others, layer[1]), x, (params, cache))
+        caches = []
+        for block, kept in zip(self.blocks, cache, strict=True):
+            x, kept = block(x, *others, kept)
+            caches.append(kept)
+        return x, caches
 
     def cache(self, batch: int, size: int) -> Any:
-        return self.layers.cache(batch, size)
+        """Room for `size` positions of every row, in every block."""
+        if not isinstance(self.blocks, fold.Scanned):
+            return [block.cache(batch, size) for block in self.blocks]
+        stacked = lambda leaf: jnp.zeros((len(self.blocks), *leaf.shape), leaf.dtype)
+        return jax.tree.map(stacked, self.blocks.each.cache(batch, size))
+
+
+def llama(c: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Stack:
+    """The stack of blocks that a config describes."""
+    return Stack([Block(c, dtype=dtype, rngs=rngs) for _ in range(c.depth)], scan=c.scan, remat=c.remat)
 
 
 class ByteDecoder(nnx.Module):
@@ -276,7 +289,7 @@ class ByteDecoder(nnx.Module):
 
     def __init__(self, c: DecoderConfig, *, vocab_size: int = 256, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, c.width)))
-        self.stack = Stack(c, dtype=dtype, rngs=rngs)
+        self.stack = llama(c, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(c.width, dtype=jnp.float32, epsilon=c.epsilon)
         self.head = linear(c.width, vocab_size, c, jnp.float32, rngs)
 
@@ -287,7 +300,7 @@ class ByteDecoder(nnx.Module):
 
     def step(self, ids: Int[Array, "b t"], at: Places, cache: Any) -> tuple[Float[Array, "b t v"], Any]:
         """The same with a cache, from `model.stack.cache(batch, size)`."""
-        x, cache = self.stack.step(embed(self.embedding, ids), at, cache)
+        x, cache = self.stack.step(embed(self.embedding, ids), at, cache=cache)
         return self.head(self.norm(x)), cache
 
 

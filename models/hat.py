@@ -28,8 +28,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, begins, embed, linear, nats, places, rope
-from models.layers import Layers
+from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, embed, linear, llama, nats, places, rope
 
 WORD, STOP = 256, 257
 """The paper's [W] and [S]. A document that is over ends with STOP in `ids`, a word of its own."""
@@ -102,19 +101,15 @@ def read_words(
       docs: which document each byte is of; negative for padding.
       capacity: room for that many words in a row, all that there could be by default. What did not fit is `plan.overflow`.
     """
-    n = starts.shape[1]
-    starts = starts | begins(docs)
-    index = jnp.arange(n)[None] + jnp.zeros_like(docs)
-    within = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    starts = starts | (within % max_word == 0)
-    plan = jm.words.segments(starts, n if capacity is None else capacity, mask=docs >= 0)
+    starts = jm.words.limit_patches(starts | jm.words.document_starts(docs), max_word)
+    plan = jm.words.segments(starts, starts.shape[1] if capacity is None else capacity, mask=docs >= 0)
     word_docs = jnp.where(plan.sizes > 0, jm.merge(plan, docs, reduce="first"), -1)
     return Words(plan, places(word_docs))
 
 
 def before(words: Float[Array, "b m d"], first: Float[Array, "..."], at: Places) -> Float[Array, "b m d"]:
     """What the words before each put out; for the first word of a document, a learned vector."""
-    return jnp.where(begins(at.segment)[..., None], first.reshape(1, 1, -1), jm.words.shift(words))
+    return jnp.where(jm.words.document_starts(at.segment)[..., None], first.reshape(1, 1, -1), jm.words.shift(words))
 
 
 class Stream(NamedTuple):
@@ -138,7 +133,7 @@ def with_marks(ids: Int[Array, "b n"], words: Words) -> Stream:
     used = slot < jnp.sum(plan.kept, axis=1, keepdims=True) + jnp.sum(plan.sizes > 0, axis=1, keepdims=True)
     mark = used & ~byte
     word = jnp.where(used, jnp.cumsum(mark, axis=1, dtype=jnp.int32) - 1, -1)
-    position = slot - jax.lax.cummax(jnp.where(mark, slot, 0), axis=1)
+    position = jnp.where(used, slot - jax.lax.cummax(jnp.where(mark, slot, 0), axis=1), 0)
     filled = jnp.where(mark, WORD, jm.merge(spread, ids, reduce="sum"))
     return Stream(filled, jm.Plan(word, capacity), Places(position, word))
 
@@ -165,13 +160,13 @@ class HAT(nnx.Module):
         encoder, backbone, decoder = within(c.encoder, False), c.backbone, within(c.decoder, True)
         norm = lambda stack: RMSNorm(stack.width, dtype=dtype, epsilon=stack.epsilon)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (STOP + 1, encoder.width)))
-        self.encoder, self.encoder_norm = Stack(encoder, dtype=dtype, rngs=rngs), norm(encoder)
+        self.encoder, self.encoder_norm = llama(encoder, dtype=dtype, rngs=rngs), norm(encoder)
         self.to_backbone = linear(encoder.width, backbone.width, backbone, dtype, rngs)
         self.first = nnx.Param(jax.random.normal(rngs.params(), (backbone.width,)))
-        self.backbone, self.backbone_norm = Stack(backbone, dtype=dtype, rngs=rngs), norm(backbone)
+        self.backbone, self.backbone_norm = llama(backbone, dtype=dtype, rngs=rngs), norm(backbone)
         self.to_decoder = linear(backbone.width, decoder.width, decoder, dtype, rngs)
         self.decoder_embedding = nnx.Param(jax.random.normal(rngs.params(), (STOP + 1, decoder.width)))
-        self.decoder = Stack(decoder, dtype=dtype, rngs=rngs)
+        self.decoder = llama(decoder, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(decoder.width, dtype=jnp.float32, epsilon=decoder.epsilon)
         self.head = linear(decoder.width, STOP + 1, decoder, jnp.float32, rngs)
         self.c = c
@@ -221,8 +216,8 @@ class Cross(nnx.Module):
             self.norm_key = RMSNorm(width(c.num_kv_heads), dtype=dtype, epsilon=stack.epsilon)
         self.c, self.stack = c, stack
 
-    def heads(self, y: Float[Array, "b n d"], count: int, norm: str | None = None) -> Float[Array, "b n h d"]:
-        normed = self.c.qk_norm and norm is not None
+    def heads(self, y: Float[Array, "b n d"], count: int, norm: str = "") -> Float[Array, "b n h d"]:
+        normed = self.c.qk_norm and norm != ""
         if normed and not self.c.norm_per_head:
             y = getattr(self, norm)(y)
         y = y.reshape(*y.shape[:-1], count, -1)
@@ -280,13 +275,13 @@ class TFreeHAT(nnx.Module):
     def __init__(self, c: TFreeConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         d, wide = c.encoder.width, c.backbone.width
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (256, d)))
-        self.encoder = Stack(c.encoder, dtype=dtype, rngs=rngs)
+        self.encoder = llama(c.encoder, dtype=dtype, rngs=rngs)
         self.latent_query = nnx.Param(jax.random.normal(rngs.params(), (1, 1, wide)))
         self.connector = Cross(c.encoder_cross, wide, d, c.encoder, dtype=dtype, rngs=rngs)
-        self.backbone = Stack(c.backbone, dtype=dtype, rngs=rngs)
+        self.backbone = llama(c.backbone, dtype=dtype, rngs=rngs)
         self.first = nnx.Param(jax.random.normal(rngs.params(), (1, 1, wide)))
         blocks = [ToldBlock(c, dtype=dtype, rngs=rngs) for _ in range(c.decoder.depth)]
-        self.decoder = Layers(blocks, scan=c.decoder.scan, remat=c.decoder.remat)
+        self.decoder = Stack(blocks, scan=c.decoder.scan, remat=c.decoder.remat)
         self.norm = RMSNorm(c.decoder.width, dtype=jnp.float32, epsilon=c.decoder.epsilon)
         self.head = linear(c.decoder.width, 256, c.decoder, jnp.float32, rngs)
         self.c = c
@@ -344,7 +339,7 @@ def torch_name(path: str) -> str:
     """The name that the published weights have for a parameter of `TFreeHAT`, for `models.load`.
 
     Example:
-      >>> torch_name("encoder.layers.blocks.0.attention.q.kernel"), torch_name("head.kernel")
+      >>> torch_name("encoder.blocks.0.attention.q.kernel"), torch_name("head.kernel")
       ('encoder.layers.0.self_attn.q_proj.weight', 'lm_head.weight')
     """
     fixed = {
@@ -358,14 +353,12 @@ def torch_name(path: str) -> str:
         return fixed[path]
     if found := re.fullmatch(r"connector\.(.+)", path):
         return f"encoder_connector.cross_attention_encoder_connector.{_leaf(found[1])}"
-    if found := re.fullmatch(r"(encoder|backbone)\.layers\.blocks\.(\d+)\.(.+)", path):
+    if found := re.fullmatch(r"(encoder|backbone)\.blocks\.(\d+)\.(.+)", path):
         return f"{found[1]}.layers.{found[2]}.{_leaf(found[3])}"
     if found := re.fullmatch(r"decoder\.blocks\.(\d+)\.(block\.|cross\.)?(.+)", path):
         inner = {"block.": "llama_layer.", "cross.": "cross_attention.", None: ""}[found[2]]
         return f"decoder.decoder_layers.{found[1]}.{inner}{_leaf(found[3])}"
-    raise ValueError(
-        f"torch_name: {path!r} is no parameter of TFreeHAT; weights stacked by scan are loaded into the list form."
-    )
+    raise ValueError(f"torch_name: {path!r} is no parameter of TFreeHAT.")
 
 
 def _leaf(path: str) -> str:
