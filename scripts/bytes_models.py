@@ -17,9 +17,10 @@ from flax import nnx
 from jax import Array
 
 from jaxmerge import words
-from models import decoder, hat, mrt5, t5
+from models import decoder, hat, hnet, mrt5, t5
 from models.decoder import ByteDecoder, DecoderConfig
 from models.hat import HAT, HATConfig
+from models.hnet import HNet, HNetConfig
 from models.mrt5 import MrT5, MrT5Config
 from models.t5 import T5, T5Config
 from scripts import bytes_data, state
@@ -51,7 +52,7 @@ class Contestant:
     @property
     def packs(self) -> bool:
         """Whether what it keeps is packed into a number of slots that is chosen beforehand."""
-        return isinstance(self.config, MrT5Config | HATConfig)
+        return isinstance(self.config, MrT5Config | HATConfig | HNetConfig)
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
         build: Any = BUILD[type(self.config)]
@@ -78,9 +79,18 @@ class Contestant:
             return jnp.asarray(windows.astype(np.int32)), jnp.asarray(word_starts(windows, self.config.max_word))
         return (jnp.asarray(windows.astype(np.int32)),)
 
-    def words(self, batch: Batch) -> int:
-        """In the fullest window."""
-        return int(batch[1].sum(axis=1).max())
+    def room(self, batches: list[Batch]) -> int | None:
+        """Slots for words in training, where deletion, which is soft there, needs none.
+
+        HAT's are counted; H-Net's, which it is free to choose, may be half of the bytes: what finds no room early on hears of
+        no chunk.
+        """
+        match self.config:
+            case HATConfig():
+                return words.capacity_for([int(starts.sum(axis=1).max()) for _, starts in batches], multiple_of=8)
+            case HNetConfig():
+                return batches[0][0].shape[1] // 2
+        return None
 
     def loss(
         self, params: Params, batch: Batch, key: Array, alpha: Array | float = 0.0, capacity: int | None = None
@@ -98,6 +108,8 @@ class Contestant:
                 return ce, {"ce": ce, "rate": jnp.zeros(())}
             case HAT():
                 return hat.loss(model, *batch, capacity=capacity)
+            case HNet():
+                return hnet.loss(model, *batch, capacities=(capacity,))
             case ByteDecoder():
                 total, metrics = decoder.loss(model, *batch)
                 return total, {**metrics, "rate": jnp.zeros(())}
@@ -125,6 +137,10 @@ class Contestant:
                 of_first = jnp.arange(cost.shape[1]) == 0  # the first byte: no other model is asked for it
                 cost = jnp.where(scored & ~of_first, cost, 0).sum(-1)
                 return {"nats": cost, "kept": (read.plan.sizes > 0).sum(-1), "overflow": read.plan.overflow}
+            case HNet():
+                logits, (routed,) = model(ids, capacities=(capacity,))
+                cost = nats(logits[:, :-1], ids[:, 1:]).sum(-1)
+                return {"nats": cost, "kept": (routed.plan.sizes > 0).sum(-1), "overflow": routed.plan.overflow}
             case ByteDecoder():
                 cost = nats(model(ids)[:, :-1], ids[:, 1:]).sum(-1)
                 return {"nats": cost, "kept": full, "overflow": none}
@@ -139,7 +155,7 @@ class Contestant:
 
 SURE = 30.0
 """A gate's logit at which it is open, or shut, to float32."""
-BUILD = {T5Config: T5, MrT5Config: MrT5, DecoderConfig: ByteDecoder, HATConfig: HAT}
+BUILD = {T5Config: T5, MrT5Config: MrT5, DecoderConfig: ByteDecoder, HATConfig: HAT, HNetConfig: HNet}
 
 
 def word_starts(windows: np.ndarray, max_bytes: int) -> np.ndarray:
@@ -153,18 +169,29 @@ def nats(logits: Array, labels: Array) -> Array:
 
 
 def head_start(params: Params) -> None:
-    """What minutes of training would not find: near bytes weigh more, and a decoder first looks for the id that it stands at.
+    """What minutes of training would not find by themselves, for T5's parameters, in place.
 
-    Each head's slope is its own; as queries and keys of cross-attention begin equal, a sentinel finds itself in the input.
+    Heads look at near bytes, the encoder's to one side each; what a block adds is small beside what is there; queries and keys
+    of cross-attention begin equal, so that a sentinel finds itself in what the encoder read.
     """
-    for stack, sides in (("encoder", 2), ("decoder", 1)):
-        buckets, heads = params[stack]["position"].shape
-        slope = 3.0 * 0.5 ** np.arange(heads)
-        bias = -np.log1p(np.arange(buckets) % (buckets // sides))[:, None] * slope
-        params[stack]["position"] = params[stack]["position"] + jnp.asarray(bias, jnp.float32)
-    for block in params["decoder"]["blocks"].values():
-        kernel = block["cross"]["k"]["kernel"]
-        block["cross"]["q"]["kernel"] = kernel * (kernel.shape[1] // heads) ** -0.5
+    for name, sides in (("encoder", 2), ("decoder", 1)):
+        stack = params[name]
+        buckets, heads = stack["position"].shape
+        far = np.arange(buckets // sides)
+        slope = 3.0 * 0.25 ** (np.arange(heads) // 2)
+        bias = np.where(far[:, None] > 0, -np.log1p(np.maximum(far - 1, 0))[:, None] * slope, -2.0)
+        if sides == 2:  # buckets of what comes before, then of what comes after
+            left = np.arange(heads) % 2 == 0
+            bias = np.concatenate([np.where(left, bias, -6.0), np.where(left, -6.0, bias)])
+            bias[0] = -2.0
+        stack["position"] = jnp.asarray(bias, jnp.float32)
+        for block in stack["blocks"].values():
+            for part, leaf, scale in (("attention", "o", 0.35), ("ffn", "wo", 0.35), ("cross", "o", 0.5)):
+                if part in block:
+                    block[part][leaf]["kernel"] *= scale
+            if "cross" in block:
+                kernel = block["cross"]["k"]["kernel"]
+                block["cross"]["q"]["kernel"] = 2 * kernel * (kernel.shape[1] // heads) ** -0.5
 
 
 def contestants(rates: tuple[float, ...], share: float, *, decoders: bool) -> list[Contestant]:
@@ -189,7 +216,10 @@ def spans(base: T5Config, gate_layer: int, share: float, rates: tuple[float, ...
 def next_byte() -> list[Contestant]:
     """Decoders whose train steps cost the same, within a few per cent: matched by the depth and width of HAT's backbone."""
     plain = DecoderConfig(width=128, depth=4, num_heads=4, d_ff=320)
-    return [Contestant("plain", "next byte", plain)]
+    letters, backbone = DecoderConfig(96, 1, 4, 192), DecoderConfig(192, 6, 4, 528)
+    word = HATConfig(letters, backbone, dataclasses.replace(letters, depth=2), max_word=24)
+    chunk = HNetConfig(("T1", ("T4",), "T1"), width=(128, 160), d_ff=(256, 256), num_heads=(4, 4), ratios=(4.0,))
+    return [Contestant(name, "next byte", config) for name, config in (("plain", plain), ("HAT", word), ("H-Net", chunk))]
 
 
 def save_config(path: pathlib.Path, config: Any) -> None:

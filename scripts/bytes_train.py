@@ -68,9 +68,7 @@ class Trainer:
         self.row, self.recipe, self.domains, self.steps = row, recipe, domains, recipe.steps(row)
         self.tx = optimiser(recipe.rate, self.steps, begins=row.start is None, decays=row.share == 1 or row.start is not None)
         self.controller = words.pi_controller(target=row.deletion or 0.0, k_p=recipe.k_p, k_i=recipe.k_i, lowest=recipe.lowest)
-        self.capacity = None
-        if row.packs and row.deletion is None:  # words: what deletion leaves is packed where it is hard, and training is soft
-            self.capacity = words.capacity_for([row.words(self.batch(i)) for i in range(50)], multiple_of=8)
+        self.capacity = row.room([self.batch(i) for i in range(50)])
         self.step = jax.jit(self._step, donate_argnums=0)
 
     def _step(self, s: TrainState, batch: tuple[Array, ...], key: Array) -> tuple[TrainState, dict[str, Array]]:
