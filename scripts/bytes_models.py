@@ -99,7 +99,7 @@ class Contestant:
         model = self.gated(self.model(params), key)
         match model:
             case MrT5():
-                return mrt5.loss(model, *batch, 0.0 if self.at_random else alpha, capacity=capacity)
+                return mrt5.loss(model, *batch[:2], alpha=0.0 if self.at_random else alpha, capacity=capacity)
             case T5():
                 ids, labels = batch
                 encoded = model.encode(ids)

@@ -90,7 +90,7 @@ class Trainer:
         return TrainState(params, self.tx.init(params), self.controller.init())
 
     def __call__(
-        self, params: Params, scorer: "Scorer", tick: Callable[[str], Any]
+        self, params: Params, scorer: "Scorer", tick: Callable[[str], Any], tell: Callable[[str], Any]
     ) -> tuple[Params, list[dict[str, float]], list[dict[str, float]]]:
         """The trained parameters; the curve of held-out bits; the log of training, averages between points."""
         r = self.recipe
@@ -111,6 +111,7 @@ class Trainer:
             if i + 1 in at:
                 bits = scorer(s.params, r.peek).bits
                 curve.append({"bytes": (i + 1) * r.batch * r.length, "bits": float(np.mean([b.mean() for b in bits.values()]))})
+                tell(f"{self.row.name}: {curve[-1]['bits']:.3f} bits per byte after {curve[-1]['bytes']:,} bytes")
             if log:
                 last = log[-1]
                 tick(f"{last['ce'] / np.log(2):.2f} bits, rate {last['rate']:.0%}, alpha {last['alpha']:.4f}")

@@ -119,8 +119,9 @@ def run(
     trainer, scorer = Trainer(row, recipe, domains), Scorer(row, recipe, domains)
     task = progress.add_task(f"{row.name:10s}", total=trainer.steps, text="compiling")
     tick = lambda text: progress.update(task, advance=1, text=text)
+    tell = lambda text: progress.console.print(text, highlight=False)
     before = time.process_time()
-    params, curve, log = trainer(row.init(recipe.seed, start), scorer, tick)
+    params, curve, log = trainer(row.init(recipe.seed, start), scorer, tick, tell)
     seconds = time.process_time() - before
 
     soft = scorer(params)
