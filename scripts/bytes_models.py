@@ -54,13 +54,12 @@ class Contestant:
         """Whether what it keeps is packed into a number of slots that is chosen beforehand."""
         return isinstance(self.config, MrT5Config | HATConfig | HNetConfig)
 
-    def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        build: Any = BUILD[type(self.config)]
-        return build(self.config, rngs=rngs)
+    def make(self) -> nnx.Module:
+        return build(self.config, nnx.Rngs(0))
 
     def init(self, seed: int, start: Params | None) -> Params:
         """Fresh parameters, those of `start` in their place."""
-        params = state.to_tree(self.make(nnx.Rngs(seed)))
+        params = state.to_tree(build(self.config, nnx.Rngs(seed)))
         if isinstance(self.config, MrT5Config):
             return params if start is None else {**params, "t5": start}
         if isinstance(self.config, T5Config) and start is None:
@@ -69,7 +68,7 @@ class Contestant:
 
     def model(self, params: Params) -> Any:
         """A module that holds these parameters; cheap enough to call inside jit."""
-        return state.filled(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))), params)
+        return state.filled(nnx.eval_shape(self.make), params)
 
     def batch(self, windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> Batch:
         """What the model reads, from (b, length) bytes."""
@@ -156,6 +155,12 @@ class Contestant:
 SURE = 30.0
 """A gate's logit at which it is open, or shut, to float32."""
 BUILD = {T5Config: T5, MrT5Config: MrT5, DecoderConfig: ByteDecoder, HATConfig: HAT, HNetConfig: HNet}
+
+
+def build(config: Any, rngs: nnx.Rngs) -> Any:
+    """The model that a config describes."""
+    family: Any = BUILD[type(config)]
+    return family(config, rngs=rngs)
 
 
 def word_starts(windows: np.ndarray, max_bytes: int) -> np.ndarray:
