@@ -54,6 +54,16 @@ class Contestant:
         """Whether what it keeps is packed into a number of slots that is chosen beforehand."""
         return isinstance(self.config, MrT5Config | HATConfig | HNetConfig)
 
+    @property
+    def queries(self) -> float:
+        """How large the initial weights of queries are beside those of keys."""
+        match self.config:
+            case MrT5Config():
+                return self.config.base.d_kv**-0.5
+            case T5Config():
+                return self.config.d_kv**-0.5
+        return 1.0
+
     def make(self) -> nnx.Module:
         return build(self.config, nnx.Rngs(0))
 
