@@ -143,7 +143,7 @@ class Contestant:
                 docs = jnp.zeros_like(ids)
                 read = hat.read_words(batch[1], docs, capacity=capacity, max_word=self.config.max_word)
                 cost, scored, _ = model.nats(ids, docs, read)
-                of_first = jnp.arange(cost.shape[1]) == 0  # the first byte: no other model is asked for it
+                of_first = jnp.arange(cost.shape[1])[None] == 0  # the first byte: no other model is asked for it
                 cost = jnp.where(scored & ~of_first, cost, 0).sum(-1)
                 return {"nats": cost, "kept": (read.plan.sizes > 0).sum(-1), "overflow": read.plan.overflow}
             case HNet():
