@@ -1,9 +1,7 @@
-"""What `scripts.compare_bytes` trains on and holds out: windows of bytes by domain, and spans hidden in them.
+"""What `scripts.compare_bytes` trains on and holds out: windows of bytes by domain.
 
     domains = text()                    prose and code that every Python carries
     domains = languages(path)           13 languages, held out on the same sentences
-
-`hide_spans` is T5's span corruption on bytes: spans leave the input, a sentinel stands for each, and the targets spell them.
 """
 
 import csv
@@ -12,11 +10,7 @@ import pathlib
 
 import numpy as np
 
-from jaxmerge import words
 from scripts import data
-
-FIRST_SENTINEL = 258
-"""ByT5's sentinels go down from here: the ids of bytes that UTF-8 never uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,39 +63,3 @@ def tile(text: np.ndarray, length: int, at_most: int | None = None) -> np.ndarra
     if whole == 0:
         raise SystemExit(f"held-out text of {len(text)} bytes is shorter than a window of {length}; lower --length.")
     return data.tile(text, whole if at_most is None else min(whole, at_most), length)
-
-
-def hide_spans(windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> tuple[np.ndarray, np.ndarray]:
-    """What the encoder reads and what the decoder spells, (b, n) and (b, t) int32 ids; every row has as many spans.
-
-    Args:
-      windows: (b, length) uint8.
-      noise: the share of bytes that is hidden.
-      span: the mean length of a hidden span; lengths and places are random partitions, as T5 draws them.
-    """
-    b, length = windows.shape
-    hidden = round(noise * length)
-    spans = max(round(hidden / span), 1)
-    lengths = np.stack([_partition(rng, b, length - hidden, spans), _partition(rng, b, hidden, spans)], axis=-1)
-    begins = np.cumsum(lengths.reshape(b, -1), axis=-1)[:, :-1]  # of every run but the first; hidden runs are the odd ones
-    run = np.zeros((b, length), np.int64)
-    np.add.at(run, (np.arange(b)[:, None], begins), 1)
-    run = np.cumsum(run, axis=-1)
-    ids = windows.astype(np.int32) + words.OFFSET
-    return _spell(ids, run, 1, spans), _spell(ids, run, 0, spans)
-
-
-def _partition(rng: np.random.Generator, rows: int, total: int, parts: int) -> np.ndarray:
-    """Per row, `parts` positive numbers that add up to `total`, all such rows equally likely."""
-    cuts = np.sort(np.argsort(rng.random((rows, total - 1)), axis=-1)[:, : parts - 1] + 1, axis=-1)
-    return np.diff(cuts, axis=-1, prepend=0, append=total)
-
-
-def _spell(ids: np.ndarray, run: np.ndarray, out: int, spans: int) -> np.ndarray:
-    """The bytes of the runs that stay, a sentinel for every run of parity `out`, and the end mark."""
-    b = len(ids)
-    gone = run % 2 == out
-    first = gone & (np.diff(run, axis=-1, prepend=-1) > 0)
-    marked = np.where(first, FIRST_SENTINEL - run // 2, ids)
-    body = marked[~gone | first].reshape(b, -1)
-    return np.concatenate([body, np.full((b, 1), words.EOS, np.int32)], axis=-1).astype(np.int32)

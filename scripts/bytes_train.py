@@ -48,7 +48,7 @@ class Recipe:
     @property
     def hidden(self) -> int:
         """Bytes of a window that are hidden."""
-        return round(self.noise * self.length)
+        return words.span_counts(self.length, density=self.noise, mean=self.span)[0]
 
     def scored(self, row: Contestant) -> int:
         """Bytes of a window that bits are counted on."""

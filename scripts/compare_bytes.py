@@ -176,8 +176,10 @@ class Cache:
 
     def params(self, row: Contestant) -> Params:
         """Of a finished row."""
-        fresh = jax.eval_shape(lambda: row.init(0, None))
-        return state.load(self.directory(row.name) / "params", state.make_mesh(1, 1), fresh)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        fresh = jax.tree.map(like, jax.eval_shape(lambda: row.init(0, None)))
+        return state.load_like(self.directory(row.name) / "params", fresh)
 
     def directory(self, name: str) -> pathlib.Path:
         return self.out / name.replace(" ", "_").replace("%", "").lower()
