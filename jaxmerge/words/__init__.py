@@ -13,6 +13,7 @@ from jaxmerge.words._gate import (
     softmax1 as softmax1,
 )
 from jaxmerge.words._hash import ngram_hash as ngram_hash
+from jaxmerge.words._pack import Packed as Packed, pack as pack, pack_stream as pack_stream, unpack as unpack
 from jaxmerge.words._patch import (
     BLT_THRESHOLD as BLT_THRESHOLD,
     byte_entropy as byte_entropy,
@@ -34,6 +35,14 @@ from jaxmerge.words._segment import (
     document_starts as document_starts,
     segments as segments,
     shift as shift,
+)
+from jaxmerge.words._span import (
+    SENTINEL as SENTINEL,
+    Corrupted as Corrupted,
+    corrupt as corrupt,
+    span_counts as span_counts,
+    span_lengths as span_lengths,
+    span_mask as span_mask,
 )
 from jaxmerge.words._split import split as split, starts as starts
 from jaxmerge.words._vocabulary import (
