@@ -27,6 +27,8 @@ from jaxtyping import Bool, Float, Int
 import jaxmerge as jm
 from models.decoder import DecoderConfig, Places, RMSNorm, embed, llama, nats, places
 
+BOS, STOP = 254, 255
+"""The official tokenizer begins and ends a text with these bytes, which no UTF-8 has."""
 Layout = Sequence[Any]
 """("T2",), or (encoder, layout of the stage within, decoder)."""
 
@@ -57,6 +59,9 @@ class HNetConfig:
     remat: str | None = None
 
     def __post_init__(self):
+        frozen = lambda x: tuple(map(frozen, x)) if isinstance(x, list | tuple) else x
+        for field in dataclasses.fields(self):  # lists come from JSON, and a config is a key of compiled programs
+            object.__setattr__(self, field.name, frozen(getattr(self, field.name)))
         stages = depth_of(self.layout)
         for name in ("width", "d_ff", "num_heads", "rotary_dim", "window"):
             given = getattr(self, name)
