@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.t5 import BlockSize, Stack, T5Config
+from models.t5 import BlockSize, Stack, T5Config, lookup
 
 
 class ByteLM(nnx.Module):
@@ -45,5 +45,5 @@ class ByteLM(nnx.Module):
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits for the byte after each of `ids`, float32."""
-        hidden, _ = self.decoder(self.embedding[...][ids])
+        hidden, _ = self.decoder(lookup(self.embedding[...], ids))
         return self.head(self.decoder.last(hidden[-1]).astype(jnp.float32))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge import words
@@ -234,7 +235,7 @@ class Stack(nnx.Module):
         self.position = nnx.Param(jax.random.normal(rngs.params(), (c.num_buckets, c.num_heads)) * c.d_model**-0.5)
         self.norm = RMSNorm(c.d_model, dtype=dtype)
         self.decoder, self.max_distance, self.dropout = decoder, c.max_distance, c.dropout
-        self.remat, self.block_size = remat, block_size
+        self.shape, self.remat, self.block_size = c, remat, block_size
 
     def position_bias(
         self, positions: Int[Array, "one n"], keys: Int[Array, "one s"] | None = None
@@ -248,7 +249,7 @@ class Stack(nnx.Module):
         buckets = relative_buckets(
             distance, num_buckets=self.position.shape[0], max_distance=self.max_distance, causal=self.decoder
         )
-        bias = jnp.moveaxis(self.position[...][buckets], -1, 1)
+        bias = jnp.moveaxis(lookup(self.position[...], buckets), -1, 1)
         return jnp.where(distance[:, None] <= 0, bias, MASKED) if self.decoder else bias
 
     def __call__(
@@ -324,7 +325,7 @@ class T5(nnx.Module):
         self.dropout = c.dropout
 
     def embed(self, ids: Int[Array, "b n"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
-        return dropout(self.embedding[...][ids], self.dropout, rngs)
+        return dropout(lookup(self.embedding[...], ids), self.dropout, rngs)
 
     def encode(
         self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"] | None = None, *, rngs: nnx.Rngs | None = None
@@ -380,6 +381,12 @@ def relative_buckets(distance: Int[Array, "..."], *, num_buckets: int, max_dista
     for edge in edges:
         bucket = bucket + (size >= edge)
     return bucket if causal else bucket + jnp.where(distance > 0, half, 0)
+
+
+def lookup(table: Float[Array, "v d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """table[ids], laid out as the ids are where axes are Explicit."""
+    layout = getattr(jax.typeof(ids).sharding, "spec", ())
+    return table.at[ids].get(out_sharding=P(*layout, None) if any(axis is not None for axis in layout) else None)
 
 
 def shift_right(labels: Int[Array, "b t"]) -> Int[Array, "b t"]:
