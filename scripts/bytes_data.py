@@ -1,7 +1,7 @@
 """What `scripts.compare_bytes` trains on and holds out: windows of bytes by domain.
 
-    domains = text()                    prose and code that every Python carries
-    domains = languages(path)           13 languages, held out on the same sentences
+domains = text()                    prose and code that every Python carries
+domains = languages(path)           13 languages, held out on the same sentences
 """
 
 import csv

@@ -44,7 +44,7 @@ def main(
     rate: float = 2e-3,
     noise: float = 0.3,
     span: float = 6.0,
-    k_p: float = 0.02,
+    k_p: float = 0.05,
     k_i: float = 1e-4,
     lowest: float = -0.1,
     windows: int = 256,
