@@ -84,13 +84,14 @@ def _spans(rows: list[Row], base: Row | None) -> Sheet:
         gone = f"{deleted(row):.1%}" if row["deletion"] else ""
         cost = row["flops"]["forward"]
         share = f"{cost / base['flops']['forward']:.2f}" if base else ""
+        width = f"{row['width']}, {row['fullest']}"
         out.append(
-            (row["name"], asked, gone, f"{bits:.3f} ± {error:.3f}", *_against(row, base), soft, str(row["width"]),
+            (row["name"], asked, gone, f"{bits:.3f} ± {error:.3f}", *_against(row, base), soft, width,
              f"{cost / 1e6:.1f}", share, _ms(row, "forward"), _ms(row, "step"))
         )  # fmt: skip
     columns = (
-        "", "asked", "deleted", "bits per byte", "more than ByT5", "in %", "soft", "width", "MFLOP", "of ByT5's", "ms",
-        "step, ms",
+        "", "asked", "deleted", "bits per byte", "more than ByT5", "in %", "soft", "width, fullest", "MFLOP", "of ByT5's",
+        "ms", "step, ms",
     )  # fmt: skip
     return Sheet("Hidden spans: held-out bits per hidden byte, deletion hard", columns, out)
 

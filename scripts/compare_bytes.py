@@ -70,6 +70,7 @@ def main(
       only: names of rows to train, and what they start from; none: all of them.
     """
     console, began = Console(), time.perf_counter()
+    console.width = console.width if console.is_terminal else 140
     rates = rates if rates is not None else (0.5,) if data else (0.3, 0.5, 0.7)
     domains = bytes_data.languages(data) if data else bytes_data.text()
     rows = chosen(bytes_models.contestants(rates, share, decoders=data is None), only)
@@ -124,22 +125,33 @@ def run(
     params, curve, log = trainer(row.init(recipe.seed, start), scorer, tick, tell)
     seconds = time.process_time() - before
 
-    soft = scorer(params)
-    width, scores = recipe.length, soft
-    if row.packs:  # room for the fullest window, so that nothing is lost
-        width = words.capacity_for(np.concatenate(list(soft.kept.values())), multiple_of=4, at_most=scorer.reads)
-        scores = scorer(params, capacity=width)
+    figures = dict(seconds=seconds, steps=trainer.steps, curve=curve, log=log)
+    return params, judge(row, params, trainer, scorer) | figures
+
+
+def judge(row: Contestant, params: Params, trainer: Trainer, scorer: Scorer) -> dict[str, Any]:
+    """A trained row's figures.
+
+    What it keeps is packed with room for the fullest held-out window, so that nothing is lost. Deletion's cost is told at the
+    mean: that of batches whose windows keep about as much.
+    """
+    soft = scores = scorer(params)
+    kept = np.concatenate(list(soft.kept.values()))
+    fullest = width = words.capacity_for(kept, multiple_of=4, at_most=scorer.reads)
+    if row.packs:
+        scores = scorer(params, capacity=fullest)
         if scores.overflow:
-            raise RuntimeError(f"{row.name}: {scores.overflow} bytes found no room in {width} slots.")
+            raise RuntimeError(f"{row.name}: {scores.overflow} bytes found no room in {fullest} slots.")
+    if row.deletion:
+        width = words.capacity_for([int(np.ceil(kept.mean()))], multiple_of=4, at_most=scorer.reads)
     means = lambda found, scale=1: {d: float(v.mean() / scale) for d, v in found.items()}
-    figures = dict(
-        name=row.name, task=row.task, start=row.start, deletion=row.deletion, at_random=row.at_random, steps=trainer.steps,
-        parameters=sum(x.size for x in jax.tree.leaves(params)), seconds=seconds, curve=curve, log=log, width=width,
+    return dict(
+        name=row.name, task=row.task, start=row.start, deletion=row.deletion, at_random=row.at_random,
+        parameters=sum(x.size for x in jax.tree.leaves(params)), width=width, fullest=fullest,
         bits={d: np.round(b.astype(float), 5).tolist() for d, b in scores.bits.items()},
         soft=means(soft.bits) if row.deletion else None, kept=means(scores.kept, scorer.reads),
         flops=bytes_speed.operations_of(row, params, trainer, scorer, width if row.packs else None),
     )  # fmt: skip
-    return params, figures
 
 
 class Cache:

@@ -76,7 +76,7 @@ main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 
 h2 { font-size: 1rem; margin: 0 } h2 + p { margin: 0; color: #555; font-size: .9rem; min-height: 1.5em }
 pre { font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
 .d { color: #8a5a00; background: #fbe8c8; text-decoration: line-through; text-decoration-thickness: 1px; opacity: .75 }
-.b { box-shadow: inset 2px 0 #0072b2 } .o { background: #e3f0f9 }
+.b { border-left: 2px solid #0072b2; padding-left: 1px } .o { background: #e3f0f9 }
 .here { outline: 2px solid #d55e00 }
 """
 SCRIPT = """
