@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.t5 import Stack, T5Config
+from models.t5 import BlockSize, Stack, T5Config, lookup
 
 
 class ByteLM(nnx.Module):
-    """The model. Of the config the encoder's depth and the dropout are not read.
+    """The model. Of the config the encoder's depth and the dropout are not read; the other arguments are those of `t5.T5`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -27,15 +27,23 @@ class ByteLM(nnx.Module):
       (1, 3, 256)
     """
 
-    def __init__(self, c: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c: T5Config,
+        *,
+        dtype: Any = jnp.float32,
+        scan: bool = False,
+        remat: str | None = None,
+        block_size: BlockSize = None,
+        rngs: nnx.Rngs,
+    ):
+        how: Any = dict(dtype=dtype, scan=scan, remat=remat, block_size=block_size, rngs=rngs)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)))
-        self.decoder = Stack(c, decoder=True, cross=False, dtype=dtype, rngs=rngs)
+        self.decoder = Stack(c, decoder=True, cross=False, **how)
         init = nnx.initializers.normal(c.d_model**-0.5)
         self.head = nnx.Linear(c.d_model, c.vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits for the byte after each of `ids`, float32."""
-        x, bias = self.embedding[...][ids], self.decoder.position_bias(jnp.arange(ids.shape[1])[None])
-        for block in self.decoder.blocks:
-            x, _ = block(x, position_bias=bias)
-        return self.head(self.decoder.norm(x).astype(jnp.float32))
+        hidden, _ = self.decoder(lookup(self.embedding[...], ids))
+        return self.head(self.decoder.last(hidden[-1]).astype(jnp.float32))

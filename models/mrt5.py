@@ -69,7 +69,7 @@ class DeleteGate(nnx.Module):
 
 
 class MrT5(nnx.Module):
-    """The model.
+    """The model. `scan`, `remat` and `block_size` are those of `t5.T5`.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -83,8 +83,17 @@ class MrT5(nnx.Module):
       ((1, 13, 16), (1, 8, 16))
     """
 
-    def __init__(self, c: MrT5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.t5 = t5.T5(c.base, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        c: MrT5Config,
+        *,
+        dtype: Any = jnp.float32,
+        scan: bool = False,
+        remat: str | None = None,
+        block_size: t5.BlockSize = None,
+        rngs: nnx.Rngs,
+    ):
+        self.t5 = t5.T5(c.base, dtype=dtype, scan=scan, remat=remat, block_size=block_size, rngs=rngs)
         self.gate = DeleteGate(c.base.d_model, rngs=rngs)
         self.gate_layer, self.gate_scale, self.threshold = c.gate_layer, c.gate_scale, c.threshold
 
@@ -110,30 +119,23 @@ class MrT5(nnx.Module):
           rngs: for dropout, in training.
         """
         mask = ids != jm.words.PAD if mask is None else mask
-        stack = self.t5.encoder
-        x, bias = self.t5.embed(ids, rngs), key_bias(mask=mask)
-        positions = jnp.arange(ids.shape[1])[None]
-        position_bias = stack.position_bias(positions)
-        logits, gate, plan = None, None, None
-        hidden, excess = [x], []
-        for layer, block in enumerate(stack.blocks):
-            if layer == self.gate_layer:
-                logits = self.gate(x)
-                gate = jm.words.delete_gate(logits, mask=mask, scale=self.gate_scale)
-                bias = key_bias(gate=gate, mask=mask)
-                if capacity is not None:
-                    stay = jm.words.kept(gate, mask=mask, threshold=self.threshold if threshold is None else threshold)
-                    x, positions, plan = jm.tokens.pack(stay, x, capacity)
-                    weight = jm.merge(plan, gate, reduce="first") if keep_gate else None
-                    bias = key_bias(plan, gate=weight)
-                    position_bias = stack.position_bias(positions)
-            x, e = block(x, position_bias=position_bias, key_bias=bias, rngs=rngs)
-            hidden.append(x)
-            if layer >= self.gate_layer:
-                excess.append(e)
-        x = t5.dropout(stack.norm(x), self.t5.dropout, rngs)
-        assert logits is not None and gate is not None  # the config names one of the blocks
-        return Encoded(x, bias, gate, logits, mask, plan, (*hidden[:-1], x), jnp.mean(jnp.stack(excess)))
+        encoder = self.t5.encoder
+        x = self.t5.embed(ids, rngs)
+        below, _ = encoder(x, stop=self.gate_layer, key_bias=key_bias(mask=mask), rngs=rngs)
+        hidden = [x, *below]
+        x, positions, plan = hidden[-1], None, None
+        logits = self.gate(x)
+        gate = jm.words.delete_gate(logits, mask=mask, scale=self.gate_scale)
+        bias = key_bias(gate=gate, mask=mask)
+        if capacity is not None:
+            stay = jm.words.kept(gate, mask=mask, threshold=self.threshold if threshold is None else threshold)
+            x, positions, plan = jm.tokens.pack(stay, x, capacity)
+            weight = jm.merge(plan, gate, reduce="first") if keep_gate else None
+            bias = key_bias(plan, gate=weight)
+        above, excess = encoder(x, positions=positions, start=self.gate_layer, key_bias=bias, rngs=rngs)
+        states = encoder.last(above[-1], rngs)
+        seen = (*hidden, *above[:-1], states)
+        return Encoded(states, bias, gate, logits, mask, plan, seen, jnp.mean(jnp.stack(excess)))
 
     def decode(self, ids: Int[Array, "b t"], encoded: Encoded, *, rngs: nnx.Rngs | None = None) -> t5.Decoded:
         """Logits for the id after each of `ids`. Deleted bytes weigh as little here as in the encoder."""

@@ -9,16 +9,21 @@ Sources: T5 (arXiv:1910.10683), ByT5 (arXiv:2105.13626).
 
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge import words
 from jaxmerge.attention import MASKED, key_bias
+from models.fold import fold, stack
+
+BlockSize = int | Literal["auto"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,29 +82,56 @@ class RMSNorm(nnx.Module):
         return (x * self.scale[...].reshape(1, 1, -1)).astype(self.dtype)
 
 
-class Attention(nnx.Module):
-    """Multi-head attention; the scores are not scaled, the initialisation is."""
+class Relative(NamedTuple):
+    """A position bias that is computed a block of queries at a time: what stands in for it where it does not fit in memory."""
 
-    def __init__(self, c: T5Config, *, dtype: Any, rngs: nnx.Rngs):
+    rows: Callable[[Array], Array]
+    """(one, r) positions of queries to their (one, h, r, s) bias."""
+    queries: Int[Array, "one t"]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; the scores are not scaled, the initialisation is.
+
+    With a `block_size`, the scores of that many queries are in memory at once and are computed again on the way back.
+    """
+
+    def __init__(self, c: T5Config, *, dtype: Any, block_size: BlockSize = None, rngs: nnx.Rngs):
         inner = c.num_heads * c.d_kv
         self.q = _linear(c.d_model, inner, (c.d_model * c.d_kv) ** -0.5, dtype, rngs)
         self.k = _linear(c.d_model, inner, c.d_model**-0.5, dtype, rngs)
         self.v = _linear(c.d_model, inner, c.d_model**-0.5, dtype, rngs)
         self.o = _linear(inner, c.d_model, inner**-0.5, dtype, rngs)
         self.num_heads, self.softmax1, self.dropout = c.num_heads, c.softmax1, c.dropout
+        self.block_size: BlockSize = block_size
+
+    def heads(self, x: Float[Array, "b n hk"]) -> Float[Array, "b n h k"]:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+    def keys_values(self, memory: Float[Array, "b s d"]) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]:
+        return self.heads(self.k(memory)), self.heads(self.v(memory))
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        memory: Float[Array, "b s d"],
+        keys_values: tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]],
         *,
         key_bias: Float[Array, "b s"] | None = None,
-        position_bias: Float[Array, "one h t s"] | None = None,
+        position_bias: Float[Array, "one h t s"] | Relative | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, ""]]:
         """The result, and the mean excess of the scores over 5 before the keys' bias is added (masked keys count as 0)."""
-        heads = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
-        q, k, v = heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory))
+        q, (k, v) = self.heads(self.q(x)), keys_values
+        t, scores = q.shape[1], q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+        size = query_block(self.block_size, t, scores)
+        if size < t:
+            out, excess = self._in_blocks(size, q, k, v, key_bias=key_bias, position_bias=position_bias, rngs=rngs)
+        else:
+            bias = position_bias.rows(position_bias.queries) if isinstance(position_bias, Relative) else position_bias
+            out, excess = self._attend(q, k, v, key_bias=key_bias, position_bias=bias, rngs=rngs)
+        return self.o(out.reshape(*x.shape[:-1], -1)), jnp.sum(excess) / scores
+
+    def _attend(self, q, k, v, *, key_bias, position_bias, rngs) -> tuple[Float[Array, "b t h k"], Float[Array, "b t"]]:
         scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
         if position_bias is not None:
             scores = scores + position_bias
@@ -109,8 +141,27 @@ class Attention(nnx.Module):
             excess = jnp.where(key_bias[:, None, None, :] > MASKED / 2, excess, 0.0)
         weights = words.softmax1(scores) if self.softmax1 else jax.nn.softmax(scores, axis=-1)
         weights = dropout(weights.astype(v.dtype), self.dropout, rngs)
-        out = jnp.einsum("bhts,bshd->bthd", weights, v)
-        return self.o(out.reshape(*x.shape[:-1], -1)), jnp.mean(excess)
+        return jnp.einsum("bhts,bshd->bthd", weights, v), jnp.sum(excess, axis=(1, 3))
+
+    def _in_blocks(self, size, q, k, v, *, key_bias, position_bias, rngs):
+        t = q.shape[1]
+        blocks = -(-t // size)
+        cut = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - t), *((0, 0),) * (x.ndim - 2)))
+        cut_up = lambda x: jnp.moveaxis(cut(x).reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+        queries = cut_up(position_bias.queries) if isinstance(position_bias, Relative) else None
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), blocks)
+
+        @jax.checkpoint
+        def one(block):
+            q, queries, key = block
+            bias = None if queries is None else position_bias.rows(queries)
+            return self._attend(
+                q, k, v, key_bias=key_bias, position_bias=bias, rngs=None if key is None else nnx.Rngs(dropout=key)
+            )
+
+        out, excess = jax.lax.map(one, (cut_up(q), queries, keys))
+        join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :t]
+        return join(out), join(excess)
 
 
 class FeedForward(nnx.Module):
@@ -129,58 +180,133 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Self-attention, then (in a decoder) attention to the encoder, then feed-forward, each normed and added."""
 
-    def __init__(self, c: T5Config, *, decoder: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, c: T5Config, *, decoder: bool, dtype: Any, block_size: BlockSize = None, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(c.d_model, dtype=dtype)
-        self.attention = Attention(c, dtype=dtype, rngs=rngs)
+        self.attention = Attention(c, dtype=dtype, block_size=block_size, rngs=rngs)
         if decoder:
             self.cross_norm = RMSNorm(c.d_model, dtype=dtype)
-            self.cross = Attention(c, dtype=dtype, rngs=rngs)
+            self.cross = Attention(c, dtype=dtype, block_size=block_size, rngs=rngs)
         self.ffn_norm = RMSNorm(c.d_model, dtype=dtype)
         self.ffn = FeedForward(c, dtype=dtype, rngs=rngs)
-        self.dropout = c.dropout
+        self.dropout, self.dtype = c.dropout, dtype
 
     def __call__(
         self,
         x: Float[Array, "b n d"],
         *,
-        position_bias: Float[Array, "one h n n"],
-        key_bias: Float[Array, "b n"] | None = None,
-        memory: tuple[Float[Array, "b s d"], Float[Array, "b s"]] | None = None,
+        position_bias: Float[Array, "one h n s"] | Relative,
+        key_bias: Float[Array, "b s"] | None = None,
+        memory: tuple[Float[Array, "b m d"], Float[Array, "b m"]] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "b n d"], Float[Array, ""]]:
-        add = lambda x, y: x + dropout(y, self.dropout, rngs).astype(jnp.float32)
         h = self.attention_norm(x)
-        h, excess = self.attention(h, h, key_bias=key_bias, position_bias=position_bias, rngs=rngs)
-        x = add(x, h)
+        y, excess = self.attention(h, self.attention.keys_values(h), key_bias=key_bias, position_bias=position_bias, rngs=rngs)
+        x = self.add(x, y, rngs)
         if memory is not None:
             states, bias = memory
-            h, excess = self.cross(self.cross_norm(x), states.astype(h.dtype), key_bias=bias, rngs=rngs)
-            x = add(x, h)
-        return add(x, self.ffn(self.ffn_norm(x), rngs)), excess
+            pair = self.cross.keys_values(states.astype(self.dtype))
+            y, excess = self.cross(self.cross_norm(x), pair, key_bias=bias, rngs=rngs)
+            x = self.add(x, y, rngs)
+        return self.add(x, self.ffn(self.ffn_norm(x), rngs), rngs), excess
+
+    def add(self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
+        """Onto the residual stream, which is float32."""
+        return x + dropout(y, self.dropout, rngs).astype(jnp.float32)
 
 
 class Stack(nnx.Module):
     """The encoder or the decoder: blocks, the position bias they share, and the last norm. `cross`: it reads an encoder."""
 
-    def __init__(self, c: T5Config, *, decoder: bool, cross: bool = True, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c: T5Config,
+        *,
+        decoder: bool,
+        cross: bool = True,
+        dtype: Any,
+        scan: bool = False,
+        remat: str | None = None,
+        block_size: BlockSize = None,
+        rngs: nnx.Rngs,
+    ):
         depth = c.num_decoder_layers if decoder else c.num_layers
-        self.blocks = nnx.List([Block(c, decoder=decoder and cross, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        make = lambda: Block(c, decoder=decoder and cross, dtype=dtype, block_size=block_size, rngs=rngs)
+        self.blocks = stack([make() for _ in range(depth)], scan=scan)
         self.position = nnx.Param(jax.random.normal(rngs.params(), (c.num_buckets, c.num_heads)) * c.d_model**-0.5)
         self.norm = RMSNorm(c.d_model, dtype=dtype)
-        self.decoder, self.max_distance = decoder, c.max_distance
+        self.decoder, self.max_distance, self.dropout = decoder, c.max_distance, c.dropout
+        self.shape, self.remat, self.block_size = c, remat, block_size
 
-    def position_bias(self, positions: Int[Array, "one n"]) -> Float[Array, "one h n n"]:
-        """The bias between tokens that stand at `positions` of the text, one row per example or one for all."""
-        distance = positions[:, None, :] - positions[:, :, None]
-        buckets = relative_buckets(
-            distance, num_buckets=self.position.shape[0], max_distance=self.max_distance, causal=self.decoder
-        )
-        bias = jnp.moveaxis(self.position[...][buckets], -1, 1)
+    def position_bias(
+        self,
+        positions: Int[Array, "one n"],
+        keys: Int[Array, "one s"] | None = None,
+        *,
+        table: Float[Array, "buckets h"] | None = None,
+    ) -> Float[Array, "one h n s"]:
+        """The bias between tokens that stand at `positions` of the text, one row per example or one for all.
+
+        A decoder's queries see no later key. `keys`: where the keys stand, if elsewhere than the queries. `table`: the
+        parameter, if it comes from elsewhere.
+        """
+        table = jnp.asarray(self.position[...] if table is None else table)
+        keys = positions if keys is None else keys
+        distance = keys[:, None, :] - positions[:, :, None]
+        buckets = relative_buckets(distance, num_buckets=table.shape[0], max_distance=self.max_distance, causal=self.decoder)
+        bias = jnp.moveaxis(lookup(table, buckets), -1, 1)
         return jnp.where(distance[:, None] <= 0, bias, MASKED) if self.decoder else bias
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        *,
+        positions: Int[Array, "one n"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        key_bias: Float[Array, "b n"] | None = None,
+        memory: tuple[Float[Array, "b m d"], Float[Array, "b m"]] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[list[Float[Array, "b n d"]], list[Float[Array, ""]]]:
+        """The residual stream after each block from `start` to before `stop`, and each block's excess of scores over 5."""
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        depth = len(self.blocks)
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
+        every = place = None
+        if self.block_size is None:
+            every = self.position_bias(positions)  # once for all layers
+        else:  # handed to each layer: what does not change from layer to layer, a scan would compute once and keep
+            place = jax.tree.map(lambda a: jnp.broadcast_to(a, (depth, *a.shape)), (positions, self.position[...]))
+
+        def one(block, x, given):
+            key, place = given
+            rngs = None if key is None else nnx.Rngs(dropout=key)
+            bias: Any = every
+            if place is not None:
+                at, table = place
+                bias = Relative(lambda queries: self.position_bias(queries, at, table=table), at)
+            x, excess = block(x, position_bias=bias, key_bias=key_bias, memory=memory, rngs=rngs)
+            return x, (x, excess)
+
+        _, seen = fold(self.blocks, one, x, (keys, place), start=start, stop=stop, remat=self.remat)
+        return [h for h, _ in seen], [e for _, e in seen]
+
+    def last(self, x: Float[Array, "b n d"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
+        """What leaves the stack: the residual stream, normed."""
+        return dropout(self.norm(x), self.dropout, rngs)
 
 
 class T5(nnx.Module):
     """The model. `T5(VARIANTS["small"], rngs=nnx.Rngs(0))`.
+
+    Args:
+      c: the architecture.
+      dtype: what matrices are multiplied in.
+      scan: keep the blocks stacked and scan over them, so that compile time does not grow with depth; the parameters are the
+        same numbers, and `models.load` reads and writes either form.
+      remat: what the backward pass finds in memory: None (all), "dots", "full" (nothing), or a name of
+        `jax.checkpoint_policies`.
+      block_size: how many queries attend at once. None: all, with scores of (b, h, n, n) in memory. "auto": so many that the
+        scores in memory stay below 256 MiB. The result is the same.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -192,29 +318,34 @@ class T5(nnx.Module):
       (1, 1, 384)
     """
 
-    def __init__(self, c: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c: T5Config,
+        *,
+        dtype: Any = jnp.float32,
+        scan: bool = False,
+        remat: str | None = None,
+        block_size: BlockSize = None,
+        rngs: nnx.Rngs,
+    ):
+        how: Any = dict(dtype=dtype, scan=scan, remat=remat, block_size=block_size, rngs=rngs)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)))
-        self.encoder = Stack(c, decoder=False, dtype=dtype, rngs=rngs)
-        self.decoder = Stack(c, decoder=True, dtype=dtype, rngs=rngs)
+        self.encoder = Stack(c, decoder=False, **how)
+        self.decoder = Stack(c, decoder=True, **how)
         self.head = _linear(c.d_model, c.vocab_size, c.d_model**-0.5, jnp.float32, rngs)
         self.dropout = c.dropout
 
     def embed(self, ids: Int[Array, "b n"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:
-        return dropout(self.embedding[...][ids], self.dropout, rngs)
+        return dropout(lookup(self.embedding[...], ids), self.dropout, rngs)
 
     def encode(
         self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"] | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Encoded:
         """States for the decoder to read. `mask` is True where there is a byte; without it, where the id is not padding."""
-        bias = key_bias(mask=ids != words.PAD if mask is None else mask)
-        x, position_bias = self.embed(ids, rngs), self.encoder.position_bias(jnp.arange(ids.shape[1])[None])
-        hidden, excess = [x], []
-        for block in self.encoder.blocks:
-            x, e = block(x, position_bias=position_bias, key_bias=bias, rngs=rngs)
-            hidden.append(x)
-            excess.append(e)
-        x = dropout(self.encoder.norm(x), self.dropout, rngs)
-        return Encoded(x, bias, (*hidden[:-1], x), jnp.mean(jnp.stack(excess)))
+        bias, x = key_bias(mask=ids != words.PAD if mask is None else mask), self.embed(ids, rngs)
+        hidden, excess = self.encoder(x, key_bias=bias, rngs=rngs)
+        states = self.encoder.last(hidden[-1], rngs)
+        return Encoded(states, bias, (x, *hidden[:-1], states), jnp.mean(jnp.stack(excess)))
 
     def decode(
         self,
@@ -225,14 +356,22 @@ class T5(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Decoded:
         """Logits for the id after each of `ids`. The keys' bias says what each state weighs: padding, deletion, size."""
-        x, position_bias = self.embed(ids, rngs), self.decoder.position_bias(jnp.arange(ids.shape[1])[None])
-        hidden, excess = [x], []
-        for block in self.decoder.blocks:
-            x, e = block(x, position_bias=position_bias, memory=(states, key_bias), rngs=rngs)
-            hidden.append(x)
-            excess.append(e)
-        x = dropout(self.decoder.norm(x), self.dropout, rngs)
-        return Decoded(self.head(x.astype(jnp.float32)), (*hidden[:-1], x), jnp.mean(jnp.stack(excess)))
+        x = self.embed(ids, rngs)
+        hidden, excess = self.decoder(x, memory=(states, key_bias), rngs=rngs)
+        last = self.decoder.last(hidden[-1], rngs)
+        return Decoded(self.head(last.astype(jnp.float32)), (x, *hidden[:-1], last), jnp.mean(jnp.stack(excess)))
+
+
+def query_block(block_size: BlockSize, queries: int, scores: int) -> int:
+    """How many queries attend at once. "auto": as many, a power of two from 16 up, as leave at most 2^26 scores in memory."""
+    if block_size is None:
+        return queries
+    if block_size != "auto":
+        if block_size < 1:
+            raise ValueError(f'query_block: block_size must be 1 or more, "auto" or None for all queries; got {block_size}.')
+        return min(block_size, queries)
+    size = 1 << max((2**26 * queries // max(scores, 1)).bit_length() - 1, 4)
+    return min(size, queries)
 
 
 def relative_buckets(distance: Int[Array, "..."], *, num_buckets: int, max_distance: int, causal: bool) -> Int[Array, "..."]:
@@ -253,6 +392,12 @@ def relative_buckets(distance: Int[Array, "..."], *, num_buckets: int, max_dista
     for edge in edges:
         bucket = bucket + (size >= edge)
     return bucket if causal else bucket + jnp.where(distance > 0, half, 0)
+
+
+def lookup(table: Float[Array, "v d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """table[ids], laid out as the ids are where axes are Explicit."""
+    layout = getattr(jax.typeof(ids).sharding, "spec", ())
+    return table.at[ids].get(out_sharding=P(*layout, None) if any(axis is not None for axis in layout) else None)
 
 
 def shift_right(labels: Int[Array, "b t"]) -> Int[Array, "b t"]:
