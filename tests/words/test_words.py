@@ -152,8 +152,8 @@ def test_random_deletion_holds_its_rate_in_every_row():
     mask = jnp.arange(200)[None] < jnp.array([[200], [100], [11], [0]])
     gone = words.random_gate(KEY, mask, 0.4, spread=0.0) < 0
     assert (gone & mask).sum(1).tolist() == [80, 40, 4, 0] and (gone | mask).all()
-    rates = (words.random_gate(KEY, jnp.ones((2000, 100), bool), 0.5) < 0).mean(axis=1)
-    np.testing.assert_allclose([rates.mean(), rates.std()], [0.5, 0.05], atol=0.005)
+    rates = (words.random_gate(KEY, jnp.ones((1000, 100), bool), 0.5) < 0).mean(axis=1)
+    np.testing.assert_allclose([rates.mean(), rates.std()], [0.5, 0.05], atol=0.007)
     place = (words.random_gate(KEY, jnp.ones((2000, 20), bool), 0.5, spread=0.0) < 0).mean(axis=0)
     np.testing.assert_allclose(place, 0.5, atol=5 * 0.5 / np.sqrt(2000))
     every = [words.random_gate(KEY, jnp.ones((1, 9), bool), rate, spread=0.0) for rate in (0.0, 1.0)]
