@@ -5,7 +5,7 @@ A key that stands for s tokens weighs log s (proportional attention); a softly d
 extra feature columns, [q, 1]·[k, bias], which any attention kernel can take without change.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,8 @@ def proportional_attention(
         shared (GQA).
       bias: from `key_bias`; None before the first merge.
       mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`. "cudnn" is given the bias as feature
-        columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient.
+        columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient. It has gradients
+        for even lengths alone: where there are gradients to take and no mask, odd ones get one more row, that weighs nothing.
 
     Law:
       with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
@@ -164,16 +165,41 @@ def proportional_attention(
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
-    d = v.shape[-1]
-    if bias is not None and implementation == "cudnn":
-        scale = d**-0.5 if scale is None else scale
-        q, k, v = append_bias(q, k, v, bias, scale=scale, multiple_of=8)
-        bias = None
+    options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
+    if implementation == "cudnn":
+        return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)
     b = None if bias is None else bias[..., None, None, :]
-    out = jax.nn.dot_product_attention(
-        q, k, v, bias=b, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
-    )
-    return out if out.shape[-1] == d else out[..., :d]
+    return jax.nn.dot_product_attention(q, k, v, bias=b, mask=mask, implementation=implementation, **options)
+
+
+def _even_lengths(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array, Array, Array | None]:
+    """Queries and keys of even number: a row of zeros at the end where there is one too few, of weight 0."""
+    rows = lambda x, count: jnp.pad(x, (*[(0, 0)] * (x.ndim - 3), (0, count), (0, 0), (0, 0)))
+    t, s = q.shape[-3] % 2, k.shape[-3] % 2
+    if s:
+        bias = jnp.zeros(k.shape[:-2], jnp.float32) if bias is None else bias
+        bias = jnp.pad(bias, (*[(0, 0)] * (bias.ndim - 1), (0, 1)), constant_values=MASKED)
+    return rows(q, t), rows(k, s), rows(v, s), bias
+
+
+def _flash(q, k, v, bias, mask=None, *, is_causal, scale):
+    """cuDNN's attention, the bias in feature columns."""
+    d = v.shape[-1]
+    if bias is not None:
+        q, k, v = append_bias(q, k, v, bias, scale=scale, multiple_of=8)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, implementation="cudnn")
+    return out[..., :d]
+
+
+def _flash_of_any_length(q, k, v, bias, **options):
+    """`_flash` as it is, but for its gradient, which is that at even lengths."""
+    flash = jax.custom_vjp(lambda *a: _flash(*a, **options))
+
+    def forward(q, k, v, bias):
+        return jax.vjp(lambda *a: _flash(*_even_lengths(*a), **options)[..., : q.shape[-3], :, :], q, k, v, bias)
+
+    flash.defvjp(forward, lambda back, g: back(g))
+    return flash(q, k, v, bias)
 
 
 def segment_mask(plan: Plan, *, causal: bool = False) -> Bool[Array, "*batch n n"]:

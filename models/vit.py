@@ -174,31 +174,37 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b m d"], AnyPlan | None, Float[Array, "b m"] | None]:
         bias = jm.attention.key_bias(sizes) if proportional and sizes is not None else None
         y, qkv = self.attn(self.norm1(x), bias)
-        x = x + y
         if r:
-            seen = Seen(x, *qkv, bias, self.protect, plan)
+            seen = Seen(x + y, *qkv, bias, self.protect, plan)
             weight = sizes if reduce == "mean" else None
             if planner is token_merging and reduce == "mean":  # one kernel where there is one
-                x, sizes, step = jm.tokens.merge_step(seen.keys, x, r, sizes=weight, protect=self.protect)
+                x, sizes, step = jm.tokens.merge_step(seen.keys, x, r, sizes=weight, residual=y, protect=self.protect)
                 plan = step if plan is None else jm.compose(step, plan)
             else:
                 step = planner(seen, r)
-                x = jm.merge(step, x, weight=weight, reduce=reduce)
+                x = jm.merge(step, seen.x, weight=weight, reduce=reduce)
                 plan = step if plan is None else jm.compose(step, plan)
                 sizes = plan.sizes.astype(jnp.float32)
+        else:
+            x = x + y
         return x + self.mlp(self.norm2(x)), plan, sizes
 
 
 class PatchEmbed(nnx.Module):
-    """One linear map per patch: a convolution whose stride is its width."""
+    """One linear map per patch: a convolution whose stride is its width, taken as the product that it is."""
 
     def __init__(self, config: ViTConfig, *, dtype: Any, rngs: nnx.Rngs):
         p = config.patch_size
-        self.proj = nnx.Conv(config.channels, config.width, (p, p), strides=(p, p), padding="VALID", dtype=dtype, rngs=rngs)
+        self.proj = nnx.Conv(config.channels, config.width, (p, p), strides=(p, p), padding="VALID", rngs=rngs)
+        self.dtype = dtype
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
-        x = self.proj(images)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        b, h, w, c = images.shape
+        p, _, _, d = self.proj.kernel.shape
+        x = images.reshape(b, h // p, p, w, c).reshape(b, h // p, p, w // p, p, c)
+        assert self.proj.bias is not None
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.proj.kernel[...], self.proj.bias[...]))
+        return jnp.einsum("bipjqc,pqcd->bijd", x, kernel).reshape(b, -1, d) + bias.reshape(1, 1, d)
 
 
 class ViT(nnx.Module):

@@ -63,8 +63,9 @@ def tune(op: str, name: str, arrays: list, static: dict) -> dict:
     for options in getattr(module, "CANDIDATES", {}).get(op, ({},)):
         try:
             us = microseconds(lambda *a, options=options: getattr(module, op)(*a, **static, **options), arrays)
-        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
-            continue  # a setting that does not fit this shape or chip
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as e:
+            print(f"{op} with {options or 'its only setting'} does not fit: {str(e).splitlines()[0]}")
+            continue
         best = min(best, {"us": round(us, 2), **options}, key=lambda found: found["us"])
     return best | {"xla_us": round(microseconds(lambda *a: getattr(reference, op)(*a, **static), arrays), 2)}
 

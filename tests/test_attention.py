@@ -1,5 +1,6 @@
 """The key bias: what a plan means to attention, in both of its forms."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +141,28 @@ def test_bad_input(call, message, unchecked):
 
 def test_masked_is_finite_in_bfloat16():
     assert jnp.isfinite(jnp.bfloat16(MASKED))
+
+
+@pytest.mark.parametrize("t, s, causal", [(5, 5, False), (5, 5, True), (4, 7, False), (6, 6, False)])
+def test_odd_lengths_made_even_change_nothing(monkeypatch, t, s, causal):
+    """cuDNN has gradients for even lengths alone. Here XLA stands in for it, and refuses odd ones under differentiation."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (t, s, s))
+    bias = jm.attention.key_bias(jnp.asarray(rng.integers(1, 5, (2, s))))
+    seen = []
+
+    def flash(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        seen.append((q.shape[1], k.shape[1]))
+        return plain(q, k, v, **options)
+
+    plain = jax.nn.dot_product_attention
+    loss = lambda which: lambda *a: (jm.attention.proportional_attention(*a, is_causal=causal, implementation=which) ** 2).sum()
+    for some in (bias, None):
+        wanted = jax.value_and_grad(loss("xla"), argnums=(0, 1, 2))(q, k, v, some)
+        with monkeypatch.context() as m:
+            m.setattr(jax.nn, "dot_product_attention", flash)
+            value = loss("cudnn")(q, k, v, some)
+            found = jax.value_and_grad(loss("cudnn"), argnums=(0, 1, 2))(q, k, v, some)
+        assert seen[0] == (t, s) and seen[-1] == (t + t % 2, s + s % 2)
+        chex.assert_trees_all_close((found, value), (wanted, wanted[0]), rtol=1e-5, atol=1e-5)

@@ -63,5 +63,5 @@ def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], di
     }
     if spec in VIT:
         protected = tuple(i < spec.prefix for i in range(n))
-        found["step"] = ([array(n, k), array(n, d), one], {"r": spec.r, "protected": protected})
+        found["step"] = ([array(n, k), array(n, d), one, None], {"r": spec.r, "protected": protected})
     return found

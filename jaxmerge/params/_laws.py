@@ -19,7 +19,7 @@ def assert_merge(
     tx: MergeTransform,
     *,
     models: int = 3,
-    mean: bool = False,
+    mean: bool | float = False,
     symmetric: bool = False,
     linear: bool = False,
     exact: bool = True,
@@ -39,7 +39,7 @@ def assert_merge(
     Args:
       tx: a transform that ends with one model.
       models: K.
-      mean: identical experts give the expert back.
+      mean: identical experts give the expert back; a number says how closely, relative to the largest entry, if not to 1e-6.
       symmetric: the order of the models does not matter, but for rounding.
       linear: merge(a x + b y) = a merge(x) + b merge(y).
       exact: the result has the same bits on any sharding (pointwise, random and order-statistic atoms); otherwise (norms, dot
@@ -75,7 +75,12 @@ def assert_merge(
     _close(run(jax.tree.map(np.zeros_like, x)), jax.tree.map(np.zeros_like, merged), 0.0, "zero deltas merge to zero")
     if mean:
         same = jax.tree.map(lambda v: np.repeat(v[:1], models, axis=0), x)
-        _close(run(same), jax.tree.map(lambda v: v[:1], same), 1e-6, "identical experts give the expert back")
+        _close(
+            run(same),
+            jax.tree.map(lambda v: v[:1], same),
+            1e-6 if mean is True else mean,
+            "identical experts give the expert back",
+        )
     if symmetric:
         _close(run(jax.tree.map(lambda v: v[::-1], x)), merged, rounding, "symmetry in the experts")
     if linear:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import ArrayLike, Bool, Float, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
 from jaxmerge._plan import Plan
 
@@ -44,6 +45,18 @@ def segments(starts: Bool[Array, "*batch n"], capacity: int, *, mask: Bool[Array
         raise ValueError(f"segments: mask must have the shape of starts, {starts.shape}, got {mask.shape}.")
     ids = jnp.cumsum(starts & mask, axis=-1, dtype=jnp.int32) - 1
     return Plan(jnp.where(mask, ids, -1), capacity)
+
+
+def document_starts(documents: Int[Array, "*batch n"]) -> Bool[Array, "*batch n"]:
+    """Where a document begins in a row of several: where the id differs from the one before. The row's head always does.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.words.document_starts(jnp.array([3, 3, 5, 5, 1])).astype(int).tolist()
+      [1, 0, 1, 0, 1]
+    """
+    changed = documents != jnp.concatenate([documents[..., :1], documents[..., :-1]], axis=-1)
+    return changed | (jax.lax.broadcasted_iota(jnp.int32, documents.shape, documents.ndim - 1) == 0)
 
 
 def shift(words: Float[Array, "*batch m d"], first: Shaped[Array, "d"] | None = None) -> Float[Array, "*batch m d"]:
@@ -98,3 +111,15 @@ def capacity_for(counts: ArrayLike | Sequence[int], *, multiple_of: int = 128, a
         raise ValueError(f"capacity_for: counts must be one or more numbers, none negative; got {counts.tolist()}.")
     capacity = max(-(-int(counts.max()) // multiple_of), 1) * multiple_of
     return capacity if at_most is None else min(capacity, at_most)
+
+
+def place_in_word(starts: Bool[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """How far the last start lies behind each byte; before any, how far the head of the row.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.words.place_in_word(jnp.array([False, False, True, False, True])).tolist()
+      [0, 1, 0, 1, 0]
+    """
+    here = jax.lax.broadcasted_iota(jnp.int32, starts.shape, starts.ndim - 1)
+    return here - jax.lax.cummax(jnp.where(starts, here, 0), axis=starts.ndim - 1)

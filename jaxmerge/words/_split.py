@@ -1,6 +1,7 @@
 """Splitters: where do words begin? On the host, over a whole text at once."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -43,22 +44,16 @@ def starts(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = Non
         raise ValueError(f'starts: rule must be "hat", "unicode" or "whitespace", got {rule!r}.')
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"starts: max_bytes must be 1 or more, or None for no limit; got {max_bytes}.")
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    width = _width(points)
-    props = _unicode.properties(points)
-    if rule == "whitespace":
-        space = props & _unicode.SPACE > 0
-        chars = ~space & np.r_[True, space[:-1]] if len(space) else space
-    else:
-        chars = _unicode.word_bounds(props)
-        chars = _hat(props, points, chars) if rule == "hat" else chars
-    chars[:1] = True
-    edge = np.cumsum(width) - width  # the first byte of each character
-    out = np.zeros(int(width.sum()), bool)
-    out[edge[chars]] = True
-    return out if max_bytes is None else _limit(out, edge, max_bytes)
+    raw = _utf8(text)
+    out = np.zeros(len(raw), bool)
+    for part in _chunks(raw):
+        points, lead = _decode(raw[part])
+        if lead is None:
+            out[part] = _RULES[rule](points)
+        else:
+            out[part][lead] = _RULES[rule](points)
+    out[:1] = True
+    return out if max_bytes is None else _limit(raw, out, max_bytes)
 
 
 def split(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None) -> list[bytes]:
@@ -69,50 +64,101 @@ def split(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None
       >>> jm.words.split("Hello, world!  iPhone")
       [b'Hello,', b' world!', b'  ', b'i', b'Phone']
     """
-    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-    at = [*np.flatnonzero(starts(text, rule=rule, max_bytes=max_bytes)).tolist(), len(raw)]
+    raw = _utf8(text)
+    at = [*np.flatnonzero(starts(raw, rule=rule, max_bytes=max_bytes)).tolist(), len(raw)]
     return [raw[i:j] for i, j in itertools.pairwise(at)]
 
 
-def _width(points: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes per character. A byte that was no character came through as U+DC80 to U+DCFF."""
-    escaped = (points >= 0xDC80) & (points <= 0xDCFF)
-    wrong = (points >= 0xD800) & (points <= 0xDFFF) & ~escaped
-    if wrong.any():
-        raise ValueError(f"starts: the text has a lone surrogate, U+{points[wrong][0]:04X}, that no bytes encode; pass bytes.")
-    return np.where(escaped, 1, 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)).astype(np.int64)
+_CHUNK = 1 << 15
+"""Bytes at a time: what they need stays in a core's cache."""
 
 
-def _hat(props: np.ndarray, points: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _chunks(raw: bytes) -> Iterator[slice]:
+    """Parts of about `_CHUNK` bytes that end with a newline: no rule looks across one."""
+    begin = 0
+    while begin < len(raw):
+        end = len(raw)
+        if end - begin > _CHUNK:
+            end = raw.rfind(b"\n", begin, begin + _CHUNK) + 1 or raw.find(b"\n", begin + _CHUNK) + 1 or end
+        yield slice(begin, end)
+        begin = end
+
+
+def _utf8(text: str | bytes) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        point = ord(text[error.start])
+        raise ValueError(f"starts: the text has a lone surrogate, U+{point:04X}, that no bytes encode; pass bytes.") from None
+
+
+def _decode(raw: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """The characters, and which bytes they begin with (None: each with its own). A byte of no character is U+DC80 to U+DCFF."""
+    of_bytes = np.frombuffer(raw, np.uint8)
+    if raw.isascii():
+        return of_bytes, None
+    points = np.frombuffer(raw.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), np.uint32)
+    lead = (of_bytes & 0xC0) != 0x80
+    if np.count_nonzero(lead) != len(points) or (points - 0xDC80 < 0x80).any():
+        width = np.where(points - 0xDC80 < 0x80, 1, 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))
+        lead = np.zeros(len(raw), bool)
+        lead[np.cumsum(width) - width] = True
+    return points, lead
+
+
+def _whitespace(points: np.ndarray) -> np.ndarray:
+    """Whitespace belongs to the word before it, so a word begins where it ends, and at the head."""
+    white = _unicode.neighbours(_unicode.classes(points)) & _unicode.IS_WHITE > 0
+    return ~white & np.r_[True, white[:-1]]
+
+
+def _unicode_words(points: np.ndarray) -> np.ndarray:
+    kinds = _unicode.classes(points)
+    return _unicode.word_bounds(kinds, _unicode.neighbours(kinds))
+
+
+def _hat(points: np.ndarray) -> np.ndarray:
     """The released rule, from UAX#29 bounds. Its step "merge runs of spaces" is WB3d of exact UAX#29 bounds already."""
-    if len(points) == 0:
-        return bounds
-    punctuation, space = props & _unicode.PUNCTUATION > 0, props & _unicode.SPACE > 0
-    bounds = bounds.copy()
-    bounds[1:] |= punctuation[:-1]
-    bounds[1:] |= (props[:-1] & _unicode.LOWER > 0) & (props[1:] & _unicode.UPPER > 0)
-    at = np.flatnonzero(bounds)
-    length = np.diff(np.r_[at, len(points)])
-    blank, single = np.logical_and.reduceat(space, at), length == 1
-    is_space = single & (points[at] == 0x20)
-    is_punctuation = single & punctuation[at]
-    is_word = ~blank & ~is_punctuation
+    kinds = _unicode.classes(points)
+    pairs = _unicode.neighbours(kinds)
+    bounds = _unicode.word_bounds(kinds, pairs)
+    bounds |= pairs & _unicode.CUT > 0
+    single = bounds & np.r_[bounds[1:], True]
+    space = single & (pairs & _unicode.IS_BLANK > 0)
+    punctuation = single & (pairs & _unicode.IS_PUNCTUATION > 0)
+    white = pairs & _unicode.IS_WHITE > 0
+    if (pairs & _unicode.ODD).any():  # a piece counts as whitespace if it is nothing else
+        at = np.flatnonzero(bounds)
+        white = np.repeat(np.logical_and.reduceat(white, at), np.diff(at, append=len(white)))
     # Pieces join in pairs: space + word, space + punctuation, word + punctuation, punctuation + punctuation.
-    follows = (is_space[:-1] & is_word[1:]) | (~blank | is_space)[:-1] & is_punctuation[1:]
-    bounds[at[1:][follows]] = False
+    joined = space[:-1] & ~white[1:]
+    joined |= ~white[:-1] & punctuation[1:]
+    bounds[1:] &= ~joined
     return bounds
 
 
-def _limit(out: np.ndarray, edge: np.ndarray, max_bytes: int) -> np.ndarray:
+_RULES = {"hat": _hat, "unicode": _unicode_words, "whitespace": _whitespace}
+
+
+def _limit(raw: bytes, out: np.ndarray, max_bytes: int) -> np.ndarray:
     """Cut every word that is longer than the limit, at the last character's edge that fits."""
-    is_edge = np.zeros(len(out) + 1, bool)
-    is_edge[edge] = True
-    is_edge[-1] = True
     at = np.r_[np.flatnonzero(out), len(out)]
-    for i in np.flatnonzero(np.diff(at) > max_bytes):
-        here, end = at[i], at[i + 1]
-        while end - here > max_bytes:
-            fits = np.flatnonzero(is_edge[here + 1 : here + max_bytes + 1])
-            here += fits[-1] + 1 if len(fits) else max_bytes
-            out[here] = True
+    long = np.flatnonzero(np.diff(at) > max_bytes)
+    here, end = at[long], at[long + 1]
+    if not len(long):
+        return out
+    edge = np.zeros(len(out) + 1, np.int64)
+    for part in _chunks(raw):
+        lead = _decode(raw[part])[1]
+        edge[part] = 1 if lead is None else lead
+    edge[-1] = 1
+    edge = np.maximum.accumulate(np.where(edge, np.arange(len(edge)), 0))  # the last edge at or before each byte
+    while len(here):
+        fits = edge[here + max_bytes]
+        here = np.where(fits > here, fits, here + max_bytes)
+        out[here] = True
+        more = end - here > max_bytes
+        here, end = here[more], end[more]
     return out

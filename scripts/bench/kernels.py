@@ -3,10 +3,10 @@
     python -m scripts.bench.kernels --out runs/bench [--tome PATH]        PATH: a checkout of facebookresearch/ToMe
 
 Shapes are those of real models (jaxmerge/_kernels/arg_specs.py). Times are of one call among many in one program, on
-arguments that are in no cache. "of copy" is the least a call must move, over its time, as a share of a large copy measured in
-the same run; "of rate" likewise its multiplications, as a share of a large bfloat16 product's. With --tome, torch runs
-`bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run: eager, through torch.compile, and each replayed as
-a CUDA graph. Writes kernels.json.
+arguments that are in no cache; on a GPU they are what the launches took on the chip. "of copy" is the least a call must move,
+over its time, as a share of a large copy measured in the same run; "of rate" likewise its multiplications, as a share of a
+large bfloat16 product's. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
+eager, through torch.compile, and each replayed as a CUDA graph. Writes kernels.json.
 """
 
 import functools
@@ -114,7 +114,7 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
         return everything + row(shapes[1]) * static["m"], 0.0
     if op == "pack":
         return size(shapes[0]) + 2 * row(shapes[1]) * static["capacity"], 0.0
-    metric, x, _ = shapes
+    metric, x = shapes[:2]
     batch, n, k = metric.shape
     return everything + row(x) * (n - static["r"]) + 4 * batch * (2 * n - static["r"]), 2.0 * batch * (n // 2) * (
         n - n // 2

@@ -11,6 +11,7 @@ bfloat16. Nothing here was run: an estimate knows no launch, no latency and no v
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -56,7 +57,11 @@ def main(
       out: directory for kernels_aot.json.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row for chip in chips for row in measure(chip, layers, jnp.dtype(dtype))]
+    console, rows = Console(width=120), []
+    for chip in chips:
+        for row in measure(chip, layers, jnp.dtype(dtype)):
+            console.print(f"{row['chip']} {row['layer']} {row['op']}: {row['kernel_us']:.2f} us, XLA {row['xla_us']:.2f}")
+            rows.append(row)
     table = Table(title=f"{dtype}: microseconds per row of the batch, as the compiler's counts and the chip's rates have it")
     for column in ("chip", "layer", "operation", "floor", "kernel", "of the floor", "XLA", "XLA / kernel"):
         table.add_column(column, justify="left" if column in ("chip", "layer", "operation") else "right")
@@ -65,11 +70,11 @@ def main(
             row["chip"], row["layer"], row["op"], f"{row['floor_us']:.2f}", f"{row['kernel_us']:.2f}",
             f"{row['floor_us'] / row['kernel_us']:.0%}", f"{row['xla_us']:.2f}", f"{row['xla_us'] / row['kernel_us']:.1f} x",
         )  # fmt: skip
-    Console(width=120).print(table)
+    console.print(table)
     (out / "kernels_aot.json").write_text(json.dumps(rows, indent=2))
 
 
-def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> list[dict]:
+def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> Iterator[dict]:
     """One row per layer and operation."""
     from jax.experimental import topologies
 
@@ -80,7 +85,6 @@ def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> list[dict]:
     mesh, rate = Mesh(np.array(devices), ("data",)), dispatch.implementation("step", "mosaic_tpu").tpu.chip(kind)
     cores = len({d.id for d in devices}) // len({tuple(d.coords) for d in devices})
     flops_rate, bandwidth = (r / cores for r in rate)
-    rows = []
     for spec in (*VIT, *LONG, *BYTES):
         if spec.name not in layers:
             continue
@@ -96,8 +100,7 @@ def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> list[dict]:
                 row |= {f"{name}_flops": flops, f"{name}_bytes": moved, f"{name}_us": time * 1e6 / per_device}
             flops, moved = floor(op, arrays, static)
             row["floor_us"] = max(flops / flops_rate, moved / bandwidth) * 1e6 / len(devices) / per_device
-            rows.append(row)
-    return rows
+            yield row
 
 
 def kernel(op: str, static: dict):
@@ -118,7 +121,7 @@ def xla(op: str, spec: Tokens, static: dict):
     protect = tuple(range(spec.prefix))
     plan = lambda ids: jm.Plan(ids, spec.n - spec.r)
     return {
-        "step": lambda metric, x, s: jm.tokens.merge_step(metric, x, spec.r, sizes=s, protect=protect, **options),
+        "step": lambda metric, x, s, _: jm.tokens.merge_step(metric, x, spec.r, sizes=s, protect=protect, **options),
         "match": lambda a, b: jm.tokens.nearest(a, b, **options),
         "energy": lambda a, b: jm.tokens.energy(a, static["margin"], **options),
         "merge": lambda ids, x, w: jm.merge(plan(ids), x, weight=w, **options),

@@ -125,7 +125,7 @@ def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, a
         flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
         for merging in ("kernel", "XLA") if r else ("none",):
             with dispatch.aim(here) if merging == "XLA" else contextlib.nullcontext():  # a device without a name has no kernels
-                seconds = device.seconds(flat, [*weights, images], draw=small)
+                seconds = device.seconds(flat, [*weights, images], draw=small, wall=True)
             rows.append(
                 dict(
                     r=r,

@@ -99,9 +99,9 @@ def test_many_devices_without_a_mesh_are_refused(arrays):
 
 def test_what_is_chosen(monkeypatch):
     """The model of the chip decides, until a table of measurements says otherwise."""
-    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 197, 64), (8, 197, 768))] + [None]
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 197, 64), (8, 197, 768))] + [None, None]
     static = {"r": 13, "protected": (True, *[False] * 196)}
-    choose = partial(dispatch.choose, "step", shapes, ("nk", "nd", "n"), implementation=None, **static)
+    choose = partial(dispatch.choose, "step", shapes, ("nk", "nd", "n", "nd"), implementation=None, **static)
     assert choose()[0] == "xla"
     with dispatch.aim("tpu", "TPU v5 lite"):
         monkeypatch.setattr(dispatch, "layout_of", lambda *a: (dispatch.Layout(None, (), None), []))

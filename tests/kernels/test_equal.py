@@ -45,13 +45,14 @@ def test_step(spec, dtype):
     protected = tuple(i < spec.prefix or i == spec.n - 2 for i in range(spec.n))
     metric, x = cases.exact(rng, batch, spec.n, spec.k, dtype), cases.tokens(rng, batch, spec.n, spec.d, dtype)
     cotangent = cases.tokens(rng, batch, spec.n - spec.r, spec.d, jnp.float32)
-    for sizes in (cases.sizes(rng, batch, spec.n), None)[: 2 if dtype == BF16 else 1]:
-        reference = lambda x, sizes=sizes: step_ref.step(metric, x, sizes, r=spec.r, protected=protected)
-        kernel = lambda x, sizes=sizes: steps.differentiable(step_tpu, spec.r, protected, metric, x, sizes)
+    sizes, residual = cases.sizes(rng, batch, spec.n), cases.tokens(rng, batch, spec.n, spec.d, BF16)
+    for more in ((sizes, None), (None, residual), (sizes, residual))[slice(1, 3) if dtype == BF16 else slice(1)]:
+        reference = lambda x, more=more: step_ref.step(metric, x, *more, r=spec.r, protected=protected)
+        kernel = lambda x, more=more: steps.differentiable(step_tpu, spec.r, protected, metric, x, *more)
         (y, mass, ids), (y_ref, mass_ref, ids_ref) = jax.jit(kernel)(x), jax.jit(reference)(x)
         assert (ids == ids_ref).all() and (mass == mass_ref).all()
         terms = int(jnp.max(jnp.sum(ids[0][:, None] == ids[0][None, :], axis=0)))
-        cases.close(y, y_ref, terms=terms, largest=largest(x))
+        cases.close(y, y_ref, terms=terms, largest=largest(x) + largest(residual))
     if dtype == F32:
         loss = lambda f: lambda x: jnp.sum(f(x)[0].astype(jnp.float32) * cotangent)
         back = [jax.jit(jax.grad(loss(f)))(x) for f in (kernel, reference)]

@@ -39,16 +39,19 @@ def test_step(spec, dtype):
     rng = np.random.default_rng(0)
     metric = cases.exact(rng, 3, spec.n, spec.k, dtype)  # cosines are exact, and often equal
     x, sizes = cases.tokens(rng, 3, spec.n, spec.d, dtype), cases.sizes(rng, 3, spec.n)
+    residual = cases.tokens(rng, 3, spec.n, spec.d, jnp.bfloat16)
 
-    def step(which, metric, sizes, x):
-        def loss(x):
-            merged = jm.tokens.merge_step(metric, x, spec.r, sizes=sizes, protect=range(spec.prefix), implementation=which)
+    def step(which, metric, sizes, x, residual):
+        options = dict(sizes=sizes, protect=range(spec.prefix), implementation=which)
+
+        def loss(x, residual):
+            merged = jm.tokens.merge_step(metric, x, spec.r, residual=residual, **options)
             return (merged.x.astype(jnp.float32) ** 2).sum(), merged
 
-        (_, merged), gradient = jax.value_and_grad(loss, has_aux=True)(x)
-        return merged, gradient
+        (_, merged), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, residual)
+        return merged, gradients, jm.tokens.merge_step(metric, x, spec.r, **options)
 
-    same(step, metric, sizes, x)
+    same(step, metric, sizes, x, residual)
 
 
 @both

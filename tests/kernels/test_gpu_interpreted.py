@@ -29,10 +29,21 @@ def test_step(monkeypatch, interpret, dtype, at_once):
         monkeypatch.setattr(stepping, "AT_ONCE", 64)
     rng, n, r = np.random.default_rng(0), 137, 9
     metric, x = cases.exact(rng, 2, n, 32, dtype), cases.tokens(rng, 2, n, 128, jnp.float32)
+    residual = None if at_once else cases.tokens(rng, 2, n, 128, jnp.bfloat16)
     sizes, protected = cases.sizes(rng, 2, n), (True, True) + (False,) * (n - 2)
     step = lambda *a: stepping.step(*a, r=r, protected=protected, threads=2, splits=2, interpret=interpret)
-    y, mass, ids = jax.jit(step)(metric, x, sizes)
-    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, sizes, r=r, protected=protected)
+    y, mass, ids = jax.jit(step)(metric, x, sizes, residual)
+    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, sizes, residual, r=r, protected=protected)
+    assert (ids == ids_ref).all() and (mass == mass_ref).all()
+    cases.close(y, y_ref, terms=r + 1, largest=2 * float(jnp.abs(x).max()))
+
+
+def test_step_whose_tiles_are_shared_by_threads(interpret):
+    rng, n, r = np.random.default_rng(0), 577, 40
+    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 128, jnp.bfloat16)
+    protected = (True,) + (False,) * (n - 1)
+    y, mass, ids = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
+    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, r=r, protected=protected)
     assert (ids == ids_ref).all() and (mass == mass_ref).all()
     cases.close(y, y_ref, terms=r + 1, largest=float(jnp.abs(x).max()))
 

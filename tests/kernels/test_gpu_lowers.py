@@ -31,7 +31,9 @@ def step(spec, metric, x, sizes):
     return merged.x.astype(jnp.float32).sum(), merged
 
 
-@pytest.mark.parametrize("spec, dtype", [(VIT[2], jnp.bfloat16), (VIT[0], jnp.float32)], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "spec, dtype", [(VIT[2], jnp.bfloat16), (VIT[0], jnp.float32), (VIT[3], jnp.bfloat16), (VIT[7], jnp.bfloat16)], ids=str
+)
 def test_a_step_is_one_launch_and_its_gradient_another(spec, dtype):
     shapes = shape(8, spec.n, spec.k, dtype=dtype), shape(8, spec.n, spec.d, dtype=dtype), shape(8, spec.n, dtype=jnp.float32)
     assert lowered(jax.grad(partial(step, spec), argnums=1, has_aux=True), *shapes) == 2

@@ -166,7 +166,8 @@ ALIASES = {
     "iso_c": Row(lambda k: p.iso_c(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
     "iso_c svd": Row(lambda k: p.iso_c(method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True),
     "iso_cts": Row(lambda k: p.iso_cts(0.5), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
-    "knots": Row(lambda k: p.knots(p.linear()), MEAN | SYMMETRIC | LINEAR | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    # Eight equal experts side by side have a norm of 25 for entries of 4, and factors are true to a few eps of the norm.
+    "knots": Row(lambda k: p.knots(p.linear()), SYMMETRIC | LINEAR | SUMS | dict(mean=3e-6, rounding=1e-5), moves=WHOLE),
     "knots svd": Row(
         lambda k: p.knots(p.linear(), method="svd"),
         MEAN | SYMMETRIC | LINEAR | SUMS | dict(rounding=1e-5),

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
-from jaxmerge.params.atoms._random import threefry
+from jaxmerge.params.atoms._random import hashed, threefry
 from jaxmerge.params.order import _blocks as blocks, _devices as devices, _quantile as q, _search as search
 from jaxmerge.params.order._rows import outranks, rank_in_row
 from jaxmerge.params.order._words import quotient
@@ -134,6 +134,23 @@ def test_threefry_is_threefry():
     expected = threefry_2x32(jnp.asarray(key), jnp.asarray(counter))  # pairs (i, i + 4)
     ours = threefry((jnp.asarray(key[0]), jnp.asarray(key[1])), (jnp.asarray(counter[:4]), jnp.asarray(counter[4:])))
     np.testing.assert_array_equal(jnp.concatenate(ours), expected)
+
+
+def test_hashed_words_are_random():
+    """Bits are fair, bytes uniform; words at a lag, and under keys that differ in one bit, are uncorrelated bit by bit."""
+    n, key = 1 << 18, jnp.asarray([7, 9], jnp.uint32)
+    draw = jax.jit(lambda a, b: hashed(jnp.arange(n, dtype=jnp.uint32), (a, b)))
+    word = np.asarray(draw(*key))
+    assert len(np.unique(word)) == n  # a permutation
+    bits = lambda w: np.unpackbits(w.view(np.uint8).reshape(n, 4), axis=1).astype(np.float64) * 2 - 1
+    one, bound = bits(word), 6 / np.sqrt(n)  # of up to 6 * 1024 correlations of n fair signs each
+    assert np.abs(one.mean(axis=0)).max() < bound
+    for byte in word.view(np.uint8).reshape(n, 4).T:  # chi-square of 255 degrees: its mean and six deviations
+        assert np.square(np.bincount(byte, minlength=256) - n / 256).sum() / (n / 256) < 255 + 6 * np.sqrt(2 * 255)
+    others = [bits(np.roll(word, lag)) for lag in (1, 2, 64, 4096)]
+    others += [bits(np.asarray(draw(*(key ^ flip)))) for flip in np.array([[1, 0], [0, 1]], np.uint32)]
+    for other in others:
+        assert np.abs(one.T @ other).max() / n < bound
 
 
 def test_random_masks():

@@ -29,6 +29,16 @@ def test_hat_rule_equals_the_released_splitter(golden, limit):
         assert [[w.decode() for w in words.split(s)] for s in SENTENCES] == CASE["split_text"]
 
 
+def test_unicode_rule_equals_the_unicode_consortium():
+    """All 1,944 strings of WordBreakTest, of Unicode 17, which is the version of `regex` that has its tables."""
+    lines = (pathlib.Path(__file__).parents[1] / "golden/bytes/word_break_17.txt").read_text("utf-8").splitlines()
+    cases = [line.strip("÷ ").split("÷") for line in lines if not line.startswith("#")]
+    assert len(cases) == 1944
+    for case in cases:
+        want = ["".join(chr(int(point, 16)) for point in word.split("×")) for word in case]
+        assert [w.decode() for w in words.split("".join(want), rule="unicode")] == want
+
+
 # Each line is one rule of UAX#29; the bar marks a boundary.
 UAX29 = {
     "WB3": "a|\r\n|b",
@@ -84,6 +94,31 @@ def test_nothing_is_lost_and_limits_hold(rule, limit):
 def test_a_limit_cuts_inside_a_character_only_if_it_must():
     assert words.split("äöü", max_bytes=3) == [s.encode() for s in "äöü"]
     assert words.split("👧", max_bytes=3) == ["👧".encode()[:3], "👧".encode()[3:]]
+
+
+@pytest.mark.parametrize("rule", ["hat", "unicode", "whitespace"])
+def test_parts_are_the_whole(rule, monkeypatch):
+    """Long texts are split part by part, from newline to newline: the same as in one go, as text and as bytes."""
+    rng = np.random.default_rng(1)
+    alphabet = list("aZ9 .,'\"\n\n\r\tüß漢カ\u0308\u200d🇩👧שन\u202f")
+    texts = ["".join(rng.choice(alphabet, 300)) for _ in range(20)] + ["\u0308\n" * 40, "x" * 90, "\r\n" * 50]
+    raw = [t.encode() for t in texts] + [rng.choice(np.frombuffer(b"\n\r a\xc3\xbc\xff\xe2\x80", np.uint8), 300).tobytes()]
+    whole = [words.starts(r, rule=rule) for r in raw]
+    for text, want in zip(texts, whole, strict=False):
+        np.testing.assert_array_equal(words.starts(text, rule=rule), want)
+    monkeypatch.setattr("jaxmerge.words._split._CHUNK", 16)
+    for r, want in zip(raw, whole, strict=True):
+        np.testing.assert_array_equal(words.starts(r, rule=rule), want)
+        assert max(map(len, words.split(r, rule=rule, max_bytes=5))) <= 5
+
+
+def test_whitespace_within_a_word_is_no_whitespace():
+    """A narrow no-break space joins letters; a space that carries an accent is a letter to HAT."""
+    assert words.split("a\u202fb!") == ["a\u202fb!".encode()]
+    assert words.split("\u202f!") == ["\u202f".encode(), b"!"]
+    assert words.split(" \u0308!") == [" \u0308!".encode()]
+    assert words.split("  \u0308!") == ["  \u0308!".encode()]
+    assert words.split("  !") == [b"  ", b"!"]
 
 
 def test_bytes_that_are_no_character_stand_alone():

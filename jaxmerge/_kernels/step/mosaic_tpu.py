@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.step.ref import added as sum_of
 
 CANDIDATES = {"step": ({"rows": 1}, {"rows": 2}, {"rows": 4}, {"rows": 8})}
 MOST_TOKENS = 2048
@@ -27,6 +28,7 @@ def step(
     metric: Float[Array, "B n k"],
     x: Float[Array, "B n d"],
     sizes: Float[Array, "B n"] | None = None,
+    residual: Float[Array, "B n d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
@@ -37,18 +39,24 @@ def step(
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
-    rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes), r=r).get("rows")
+    rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes, residual), r=r).get("rows")
     rows = tpu.divisor(batch, rows or min(4, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
-    moved = metric.size * item(metric) + (x.size + batch * m * d) * item(x) + 4 * batch * (n * (1 + (sizes is not None)) + m)
+    moved = (
+        sum(a.size * item(a) for a in (metric, x, residual) if a is not None)
+        + batch * m * d * item(x)
+        + 4 * batch * (n * (1 + (sizes is not None)) + m)
+    )
     highest = metric.dtype != jnp.bfloat16
     pick, compare = n * n * k * (3 if highest else 1), n * n // 4 * k * (6 if highest else 1)
     flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype))
     per_row = lambda *shape: pl.BlockSpec((rows, *shape), lambda b: (b, 0, 0))
     given = [metric, x] + ([] if sizes is None else [sizes.astype(jnp.float32)[:, None, :]])
     specs = [per_row(n, k), per_row(n, d)] + ([] if sizes is None else [per_row(1, n)])
+    if residual is not None:
+        given, specs = [*given, residual], [*specs, per_row(n, d)]
     y, mass, ids = pl.pallas_call(
-        partial(_kernel, r=r, runs=_runs(protected), weighted=sizes is not None),
+        partial(_kernel, r=r, runs=_runs(protected), weighted=sizes is not None, added=residual is not None),
         grid=(batch // rows,),
         in_specs=specs,
         out_specs=[per_row(m, d), per_row(1, m), per_row(1, n)],
@@ -57,7 +65,7 @@ def step(
             tpu.out((batch, 1, m), jnp.float32, x),
             tpu.out((batch, 1, n), jnp.int32, x),
         ],
-        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, r)),
+        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, residual, r)),
         cost_estimate=tpu.cost(flops, moved, batch * (n + m)),
         interpret=interpret,
         name="token_merge_step",
@@ -65,15 +73,15 @@ def step(
     return y, mass[:, 0], ids[:, 0]
 
 
-def refusals(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tuple[bool, ...]) -> list[str]:
+def refusals(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int, protected: tuple[bool, ...]) -> list[str]:
     """Why this step cannot be one kernel."""
     n, why = x.shape[1], []
-    for name, a in (("metric", metric), ("x", x)):
-        if a.dtype not in (jnp.bfloat16, jnp.float32):
+    for name, a in (("metric", metric), ("x", x), ("residual", residual)):
+        if a is not None and a.dtype not in (jnp.bfloat16, jnp.float32):
             why.append(f"{name} is {a.dtype}: bfloat16 or float32")
     if n > MOST_TOKENS:
         why.append(f"{n} tokens: all n x n comparisons are held on chip, for at most {MOST_TOKENS}")
-    elif (need := _need(1, metric, x, r)) > 0.9 * tpu.vmem(target().kind):
+    elif (need := _need(1, metric, x, residual, r)) > 0.9 * tpu.vmem(target().kind):
         why.append(f"a row takes {need >> 20} MiB on chip, more than the {tpu.vmem(target().kind) >> 20} MiB there are")
     if not 0 < r < n:
         why.append(f"r={r}: there is nothing to do")
@@ -82,7 +90,7 @@ def refusals(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tup
     return why
 
 
-def faster(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tuple[bool, ...], kind: str) -> bool:
+def faster(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int, protected: tuple[bool, ...], kind: str) -> bool:
     """Where the model of the chip says so. XLA's own step writes and reads scores and plan, and takes the means in float32: six
     passes of the matrix unit over the same product, and x through memory once more."""
     batch, n, d = x.shape
@@ -93,13 +101,15 @@ def faster(op: str, metric: Any, x: Any, sizes: Any, *, r: int, protected: tuple
     return max(moved, _passes(x.dtype) * product + plan) < moved + max(moved, 6 * product)
 
 
-def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], weighted: bool) -> None:
-    metric_ref, x_ref, *sizes_ref, y_ref, mass_ref, ids_ref = refs
+def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], weighted: bool, added: bool) -> None:
+    metric_ref, x_ref, *more, y_ref, mass_ref, ids_ref = refs
+    sizes_ref, residual_ref = more[0] if weighted else None, more[-1] if added else None
     rows = range(x_ref.shape[0])
     plans = _segment_ids([metric_ref[b] for b in rows], r, runs)
     for b, ids in zip(rows, plans, strict=True):
         ids_ref[b] = ids
-        _merge(ids, x_ref[b], sizes_ref[0][b] if weighted else None, y_ref.at[b], mass_ref.at[b])
+        x = sum_of(x_ref[b], None if residual_ref is None else residual_ref[b])
+        _merge(ids, x, None if sizes_ref is None else sizes_ref[b], y_ref.at[b], mass_ref.at[b])
 
 
 def _segment_ids(metrics: list[Array], r: int, runs: tuple[tuple[int, int], ...]) -> list[Array]:
@@ -183,11 +193,12 @@ def _passes(dtype: Any) -> int:
     return 3 if dtype == jnp.float32 else 1
 
 
-def _need(rows: int, metric: Any, x: Any, r: int) -> int:
+def _need(rows: int, metric: Any, x: Any, residual: Any, r: int) -> int:
     """Bytes of VMEM: both buffers of each block, and what one row holds while it is worked on."""
     n, d = x.shape[1:]
     m = n - r
     blocks = tpu.nbytes(metric.shape[1:], metric.dtype) + tpu.nbytes((n, d), x.dtype) + tpu.nbytes((m, d), x.dtype)
+    blocks += 0 if residual is None else tpu.nbytes((n, d), residual.dtype)
     small = 3 * tpu.nbytes((1, n), jnp.float32)
     plan = rows * 8 * tpu.nbytes((n // 2 + 1, n // 2 + 1), jnp.float32) + 4 * tpu.nbytes((n, n), jnp.float32)
     live = plan + 2 * tpu.nbytes((n, d), jnp.float32) + 2 * tpu.nbytes((m, d), jnp.float32)

@@ -15,6 +15,7 @@ def step(
     metric: Float[Array, "B n k"],
     x: Float[Array, "B n d"],
     sizes: Float[Array, "B n"] | None = None,
+    residual: Float[Array, "B n d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
@@ -22,13 +23,19 @@ def step(
     """Merge the r even positions most like an odd one: merged x, merged sizes (float32), segment ids (int32); m = n - r.
 
     The groups are those of `tokens.bipartite_matching`, the rows their means weighted by `sizes`, in the order of the tokens
-    that stay. Sizes are whole numbers below 2^24 and stay exact. `protected` positions neither move nor receive.
+    that stay. Sizes are whole numbers below 2^24 and stay exact. `protected` positions neither move nor receive. What is merged
+    is x + residual, rounded to x's dtype.
     """
     metric, closed = lax.stop_gradient(metric), np.array(protected)
     best, to = match.match(metric[:, ::2], metric[:, 1::2][:, np.flatnonzero(~closed[1::2])])
     ids = jax.vmap(lambda best, to: segment_ids(best, to, r, closed))(best, to)
-    y, mass = merge.merge(ids, x, sizes, m=x.shape[1] - r, mean=True)
+    y, mass = merge.merge(ids, added(x, residual), sizes, m=x.shape[1] - r, mean=True)
     return y, lax.stop_gradient(mass), ids
+
+
+def added(x: Float[Array, "*n d"], residual: Float[Array, "*n d"] | None) -> Float[Array, "*n d"]:
+    """x + residual, in float32, rounded to x's dtype."""
+    return x if residual is None else (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
 
 
 def segment_ids(best: Float[Array, "a"], to: Int[Array, "a"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
