@@ -78,27 +78,27 @@ def main(
         ours = programs(config, model, ids, labels, capacity, step=step)
         del model
         rows = measure(ours, peer, rounds, step=step)
+    title = f"byt5-{size}, {batch} x {inputs} bytes, {targets} targets, {capacity} slots: {'step' if step else 'forward'}"
     promise = operations(config, batch, capacity, inputs, targets) / operations(config, batch, inputs, inputs, targets)
-    med = {who: {n: float(np.median([t["cpu"] for t in ts])) for n, ts in r.items()} for who, r in rows.items()}
-    title = (
-        f"byt5-{size}, {batch} x {inputs} bytes, {targets} targets, {capacity} slots: {'step' if step else 'forward'}, CPU s"
-    )
+    for clock in ("cpu", "wall"):
+        report(console, rows, clock, f"{title}, {clock} seconds", promise)
+    figures = {"config": dataclasses.asdict(config), "capacity": capacity, "promise": promise, "rounds": rows, "title": title}
+    (out / f"mrt5_{'step' if step else 'forward'}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def report(console: Console, rows: dict[str, dict[str, list]], clock: str, title: str, promise: float) -> None:
+    """Medians of one clock, the ratio of both sides, and what deletion saves against what it promises."""
+    med = {who: {n: float(np.median([t[clock] for t in ts])) for n, ts in r.items()} for who, r in rows.items()}
     table = Table(title=title)
-    for column in ("", *rows, *(["torch / jaxmerge"] if peer else [])):
+    for column in ("", *rows, *(["torch / jaxmerge"] if len(rows) > 1 else [])):
         table.add_column(column, justify="right")
-    for name in NAMES:
-        ratio = [f"{med['torch'][name] / med['jaxmerge'][name]:.2f}"] if peer else []
-        table.add_row(
-            {"byt5": "ByT5", "soft": "MrT5, soft", "hard": "MrT5, hard"}[name],
-            *(f"{m[name]:.2f}" for m in med.values()),
-            *ratio,
-        )
+    for name, shown in zip(NAMES, ("ByT5", "MrT5, soft", "MrT5, hard"), strict=True):
+        ratio = [f"{med['torch'][name] / med['jaxmerge'][name]:.2f}"] if len(rows) > 1 else []
+        table.add_row(shown, *(f"{m[name]:.2f}" for m in med.values()), *ratio)
     console.print(table)
     for who, m in med.items():
         share = m["hard"] / m["soft"]
         console.print(f"{who}: hard takes {share:.3f} of soft; operations promise {promise:.3f}; {share / promise - 1:+.1%}")
-    figures = {"config": dataclasses.asdict(config), "capacity": capacity, "promise": promise, "rounds": rows, "title": title}
-    (out / f"mrt5_{'step' if step else 'forward'}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def prepare(
