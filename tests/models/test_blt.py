@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models.blt import BLT, BLTConfig, loss, next_patch
@@ -99,6 +99,7 @@ def test_no_byte_sees_a_later_one(model, batch):
     assert (np.abs(a - b)[:, 15:].max(-1) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_loss_counts_and_learns_everywhere(model, batch):
     ids, starts, _ = batch
     (total, metrics), grads = value_and_grad(*nnx.split(model), batch)
@@ -114,7 +115,6 @@ def test_loss_counts_and_learns_everywhere(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [AxisType.Auto], indirect=True)
 def test_eight_devices_equal_one(mesh, model, batch):
     batch = tuple(jnp.concatenate([x] * 4) for x in batch)
     graph, params = nnx.split(model)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from models import load
 from models.decoder import Places
@@ -220,7 +220,7 @@ def test_bfloat16_stays_near_float32(official):
     assert got.dtype == jnp.float32 and 0 < np.abs(got - want).max() < 2**-4 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("mesh", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_eight_devices_equal_one(mesh, nested, ids):
     ids = jnp.concatenate([ids, ids[:, ::-1]])
     docs = jnp.zeros_like(ids).at[:, 17:].set(1)

@@ -97,6 +97,7 @@ LAYOUT = ("m2", ("T1M1",), "m1t1")
 HNET = HNetConfig(LAYOUT, (16, 24), (0, 32), (2, 2), window=(6, None), ratios=(2.0,), mamba=SMALL)
 
 
+@pytest.mark.slow
 def test_inside_hnet(stack):
     """Cached steps equal the forward; gradients reach every parameter; scanned is unscanned."""
     model, ids = HNet(HNET, rngs=nnx.Rngs(0)), jax.random.randint(jax.random.key(1), (2, N), 0, 256)
