@@ -1,15 +1,37 @@
 """Pillar 2: which bytes become one word? Splitters on the host; segments, gates and controllers as pure functions."""
 
+from jaxmerge.words._control_gate import SEPARATORS as SEPARATORS, fixed_gate as fixed_gate, random_gate as random_gate
 from jaxmerge.words._controller import (
     Controller as Controller,
     ControllerState as ControllerState,
     pi_controller as pi_controller,
 )
+from jaxmerge.words._exact import (
+    END as END,
+    ByteModel as ByteModel,
+    Covers as Covers,
+    bits_per_byte as bits_per_byte,
+    byte_model as byte_model,
+    canonical_after as canonical_after,
+    canonical_pairs as canonical_pairs,
+    cover_encodings as cover_encodings,
+    next_symbol as next_symbol,
+)
+from jaxmerge.words._existence import (
+    existence_bias as existence_bias,
+    log_existence as log_existence,
+    no_start_probability as no_start_probability,
+    sample_starts as sample_starts,
+    word_existence as word_existence,
+)
 from jaxmerge.words._gate import (
     delete_gate as delete_gate,
     deletion_rate as deletion_rate,
+    gate_entropies as gate_entropies,
     kept as kept,
+    log_sigmoid_gate as log_sigmoid_gate,
     masked_mean as masked_mean,
+    masked_variance as masked_variance,
     softmax1 as softmax1,
 )
 from jaxmerge.words._hash import ngram_hash as ngram_hash
@@ -33,6 +55,7 @@ from jaxmerge.words._router import (
 from jaxmerge.words._segment import (
     capacity_for as capacity_for,
     document_starts as document_starts,
+    place_in_word as place_in_word,
     segments as segments,
     shift as shift,
 )
