@@ -1,8 +1,10 @@
-"""Which bytes a model deletes from a page of text: coloured in the terminal, and as a page of HTML with every gate's value.
+"""What models make of a page of text, side by side: which bytes they delete, where their words begin.
 
     python -m scripts.show_bytes --checkpoint runs/quickstart/base --file README.md --out runs/quickstart/deletions.html
+    python -m scripts.show_bytes --checkpoint runs/bytes/mrt5_50/params runs/bytes/h-net/params --splitter hat
 
-Kept bytes are plain; deleted ones are pale and struck through, so that the picture does not rest on colour.
+Coloured in the terminal, and as one page of HTML that needs nothing else: point at a character and every column tells its
+value there. Deleted bytes are pale and struck through, words begin with a bar, so that the picture does not rest on colour.
 """
 
 import dataclasses
@@ -10,114 +12,150 @@ import html
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from jaxmerge import words
-from models import mrt5
-from scripts import data, state
+from scripts import bytes_models, data, state
+from scripts.bytes_views import Rule, View, characters, splitter, views
 
 
 @dataclasses.dataclass
 class Flags:
     """What to show."""
 
-    checkpoint: pathlib.Path
-    """An Orbax checkpoint of parameters; model.json lies beside it."""
+    checkpoint: tuple[pathlib.Path, ...] = ()
+    """Orbax checkpoints of parameters; model.json lies beside each. One column each."""
+    splitter: tuple[Rule, ...] = ()
+    """Rules that need no model; one column each."""
     out: pathlib.Path = pathlib.Path("runs/quickstart/deletions.html")
     file: pathlib.Path | None = None
     """The page. Without one: the beginnings of held-out prose and of held-out code."""
     bytes: int = 4096
     """How much of the page to read."""
     inputs: int = 128
-    """Bytes that the encoder reads at once, as in training."""
+    """Bytes that a model reads at once, as in training."""
+    patch: float = 4.5
+    """Bytes in a patch, where a plain byte decoder's entropies make BLT's."""
 
 
-def gates(config: mrt5.MrT5Config, params: state.Params, text: bytes, inputs: int) -> np.ndarray:
-    """The gate of every byte; the text is read in pieces of `inputs`."""
-    pieces = max(-(-len(text) // inputs), 1)
-    ids = np.zeros(pieces * inputs, np.int32)
-    ids[: len(text)] = words.to_ids(text)
-
-    def one(ids: jax.Array) -> jax.Array:
-        return state.to_model(config, params).encode(ids).gate
-
-    return np.asarray(jax.jit(one)(jnp.asarray(ids.reshape(pieces, inputs)))).reshape(-1)[: len(text)]
-
-
-def characters(text: bytes, gate: np.ndarray) -> list[tuple[str, float]]:
-    """Characters with the highest gate of their bytes: a character is gone when all its bytes are."""
-    out, at = [], 0
-    for char in text.decode("utf-8", "replace"):
-        width = 1 if char == "\ufffd" and text[at : at + 3] != b"\xef\xbf\xbd" else len(char.encode())
-        out.append((char, float(gate[at : at + width].max(initial=-np.inf))))
-        at += width
-    return out
-
-
-def page(chars: list[tuple[str, float]], threshold: float, title: str) -> str:
-    """The picture as one HTML file that needs nothing else."""
-    deleted = np.mean([g <= threshold for _, g in chars]) if chars else 0.0
-    spans = []
-    for char, gate in chars:
-        shown = "↵\n" if char == "\n" else html.escape(char)
-        kind = "d" if gate <= threshold else "k"
-        spans.append(f'<span class="{kind}" title="gate {gate:.1f}">{shown}</span>')
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; background: #fff }}
-pre {{ font: 15px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
-.k {{ color: #111 }}
-.d {{ color: #8a5a00; background: #fbe8c8; text-decoration: line-through; text-decoration-thickness: 1px; opacity: .75 }}
-span:hover {{ outline: 2px solid #0072b2 }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p><span class="k">Plain</span>: kept. <span class="d">Struck through</span>: deleted, {deleted:.1%} of the characters.
-Hover for the gate: 0 stays, {2 * threshold:g} is gone, {threshold:g} is the threshold.</p>
-<pre>{"".join(spans)}</pre>
-</body></html>
-"""
-
-
-def show(flags: Flags) -> tuple[list[tuple[str, float]], float]:
-    """Write the HTML; return the characters with their gates, and the threshold."""
+def show(flags: Flags) -> tuple[bytes, list[View]]:
+    """Write the HTML; return the text and the columns."""
+    if not flags.checkpoint and not flags.splitter:
+        raise ValueError("show_bytes: nothing to show; name a --checkpoint or a --splitter.")
     if flags.file is not None and not flags.file.is_file():
         raise ValueError(f"show_bytes: there is no file {flags.file}.")
-    config = state.load_config(flags.checkpoint.parent / "model.json")
-    params = state.load_params(flags.checkpoint, state.make_mesh(1, len(jax.devices())), config)
     if flags.file is None:
         half = flags.bytes // 2
         text = b"\n\n".join(data.load(domain).heldout[:half].tobytes() for domain in data.DOMAINS)
     else:
         text = flags.file.read_bytes()[: flags.bytes]
-    chars = characters(text, gates(config, params, text, flags.inputs))
+    columns = [splitter(text, rule) for rule in flags.splitter]
+    for path in flags.checkpoint:
+        columns += views(name_of(path), load(path), text, inputs=flags.inputs, patch=flags.patch)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(page(chars, config.threshold, f"Bytes that {flags.checkpoint.name} deletes"), encoding="utf-8")
-    return chars, config.threshold
+    title = flags.file.name if flags.file is not None else "Held-out prose and code"
+    flags.out.write_text(page(text, columns, title), encoding="utf-8")
+    return text, columns
 
 
-def coloured(chars: list[tuple[str, float]], threshold: float, limit: int = 1200):
+def load(path: pathlib.Path) -> nnx.Module:
+    """The model of a checkpoint."""
+    config = bytes_models.load_config(path.parent / "model.json")
+    make = lambda: bytes_models.build(config, nnx.Rngs(0))
+    params = state.load(path, state.make_mesh(1, len(jax.devices())), jax.eval_shape(lambda: state.to_tree(make())))
+    return state.filled(nnx.eval_shape(make), params)
+
+
+def name_of(path: pathlib.Path) -> str:
+    return path.parent.name if path.name == "params" else path.name
+
+
+STYLE = """
+body { margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; background: #fff; color: #111 }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem }
+h2 { font-size: 1rem; margin: 0 } h2 + p { margin: 0; color: #555; font-size: .9rem; min-height: 1.5em }
+pre { font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
+.d { color: #8a5a00; background: #fbe8c8; text-decoration: line-through; text-decoration-thickness: 1px; opacity: .75 }
+.b { border-left: 2px solid #0072b2; padding-left: 1px } .o { background: #e3f0f9 }
+.here { outline: 2px solid #d55e00 }
+"""
+SCRIPT = """
+const spans = i => document.querySelectorAll(`pre > :nth-child(${i + 1})`);
+const tell = (span, on) => {
+  const i = [...span.parentNode.children].indexOf(span);
+  spans(i).forEach(s => {
+    s.classList.toggle('here', on);
+    const told = s.closest('section').querySelector('p');
+    told.dataset.summary ??= told.textContent;
+    told.textContent = on ? s.parentNode.dataset.unit + ' ' + s.dataset.v : told.dataset.summary;
+  });
+};
+for (const [event, on] of [['mouseover', true], ['mouseout', false]])
+  document.addEventListener(event, e => e.target.matches('pre > span') && tell(e.target, on));
+"""
+
+
+def page(text: bytes, columns: list[View], title: str) -> str:
+    """The picture as one HTML file that needs nothing else."""
+    sections = "\n".join(section(text, view) for view in columns)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>Struck through: <span class="d">deleted</span>. A bar: <span class="b">a</span> <span class="b o">word</span> begins.
+Point at a character for its value in every column.</p>
+<main>
+{sections}
+</main>
+<script>{SCRIPT}</script>
+</body></html>
+"""
+
+
+def section(text: bytes, view: View) -> str:
+    """One column."""
+    spans, odd = [], False
+    for char, marked, value in characters(text, view):
+        odd ^= marked and view.kind == "words"
+        kinds = ("d",) * marked if view.kind == "deletion" else ("b",) * marked + ("o",) * odd
+        label = f' class="{" ".join(kinds)}"' if kinds else ""
+        shown = "↵\n" if char == "\n" else html.escape(char)
+        told = "none" if np.isnan(value) else f"{value:.2f}"
+        spans.append(f'<span{label} data-v="{told}">{shown}</span>')
+    head = f"<h2>{html.escape(view.title)}</h2><p>{html.escape(view.summary)}</p>"
+    return f'<section>{head}<pre data-unit="{html.escape(view.unit)}">{"".join(spans)}</pre></section>'
+
+
+def coloured(text: bytes, view: View, limit: int = 1200):
     """The first characters as rich text for the terminal."""
     from rich.text import Text
 
-    out = Text()
-    for char, gate in chars[:limit]:
-        out.append(char, style="strike dim yellow" if gate <= threshold else "bold")
+    out, odd = Text(), False
+    for char, marked, _ in characters(text, view)[:limit]:
+        if view.kind == "deletion":
+            out.append(char, style="strike dim yellow" if marked else "bold")
+            continue
+        odd ^= marked
+        out.append(f"|{char}" if marked else char, style="cyan" if odd else "")
     return out
 
 
 def main(flags: Flags) -> None:
+    from rich import box
     from rich.console import Console
+    from rich.table import Table
 
-    chars, threshold = show(flags)
+    text, columns = show(flags)
     console = Console()
-    console.print(coloured(chars, threshold))
-    deleted = sum(g <= threshold for _, g in chars) / max(len(chars), 1)
-    console.print(
-        f"\nStruck through: deleted, {deleted:.1%} of {len(chars)} characters. All of it: {flags.out}", highlight=False
-    )
+    beside = max(console.width // 40, 1)
+    for i in range(0, len(columns), beside):
+        table = Table(box=box.SIMPLE, expand=True)
+        for view in columns[i : i + beside]:
+            table.add_column(f"{view.title}\n{view.summary}", ratio=1, overflow="fold")
+        table.add_row(*(coloured(text, view) for view in columns[i : i + beside]))
+        console.print(table)
+    console.print(f"Struck through: deleted; after a bar: a new word. All of it: {flags.out}", highlight=False)
 
 
 if __name__ == "__main__":

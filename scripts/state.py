@@ -82,7 +82,12 @@ def to_tree(model: nnx.Module) -> Params:
 
 def to_model(config: MrT5Config, params: Params) -> MrT5:
     """A model that holds these parameters; cheap enough to call inside jit."""
-    graph, state = nnx.split(template(config))
+    return filled(template(config), params)
+
+
+def filled(model: Any, params: Params) -> Any:
+    """A model without memory, and parameters from `to_tree`, put together."""
+    graph, state = nnx.split(model)
     flat = []
     for path, leaf in nnx.to_flat_state(state):
         value: Any = params

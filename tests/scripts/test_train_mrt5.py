@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from models import mrt5, t5
 from scripts import evaluate, show_bytes, state, train_mrt5
+from scripts.bytes_views import characters
 
 TINY = mrt5.MrT5Config(t5.T5Config(16, 4, 32, 2, 2, 1, softmax1=True, dropout=0.0), gate_layer=1)
 FLAGS = train_mrt5.Flags(
@@ -105,14 +106,15 @@ def test_evaluation(trained):
 def test_pictures(trained, tmp_path, capsys):
     page = tmp_path / "page.txt"
     page.write_bytes("Grüße & <b>\n".encode() + b"\xff" + "漢字 end".encode())
-    flags = show_bytes.Flags(trained / "base", out=tmp_path / "d.html", file=page, inputs=32)
+    flags = show_bytes.Flags((trained / "base",), out=tmp_path / "d.html", file=page, inputs=32)
     show_bytes.main(flags)
-    chars, threshold = show_bytes.show(flags)
-    assert "".join(c for c, _ in chars) == "Grüße & <b>\n\ufffd漢字 end"
-    assert all(-30 <= g <= 0 for _, g in chars) and threshold == -15
-    text = flags.out.read_text()
-    assert text.count("<span") == len(chars) + 2 and "&lt;" in text and 'title="gate -' in text
-    assert "characters" in capsys.readouterr().out
+    text, (view,) = show_bytes.show(flags)
+    chars = characters(text, view)
+    assert "".join(c for c, *_ in chars) == "Grüße & <b>\n\ufffd漢字 end"
+    assert all(-30 <= g <= 0 and gone == (g <= -15) for _, gone, g in chars)
+    html = flags.out.read_text()
+    assert html.count("<span") == len(chars) + 3 and "&lt;" in html and 'data-v="-' in html
+    assert "deleted" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no file"):
         show_bytes.show(dataclasses.replace(flags, file=tmp_path / "absent"))
 
