@@ -178,6 +178,7 @@ def twin(model, **changes):
     return other
 
 
+@pytest.mark.slow
 def test_generate(nested, ids):
     graph, params = nnx.split(nested)
     lengths = jnp.array([9, 1, 12, 5])
@@ -209,6 +210,7 @@ def test_scan_and_remat_change_nothing(nested, ids):
         np.testing.assert_allclose(stacked[name], g, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(official):
     """Where the routers agree, some twenty products of 2^-9 each; logits are of size 1."""
     model, z = official

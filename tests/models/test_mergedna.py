@@ -62,6 +62,7 @@ def test_loss_is_the_sum_of_three(model, ids):
     assert not [path for path, g in nnx.to_flat_state(grads) if not np.asarray(g[...]).any()]
 
 
+@pytest.mark.slow
 def test_the_second_loss_holds_the_tokenizer_still(model, ids):
     graph, params = nnx.split(model)
     grads = jax.jit(jax.grad(lambda p: loss(nnx.merge(graph, p), ids)[1]["selected"]))(params)
