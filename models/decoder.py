@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from jaxmerge import words
 from jaxmerge.attention import MASKED
 from models import fold
+from models.t5 import lookup
 
 BLOCK = 256
 """Queries that share their keys, where a window limits them."""
@@ -53,6 +54,8 @@ class DecoderConfig:
       window: a position sees that many positions back (and forward, if not causal), beside itself.
       qk_norm: RMSNorm of queries and keys, per "head" or over "all" heads.
       softcap: scores become c · tanh(score / c).
+      block_size: without a window, the scores of that many queries are in memory at once, and are computed again on the way
+        back; None for all.
       fused: one matrix for q, k and v and one for value and gate, as H-Net has them; otherwise one each, as Llama.
       init_std: of the projections; 1/sqrt(fan in) by default.
       num_residuals: projections into the residual stream start smaller by its square root; 2 · depth by default.
@@ -73,6 +76,7 @@ class DecoderConfig:
     window: int | None = None
     qk_norm: Literal["head", "all"] | None = None
     softcap: float | None = None
+    block_size: int | None = None
     fused: bool = False
     epsilon: float = 1e-5
     init_std: float | None = None
@@ -89,8 +93,9 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig: num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}.")
         if self.turning % 2 or self.turning > self.features:
             raise ValueError(f"DecoderConfig: {self.turning} features cannot turn in pairs in a head of {self.features}.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"DecoderConfig: window must be 1 or more, or None for no limit; got {self.window}.")
+        for name in ("window", "block_size"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"DecoderConfig: {name} must be 1 or more, or None for no limit; got {limit}.")
         fold.checkpointed(lambda: None, self.remat)  # refuses an unknown name here, not in the first step
 
     @property
@@ -193,9 +198,7 @@ class Attention(nnx.Module):
         elif c.window is not None and x.shape[1] > (2 if c.causal else 3) * min(c.window, BLOCK):
             out = banded(q, k, v, at, c)
         else:
-            seen = visible(at.position, at.position, causal=c.causal, window=c.window)
-            seen &= at.segment[:, :, None] == at.segment[:, None, :]
-            out = attend(q, k, v, seen, softcap=c.softcap)
+            out = whole(q, k, v, at, c)
         return self.o(out.reshape(*x.shape[:-1], -1)), cache
 
 
@@ -296,11 +299,11 @@ class ByteDecoder(nnx.Module):
     def __call__(self, ids: Int[Array, "b n"], docs: Int[Array, "b n"] | None = None) -> Float[Array, "b n v"]:
         """Logits for the byte after each. `docs`: which document each byte is of; negative for padding."""
         docs = jnp.zeros_like(ids) if docs is None else docs
-        return self.head(self.norm(self.stack(embed(self.embedding, ids), places(docs))))
+        return self.head(self.norm(self.stack(lookup(self.embedding[...], ids), places(docs))))
 
     def step(self, ids: Int[Array, "b t"], at: Places, cache: Any) -> tuple[Float[Array, "b t v"], Any]:
         """The same with a cache, from `model.stack.cache(batch, size)`."""
-        x, cache = self.stack.step(embed(self.embedding, ids), at, cache=cache)
+        x, cache = self.stack.step(lookup(self.embedding[...], ids), at, cache=cache)
         return self.head(self.norm(x)), cache
 
 
@@ -325,11 +328,6 @@ def nats(logits: Float[Array, "b n v"], targets: Int[Array, "b n"]) -> Float[Arr
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def embed(table: nnx.Param, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-    """Rows of a small table: a product with one-hot rows, whose gradient is a product too, where a gather's would scatter."""
-    return jnp.einsum("bnv,vd->bnd", jax.nn.one_hot(ids, table.shape[0]), table[...], precision="highest")
-
-
 def attend(
     q: Float[Array, "... t h d"],
     k: Float[Array, "... s g d"],
@@ -347,6 +345,26 @@ def attend(
         scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(seen[..., None, None, :, :], scores, MASKED), axis=-1)
     return jnp.einsum("...grts,...sgd->...tgrd", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def whole(q: Array, k: Array, v: Array, at: Places, c: DecoderConfig) -> Float[Array, "b n h d"]:
+    """`attend` over the whole row, some queries at a time where the config says how many."""
+
+    def some(q, position, segment):
+        seen = visible(position, at.position, causal=c.causal, window=c.window)
+        seen &= segment[:, :, None] == at.segment[:, None, :]
+        return attend(q, k, v, seen, softcap=c.softcap)
+
+    n, size = q.shape[1], c.block_size
+    if size is None or size >= n:
+        return some(q, at.position, at.segment)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -n % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda block: jax.checkpoint(some)(*block), (cut(q), cut(at.position), cut(at.segment)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :n]
 
 
 def banded(q: Array, k: Array, v: Array, at: Places, c: DecoderConfig) -> Float[Array, "b n h d"]:

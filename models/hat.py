@@ -19,6 +19,7 @@ Sources: HAT (arXiv:2501.10322); the released form, arXiv:2603.15953.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, Stack, embed, linear, llama, nats, places, rope
+from models.decoder import Block, Cache, DecoderConfig, Places, RMSNorm, RopeScaling, Stack, linear, llama, nats, places, rope
+from models.t5 import lookup
 
 WORD, STOP = 256, 257
 """The paper's [W] and [S]. A document that is over ends with STOP in `ids`, a word of its own."""
@@ -83,6 +85,50 @@ class TFreeConfig:
                 f"{self.decoder.width} must be one."
             )
 
+    @classmethod
+    def published(cls, config: Mapping[str, Any], **changes: Any) -> "TFreeConfig":
+        """From the contents of a released model's `config.json`; `changes` (scan, remat, block_size) go to all three stacks.
+
+        Raises:
+          ValueError: it asks for what is not here: biases, another scaling of positions, decoder layers that hear of no word.
+        """
+        if not config["decoder_config"]["cross_attn_every_layer"]:
+            raise ValueError("TFreeConfig.published: cross_attn_every_layer is off, which is not supported.")
+
+        def stack(c: Mapping[str, Any]) -> DecoderConfig:
+            scaling: Mapping[str, Any] = c.get("rope_scaling") or {"rope_type": "default"}
+            if c.get("mlp_bias") or scaling["rope_type"] not in ("default", "llama3"):
+                raise ValueError(f"TFreeConfig.published: mlp_bias and rope_scaling {scaling} are not supported.")
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            norm = "head" if c.get("key_query_norm_per_head") else "all"
+            return DecoderConfig(
+                width=c["hidden_size"],
+                depth=c["num_hidden_layers"],
+                num_heads=c["num_attention_heads"],
+                d_ff=c["intermediate_size"],
+                num_kv_heads=c["num_key_value_heads"],
+                rope_theta=c["rope_theta"],
+                rope_scaling=RopeScaling(*(scaling[n] for n in names)) if scaling["rope_type"] == "llama3" else None,
+                window=c.get("sliding_window"),
+                qk_norm=norm if c.get("key_query_norm") else None,
+                epsilon=c["rms_norm_eps"],
+                **changes,
+            )
+
+        def cross(c: Mapping[str, Any]) -> CrossConfig:
+            names = (
+                "hidden_size",
+                "num_attention_heads",
+                "attention_num_kv_heads",
+                "key_query_norm",
+                "key_query_norm_per_head",
+            )
+            return CrossConfig(*(c["cross_attention_config"][name] for name in names))
+
+        encoder, backbone, decoder = (config[f"{name}_config"] for name in ("encoder", "backbone", "decoder"))
+        stacks = stack(encoder), stack(backbone), stack(decoder)
+        return cls(*stacks, cross(encoder), cross(decoder), max_word=config.get("max_word_size", 100))
+
 
 class Words(NamedTuple):
     """Which word each byte is of, and where each word stands in its document."""
@@ -122,20 +168,20 @@ class Stream(NamedTuple):
     """Position in the word, and which word; negative where nothing is."""
 
 
-def with_marks(ids: Int[Array, "b n"], words: Words) -> Stream:
-    """Put [W] before each word: byte t of word w, both counted from 0, goes to slot t + w + 1."""
+def with_marks(ids: Int[Array, "b n"], words: Words, marks: int = 1) -> Stream:
+    """Put [W] before each word, or several: byte t of word w, both counted from 0, goes to slot t + marks · (w + 1)."""
     plan, capacity = words.plan, words.plan.num_segments
-    length = ids.shape[1] + capacity
-    rank = jnp.cumsum(plan.kept, axis=1, dtype=jnp.int32)
-    spread = jm.Plan(jnp.where(plan.kept, rank + plan.segment_ids, -1), length)
+    length = ids.shape[1] + marks * capacity
+    rank = jnp.cumsum(plan.kept, axis=1, dtype=jnp.int32) - 1
+    spread = jm.Plan(jnp.where(plan.kept, rank + marks * (plan.segment_ids + 1), -1), length)
     byte = spread.sizes > 0
     slot = jnp.arange(length)[None] + jnp.zeros_like(ids[:, :1])
-    used = slot < jnp.sum(plan.kept, axis=1, keepdims=True) + jnp.sum(plan.sizes > 0, axis=1, keepdims=True)
+    used = slot < jnp.sum(plan.kept, axis=1, keepdims=True) + marks * jnp.sum(plan.sizes > 0, axis=1, keepdims=True)
     mark = used & ~byte
-    word = jnp.where(used, jnp.cumsum(mark, axis=1, dtype=jnp.int32) - 1, -1)
-    position = jnp.where(used, slot - jax.lax.cummax(jnp.where(mark, slot, 0), axis=1), 0)
+    word = jnp.where(used, (jnp.cumsum(mark, axis=1, dtype=jnp.int32) - 1) // marks, -1)
+    position = slot - jax.lax.cummax(jnp.where(mark & jm.words.document_starts(word), slot, 0), axis=1)
     filled = jnp.where(mark, WORD, jm.merge(spread, ids, reduce="sum"))
-    return Stream(filled, jm.Plan(word, capacity), Places(position, word))
+    return Stream(filled, jm.Plan(word, capacity), Places(jnp.where(used, position, 0), word))
 
 
 class HAT(nnx.Module):
@@ -173,14 +219,14 @@ class HAT(nnx.Module):
 
     def encode(self, stream: Stream) -> Float[Array, "b m d"]:
         """The embedding of each word: the encoder's state at its [W]."""
-        x = self.encoder(embed(self.embedding, stream.ids), stream.at)
+        x = self.encoder(lookup(self.embedding[...], stream.ids), stream.at)
         x = self.to_backbone(self.encoder_norm(jm.merge(stream.plan, x, reduce="first")))
         return x.astype(jnp.float32)
 
     def decoder_input(self, stream: Stream, predicted: Float[Array, "b m d"]) -> Float[Array, "b l d"]:
         """Bytes, and in place of [W] what the backbone predicted for the word."""
         told = jm.unmerge(stream.plan, self.to_decoder(predicted.astype(self.to_decoder.dtype)).astype(jnp.float32))
-        return jnp.where((stream.ids == WORD)[..., None], told, embed(self.decoder_embedding, stream.ids))
+        return jnp.where((stream.ids == WORD)[..., None], told, lookup(self.decoder_embedding[...], stream.ids))
 
     def predict(self, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         return self.head(self.norm(x))
@@ -297,7 +343,7 @@ class TFreeHAT(nnx.Module):
     def __call__(self, ids: Int[Array, "b n"], docs: Int[Array, "b n"], words: Words) -> Float[Array, "b n v"]:
         """Logits for the byte after each."""
         at = places(docs)
-        x = self.encoder(embed(self.embedding, ids), at)
+        x = self.encoder(lookup(self.embedding[...], ids), at)
         predicted = self.backbone(self.encode(x, at, words), words.at)
         return self.predict(self.decoder(x, at, words.plan, before(predicted, self.first[...], words.at)))
 

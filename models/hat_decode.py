@@ -19,9 +19,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 import jaxmerge as jm
-from models.decoder import Places, embed
+from models.decoder import Places
 from models.hat import HAT, RELEASED_STOP, STOP, WORD, Stream, TFreeHAT, Words, before, read_words, with_marks
 from models.sampling import sample
+from models.t5 import lookup
 
 CHARACTER = 4
 """Bytes of the longest character in UTF-8."""
@@ -129,7 +130,7 @@ def begin(model: HAT | TFreeHAT, ids: Array, starts: Array, lengths: Array, *, s
         state = State(room, lengths, start, count, first, None, None, backbone, decoder, logits)
         return _tell(model, state, first, jnp.ones(b, bool), _room(model) + 1)
     at = Places(jnp.arange(n)[None] + jnp.zeros_like(docs), docs)
-    x, encoder = model.encoder.step(embed(model.embedding, ids), at, cache=model.encoder.cache(b, size))
+    x, encoder = model.encoder.step(lookup(model.embedding[...], ids), at, cache=model.encoder.cache(b, size))
     predicted, backbone = model.backbone.step(model.encode(x, at, words), closed, cache=backbone)
     heard = before(predicted, model.first[...], words.at)
     y, decoder = model.decoder.step(x, at, words.plan, heard, cache=model.decoder.cache(b, size))
@@ -149,11 +150,11 @@ def write(
         byte = active & (symbol != WORD)
         full = byte & (state.length + 1 - state.start >= model.c.max_word)
         at = _place(state.length - state.start + 1, byte)
-        x, decoder = model.decoder.step(embed(model.decoder_embedding, symbol[:, None]), at, cache=state.decoder)
+        x, decoder = model.decoder.step(lookup(model.decoder_embedding[...], symbol[:, None]), at, cache=state.decoder)
         state = _append(state, symbol, byte)._replace(decoder=decoder, logits=_logits(model, state, x[:, 0], byte))
         return state, (active & ~byte | full).astype(jnp.int32)
     at = _place(state.length, active)
-    x, encoder = model.encoder.step(embed(model.embedding, symbol[:, None]), at, cache=state.encoder)
+    x, encoder = model.encoder.step(lookup(model.embedding[...], symbol[:, None]), at, cache=state.encoder)
     states = _put(state.states, state.length, x[:, 0], active)
     state = _append(state, symbol, active)._replace(encoder=encoder, states=states)
     new = jnp.where(active, _new_bytes(model, state), 0)

@@ -25,7 +25,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import jaxmerge as jm
-from models.decoder import DecoderConfig, Places, RMSNorm, embed, llama, nats, places
+from models.decoder import DecoderConfig, Places, RMSNorm, Stack, llama, nats, places
+from models.mamba2 import MambaBlock, MambaConfig
+from models.t5 import lookup
 
 BOS, STOP = 254, 255
 """The official tokenizer begins and ends a text with these bytes, which no UTF-8 has."""
@@ -45,6 +47,7 @@ class HNetConfig:
       window: how many positions back a stage sees beside its own; None for all.
       ratios: positions per chunk that each router is driven to; one fewer than stages.
       ratio_weight: of that loss.
+      mamba: of the layers "m" and "M".
     """
 
     layout: Layout
@@ -55,6 +58,7 @@ class HNetConfig:
     window: Sequence[int | None] | None = None
     ratios: Sequence[float] = (6.0,)
     ratio_weight: float = 0.03
+    mamba: MambaConfig = dataclasses.field(default_factory=MambaConfig)
     scan: bool = False
     remat: str | None = None
 
@@ -85,6 +89,8 @@ class HNetConfig:
             raise ValueError("HNetConfig.published: tie_embeddings is set, which is not supported.")
         attention = config["attn_cfg"]
         window = tuple(None if w < 0 else w for w in attention["window_size"])
+        names = {"d_state": "state", "d_conv": "conv", "expand": "expand", "chunk_size": "chunk"}
+        mamba = MambaConfig(**{names[name]: value for name, value in config["ssm_cfg"].items()})
         return cls(
             layout=config["arch_layout"],
             width=config["d_model"],
@@ -92,6 +98,7 @@ class HNetConfig:
             num_heads=attention["num_heads"],
             rotary_dim=attention["rotary_emb_dim"],
             window=window,
+            mamba=mamba,
             **changes,
         )
 
@@ -147,7 +154,13 @@ class Isotropic(nnx.Module):
     """A part of a layout: its layers, and a norm."""
 
     def __init__(self, c: HNetConfig, stage: int, part: str, residuals: int, *, dtype: Any, rngs: nnx.Rngs):
-        make = lambda kind, depth: llama(c.stack(stage, kind, depth, residuals), dtype=dtype, rngs=rngs)
+        def make(kind, depth):
+            layers = c.stack(stage, kind, depth, residuals)
+            if kind in "tT":
+                return llama(layers, dtype=dtype, rngs=rngs)
+            blocks = [MambaBlock(layers, c.mamba, dtype=dtype, rngs=rngs) for _ in range(depth)]
+            return Stack(blocks, scan=c.scan, remat=c.remat)
+
         self.stacks = nnx.List([make(kind, depth) for kind, depth in groups(part)])
         self.norm = RMSNorm(c.width[stage], dtype=jnp.float32)
 
@@ -242,7 +255,7 @@ class HNet(nnx.Module):
         if len(capacities) != len(self.c.ratios):
             raise ValueError(f"HNet: capacities must have {len(self.c.ratios)} entries, one per router; got {capacities}.")
         docs = jnp.zeros_like(ids) if docs is None else docs
-        x, routed = self.backbone(embed(self.embedding, ids), places(docs), capacities)
+        x, routed = self.backbone(lookup(self.embedding[...], ids), places(docs), capacities)
         return self.head(x), routed
 
 
@@ -317,6 +330,13 @@ def torch_name(path: str, *, layout: Layout) -> str:
         "attention_norm.scale": "norm1.weight",
         "attention.qkv.kernel": "mixer.Wqkv.weight",
         "attention.o.kernel": "mixer.out_proj.weight",
+        "mixer_norm.scale": "norm1.weight",
+        "mixer.in_proj.kernel": "mixer.in_proj.weight",
+        "mixer.out_proj.kernel": "mixer.out_proj.weight",
+        "mixer.conv": "mixer.conv1d.weight",
+        "mixer.conv_bias": "mixer.conv1d.bias",
+        "mixer.norm.scale": "mixer.norm.weight",
+        **{f"mixer.{name}": f"mixer.{name}" for name in ("dt_bias", "A_log", "D")},
         "ffn_norm.scale": "norm2.weight",
         "ffn.up_gate.kernel": "mlp.fc1.weight",
         "ffn.down.kernel": "mlp.fc2.weight",

@@ -15,9 +15,10 @@ from jax import Array
 from jaxtyping import Float, Int, Key
 
 import jaxmerge as jm
-from models.decoder import Places, embed
+from models.decoder import Places
 from models.hnet import STOP, HNet, Isotropic, Stage
 from models.sampling import sample
+from models.t5 import lookup
 
 
 class State(NamedTuple):
@@ -48,7 +49,7 @@ def begin(model: HNet, batch: int, size: int) -> State | list:
 
 def step(model: HNet, ids: Int[Array, "b t"], at: Places, state: Any) -> tuple[Float[Array, "b t v"], Any]:
     """Logits for the byte after each of t more in every row. A row may end in padding, which is not read."""
-    x, state = _stage(model.backbone, embed(model.embedding, ids), at, state)
+    x, state = _stage(model.backbone, lookup(model.embedding[...], ids), at, state)
     return model.head(x), state
 
 

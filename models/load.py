@@ -6,6 +6,7 @@ Flax keeps a kernel as (in, out) or (height, width, in, out); PyTorch as (out, i
 else has one shape in both.
 """
 
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from models.fold import is_stacked, layer_paths
+from models.torch_file import read_torch
 
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
@@ -74,17 +76,57 @@ def export(model: nnx.Module, torch_name: Callable[[str], str]) -> dict[str, np.
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file."""
-    from safetensors.numpy import load_file
+    """The tensors of a published model: a safetensors or PyTorch file, or a directory with one, or with several and an index.
 
-    return load_file(path)
+    Raises:
+      ValueError: nothing of the kind there, files that the index names and that are missing, or files that disagree with it.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+        if any(n.endswith(".safetensors") for n in names):
+            return _safetensors(path)
+        if "pytorch_model.bin.index.json" in names:
+            where = json.loads((path / "pytorch_model.bin.index.json").read_text())["weight_map"]
+            if missing := sorted(set(where.values()) - set(names)):
+                raise ValueError(f"read: {path} lacks {', '.join(missing)}, which its index names; fetch them.")
+            tensors = {file: read_torch(path / file) for file in sorted(set(where.values()))}
+            held = {name: file for file, found in tensors.items() for name in found}
+            if wrong := sorted(n for n in held.keys() | where.keys() if held.get(n) != where.get(n)):
+                raise ValueError(f"read: {path}: index and files disagree about {', '.join(wrong[:5])}.")
+            return {name: tensors[file][name] for name, file in where.items()}
+        if "pytorch_model.bin" in names:
+            return read_torch(path / "pytorch_model.bin")
+        raise ValueError(f"read: {path} has neither *.safetensors nor pytorch_model.bin; it has {names[:8]}.")
+    return read_torch(path) if path.suffix in (".bin", ".pt", ".pth") else _safetensors(path)
 
 
-def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file that PyTorch tools accept."""
+def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from jaxmerge import checkpoint
+
+    source = checkpoint.open(path)
+    return {name: source.read(name) for name in source.leaves}
+
+
+def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], *, shard_bytes: int | None = None) -> None:
+    """Write a safetensors file that PyTorch tools accept; beyond `shard_bytes`, several files and an index as on the Hub."""
     from safetensors.numpy import save_file
 
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path = pathlib.Path(path)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, value in tensors.items():
+        if shard_bytes and shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = value
+    if len(shards) == 1:
+        save_file(shards[0], path, metadata={"format": "pt"})
+        return
+    files = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, path.parent / file, metadata={"format": "pt"})
+    where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": where}
+    (path.parent / f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _leaves(model: nnx.Module) -> dict[str, nnx.Param]:

@@ -20,8 +20,8 @@ from models.fold import is_stacked
 Rule = Callable[[str], P]
 
 
-def by_pattern(patterns: Mapping[str, P], default: P = P()) -> Rule:
-    """The rule of the first regular expression that is found in a path; `default`, whole everywhere, where none is.
+def by_pattern(patterns: Mapping[str, P]) -> Rule:
+    """The rule of the first regular expression that is found in a path; whole everywhere where none is.
 
     Example:
       >>> from jax.sharding import PartitionSpec as P
@@ -30,7 +30,7 @@ def by_pattern(patterns: Mapping[str, P], default: P = P()) -> Rule:
       PartitionSpec('tensor', None)
     """
     compiled = [(re.compile(pattern), spec) for pattern, spec in patterns.items()]
-    return lambda path: next((spec for pattern, spec in compiled if pattern.search(path)), default)
+    return lambda path: next((spec for pattern, spec in compiled if pattern.search(path)), P())
 
 
 def specs(params: Any, rule: Rule) -> Any:
@@ -74,4 +74,4 @@ T5_RULE = by_pattern(
         r"(^|\.)(o|wo)\.kernel$": P("tensor", None),
     }
 )
-"""Megatron's split of T5's heads and feed-forward over an axis called `tensor`: one all-reduce after each (arXiv:1909.08053)."""
+"""Megatron's split of T5's heads and feed-forward over an axis `tensor`, one all-reduce after each (arXiv:1909.08053)."""

@@ -238,18 +238,22 @@ class Stack(nnx.Module):
         self.shape, self.remat, self.block_size = c, remat, block_size
 
     def position_bias(
-        self, positions: Int[Array, "one n"], keys: Int[Array, "one s"] | None = None
+        self,
+        positions: Int[Array, "one n"],
+        keys: Int[Array, "one s"] | None = None,
+        *,
+        table: Float[Array, "buckets h"] | None = None,
     ) -> Float[Array, "one h n s"]:
         """The bias between tokens that stand at `positions` of the text, one row per example or one for all.
 
-        A decoder's queries see no later key. `keys`: where the keys stand, if elsewhere than the queries.
+        A decoder's queries see no later key. `keys`: where the keys stand, if elsewhere than the queries. `table`: the
+        parameter, if it comes from elsewhere.
         """
+        table = jnp.asarray(self.position[...] if table is None else table)
         keys = positions if keys is None else keys
         distance = keys[:, None, :] - positions[:, :, None]
-        buckets = relative_buckets(
-            distance, num_buckets=self.position.shape[0], max_distance=self.max_distance, causal=self.decoder
-        )
-        bias = jnp.moveaxis(lookup(self.position[...], buckets), -1, 1)
+        buckets = relative_buckets(distance, num_buckets=table.shape[0], max_distance=self.max_distance, causal=self.decoder)
+        bias = jnp.moveaxis(lookup(table, buckets), -1, 1)
         return jnp.where(distance[:, None] <= 0, bias, MASKED) if self.decoder else bias
 
     def __call__(
@@ -266,17 +270,24 @@ class Stack(nnx.Module):
         """The residual stream after each block from `start` to before `stop`, and each block's excess of scores over 5."""
         positions = jnp.arange(x.shape[1])[None] if positions is None else positions
         depth = len(self.blocks)
-        bias: Any = Relative(lambda queries: self.position_bias(queries, positions), positions)
-        if self.block_size is None:
-            bias = self.position_bias(positions)  # once for all blocks
         keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
+        every = place = None
+        if self.block_size is None:
+            every = self.position_bias(positions)  # once for all layers
+        else:  # handed to each layer: what does not change from layer to layer, a scan would compute once and keep
+            place = jax.tree.map(lambda a: jnp.broadcast_to(a, (depth, *a.shape)), (positions, self.position[...]))
 
-        def one(block, x, key):
+        def one(block, x, given):
+            key, place = given
             rngs = None if key is None else nnx.Rngs(dropout=key)
+            bias: Any = every
+            if place is not None:
+                at, table = place
+                bias = Relative(lambda queries: self.position_bias(queries, at, table=table), at)
             x, excess = block(x, position_bias=bias, key_bias=key_bias, memory=memory, rngs=rngs)
             return x, (x, excess)
 
-        _, seen = fold(self.blocks, one, x, keys, start=start, stop=stop, remat=self.remat)
+        _, seen = fold(self.blocks, one, x, (keys, place), start=start, stop=stop, remat=self.remat)
         return [h for h, _ in seen], [e for _, e in seen]
 
     def last(self, x: Float[Array, "b n d"], rngs: nnx.Rngs | None = None) -> Float[Array, "b n d"]:

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge.tokens import ranks
-from jaxmerge.words._segment import document_starts
+from jaxmerge.words._segment import document_starts, place_in_word
 
 BLT_THRESHOLD = 1.335442066192627
 """The threshold that BLT ships, in nats. It belongs to its entropy model: for another, ask `patch_threshold`."""
@@ -112,7 +112,7 @@ def limit_patches(starts: Bool[Array, "*batch n"], longest: int) -> Bool[Array, 
     """
     if longest < 1:
         raise ValueError(f"limit_patches: longest must be 1 or more, got {longest}.")
-    return starts | (_since(starts) % longest == 0)
+    return starts | (place_in_word(starts) % longest == 0)
 
 
 def space_starts(
@@ -218,10 +218,4 @@ def _nearest_size(mean: Callable[[float], float], values: np.ndarray, size: floa
 
 def _place(documents: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     """The position of each byte in its document."""
-    return _since(document_starts(documents))
-
-
-def _since(starts: Bool[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-    """How far the last start lies behind; before any, how far the head of the row."""
-    here = jax.lax.broadcasted_iota(jnp.int32, starts.shape, starts.ndim - 1)
-    return here - jax.lax.cummax(jnp.where(starts, here, 0), axis=starts.ndim - 1)
+    return place_in_word(document_starts(documents))

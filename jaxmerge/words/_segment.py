@@ -111,3 +111,15 @@ def capacity_for(counts: ArrayLike | Sequence[int], *, multiple_of: int = 128, a
         raise ValueError(f"capacity_for: counts must be one or more numbers, none negative; got {counts.tolist()}.")
     capacity = max(-(-int(counts.max()) // multiple_of), 1) * multiple_of
     return capacity if at_most is None else min(capacity, at_most)
+
+
+def place_in_word(starts: Bool[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """How far the last start lies behind each byte; before any, how far the head of the row.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> jm.words.place_in_word(jnp.array([False, False, True, False, True])).tolist()
+      [0, 1, 0, 1, 0]
+    """
+    here = jax.lax.broadcasted_iota(jnp.int32, starts.shape, starts.ndim - 1)
+    return here - jax.lax.cummax(jnp.where(starts, here, 0), axis=starts.ndim - 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from models import decoder, load
 from models.decoder import ByteDecoder, DecoderConfig, Places, RopeScaling, loss, places
@@ -55,7 +55,7 @@ def dense(q, k, v, at, c):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window, block", [(5, 4), (4, 4), (3, 256), (9, 4)])
+@pytest.mark.parametrize("window, block", [(5, 4), (9, 4), pytest.param(3, 256, marks=pytest.mark.slow)])
 def test_a_window_in_blocks_is_a_masked_window(ids, causal, window, block, monkeypatch):
     monkeypatch.setattr(decoder, "BLOCK", block)
     c = dataclasses.replace(CONFIG, causal=causal, window=window)
@@ -63,6 +63,15 @@ def test_a_window_in_blocks_is_a_masked_window(ids, causal, window, block, monke
     at = places(packed(ids))
     there = at.segment >= 0
     np.testing.assert_allclose(decoder.banded(q, k, v, at, c)[there], dense(q, k, v, at, c)[there], atol=ATOL)
+
+
+def test_queries_in_blocks_change_nothing(ids):
+    c = dataclasses.replace(CONFIG, window=None)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, N, h, 4)) for i, h in enumerate((4, 2, 2)))
+    at = places(packed(ids))
+    f = jax.jit(jax.value_and_grad(lambda q, c: (decoder.whole(q, k, v, at, c) ** 2).sum()), static_argnums=1)
+    want, some = f(q, c), f(q, dataclasses.replace(c, block_size=8))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=ATOL), some, want)
 
 
 def test_a_window_makes_no_square():
@@ -90,7 +99,7 @@ def test_loss_scores_bytes_of_the_same_document(model, ids):
     np.testing.assert_allclose(decoder.next_byte(run(model, ids, docs), ids, docs), np.mean(want), atol=ATOL)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_equals_uncached(model, ids, scan):
     """Ragged rows: the second is 3 positions behind; what is padding is not written."""
     model = twin(model, scan=scan)
@@ -114,7 +123,7 @@ def twin(model, **changes):
     return other
 
 
-@pytest.mark.parametrize("remat", [None, "dots"])
+@pytest.mark.parametrize("remat", [pytest.param(None, marks=pytest.mark.slow), "dots"])
 def test_scan_and_remat_change_nothing(model, ids, remat):
     value_and_grad = nnx.jit(nnx.value_and_grad(lambda m: loss(m, ids, packed(ids))[0]))
     want, grads = value_and_grad(model)
@@ -135,6 +144,7 @@ def test_long_rope():
     assert (np.diff(got) < 0).all()
 
 
+@pytest.mark.parametrize("mesh", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)], indirect=True)
 def test_eight_devices_equal_one(mesh, model, ids):
     ids = jnp.concatenate([ids] * 4)
     graph, params = nnx.split(model)

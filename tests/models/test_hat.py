@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models import load
-from models.decoder import DecoderConfig, Places
+from models.decoder import DecoderConfig, Places, RopeScaling
 from models.hat import HAT, STOP, WORD, CrossConfig, HATConfig, TFreeConfig, TFreeHAT, loss, read_words, torch_name, with_marks
 from tests.models.test_decoder import copy_parameters
 
@@ -226,12 +226,14 @@ def test_words_that_do_not_fit_are_counted_and_not_scored(either):
     np.testing.assert_allclose(total, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_alone_costs_nothing(either):
     ids = jnp.zeros((2, N), jnp.int32)
     (total, _), grads = run(either, (ids, ids > 0, ids - 1))
     assert total == 0 and all(not np.asarray(g).any() for g in jax.tree.leaves(nnx.state(grads)))
 
 
+@pytest.mark.parametrize("either", ["paper", pytest.param("released", marks=pytest.mark.slow)], indirect=True)
 def test_scan_and_remat_change_nothing(either):
     batch = packed([TEXTS[0], TEXTS[1]], [TEXTS[1]])
     stacks = {name: getattr(either.c, name) for name in ("encoder", "backbone", "decoder")}
@@ -246,6 +248,7 @@ def test_scan_and_remat_change_nothing(either):
         np.testing.assert_allclose(stacked[name], g, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("either", ["paper", pytest.param("released", marks=pytest.mark.slow)], indirect=True)
 def test_bfloat16_stays_near_float32(either):
     """Some forty products in a row, each off by 2^-9 of its size and not of one sign: 2^-9 sqrt(40) of a nat, with room 2."""
     batch = packed([TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[0]])
@@ -259,9 +262,9 @@ def test_bfloat16_stays_near_float32(either):
 @pytest.mark.parametrize(
     "either, mesh",
     [
-        ("paper", AxisType.Auto),
-        ("released", AxisType.Explicit),
-        pytest.param("paper", AxisType.Explicit, marks=pytest.mark.slow),
+        ("paper", AxisType.Explicit),
+        pytest.param("released", AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param("paper", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("released", AxisType.Auto, marks=pytest.mark.slow),
     ],
     indirect=True,
@@ -275,6 +278,32 @@ def test_eight_devices_equal_one(mesh, either):
         got = value_and_grad(graph, place(params), tuple(place(x, "data") for x in batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), got[0], want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), got[1], nnx.state(grads))
+
+
+def test_published_config():
+    """The keys of a released config.json."""
+    stack = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, intermediate_size=32)
+    stack |= dict(rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling={"rope_type": "default"}, mlp_bias=False, sliding_window=768)
+    cross = dict(hidden_size=24, hidden_size_q=24, hidden_size_kv=24, num_attention_heads=3, attention_num_kv_heads=3)
+    cross |= dict(word_window_size=1, key_query_norm=False, key_query_norm_per_head=False)
+    wide = stack | dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, rope_theta=5e5)
+    config = dict(
+        encoder_config=stack | dict(cross_attention_config=cross),
+        backbone_config=wide | dict(sliding_window=None),
+        decoder_config=stack
+        | dict(cross_attention_config=cross | dict(key_query_norm_per_head=True), cross_attn_every_layer=True),
+        max_word_size=100,
+    )
+    flat = dataclasses.replace(CROSS, norm_per_head=False)
+    want = dataclasses.replace(RELEASED, encoder_cross=flat, decoder_cross=flat)
+    assert TFreeConfig.published(config) == want
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    config["backbone_config"] |= dict(rope_scaling=scaling | dict(original_max_position_embeddings=8192), key_query_norm=True)
+    backbone = TFreeConfig.published(config, scan=True).backbone
+    assert backbone.rope_scaling == RopeScaling() and backbone.qk_norm == "all" and backbone.scan
+    config["backbone_config"] |= dict(rope_scaling={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match=r"rope_scaling .*yarn.* not supported"):
+        TFreeConfig.published(config)
 
 
 @pytest.mark.parametrize(

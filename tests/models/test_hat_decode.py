@@ -122,7 +122,7 @@ def test_paper_steps_equal_the_uncached_forward(paper):
     raise AssertionError("the texts were not finished")
 
 
-@pytest.mark.parametrize("name", ["t0", "t1"])
+@pytest.mark.parametrize("name", ["t0", pytest.param("t1", marks=pytest.mark.slow)])
 def test_greedy_golden(released, name):
     """The official text, invalid UTF-8 and all."""
     model, z = released
@@ -134,7 +134,7 @@ def test_greedy_golden(released, name):
     assert text.lengths.tolist() == [ids.shape[1] + 16]
 
 
-@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("form", ["paper", pytest.param("released", marks=pytest.mark.slow)])
 def test_rows_do_not_disturb_each_other(form, paper, released):
     """Greedy in a batch is greedy alone; sampling runs under jit and repeats with its key."""
     model = paper if form == "paper" else released[0]
@@ -154,6 +154,7 @@ def test_rows_do_not_disturb_each_other(form, paper, released):
     assert (one.ids != other.ids).any() and (one.lengths <= jnp.array(CUT) + 12).all()
 
 
+@pytest.mark.slow
 def test_stop_ends_a_row(paper):
     """What a row is written up to, and what it is not."""
     model = nnx.clone(paper)

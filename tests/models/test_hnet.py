@@ -14,6 +14,7 @@ from models import load
 from models.decoder import Places
 from models.hnet import HNet, HNetConfig, depth_of, groups, loss, torch_name
 from models.hnet_decode import begin, generate, step
+from models.mamba2 import MambaConfig
 from tests.models.test_decoder import copy_parameters
 
 ATOL = 1e-4  # the golden vectors' own figure for float32
@@ -132,6 +133,7 @@ def test_no_byte_sees_a_later_one(nested, ids):
     assert (np.abs(a - b)[:, 15:].max(-1) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_chunks_that_do_not_fit_are_counted(nested, ids):
     docs = jnp.zeros_like(ids)
     whole, (outer, inner) = run(nested, ids, docs)
@@ -149,7 +151,7 @@ def test_chunks_that_do_not_fit_are_counted(nested, ids):
         assert np.isfinite(tight[row]).all()
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_steps_equal_the_uncached_forward(nested, ids, scan):
     """Prompts of 9, 1, 12 and 5 bytes in one call, then byte by byte, each row at its own place."""
     model = twin(nested, scan=True) if scan else nested
@@ -195,6 +197,7 @@ def test_generate(nested, ids):
         generate(nested, ids, lengths, max_new=1)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(nested, ids):
     docs = jnp.zeros_like(ids).at[:, 10:].set(1)
     value = lambda model: value_and_grad(*nnx.split(model), ids, docs)
@@ -239,6 +242,7 @@ def test_published_config():
         "tie_embeddings": False,
     }
     c = HNetConfig.published(config)
+    assert c.mamba == MambaConfig(state=128, conv=4, expand=2, chunk=256)
     assert c.window == (1023, None) and depth_of(c.layout) == 2 and c.stack(1, "T", 22, 1).d_ff == 4096
     with pytest.raises(ValueError, match="tie_embeddings is set"):
         HNetConfig.published({**config, "tie_embeddings": True})

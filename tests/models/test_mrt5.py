@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from models import load, mrt5, t5
-from tests.models.test_t5 import ATOL, check_gradients, greedy, state_dict
+from models import load, mrt5, sharding, t5
+from tests.models.test_t5 import ATOL, FORMS, check_gradients, state_dict
 
 BASE = t5.T5Config(32, 12, 48, 2, num_layers=4, num_decoder_layers=2, softmax1=True, dropout=0.0)
 CONFIG = mrt5.MrT5Config(BASE, gate_layer=2)
@@ -21,6 +21,15 @@ NAME = functools.partial(mrt5.torch_name, gate_layer=2)
 def case(golden):
     z = golden("bytes/mrt5_a")
     model = mrt5.MrT5(CONFIG, rngs=nnx.Rngs(0))
+    load.load(model, state_dict(z), NAME, ignore=t5.ALIASES)
+    return model, z, jnp.asarray(z["in/input_ids"]), jnp.asarray(z["in/labels"])
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=FORMS)
+def form(request, golden):
+    """The model of `case` in every form that must not change a number."""
+    z = golden("bytes/mrt5_a")
+    model = mrt5.MrT5(CONFIG, **FORMS[request.param], rngs=nnx.Rngs(0))
     load.load(model, state_dict(z), NAME, ignore=t5.ALIASES)
     return model, z, jnp.asarray(z["in/input_ids"]), jnp.asarray(z["in/labels"])
 
@@ -36,8 +45,8 @@ def run(model, ids, labels, **kwargs):
     return forward(*nnx.split(model), ids, labels, **kwargs)
 
 
-def test_soft_deletion_and_gradients(case):
-    model, z, ids, labels = case
+def test_soft_deletion_and_gradients(form):
+    model, z, ids, labels = form
     graph, params = nnx.split(model)
 
     def f(p):
@@ -61,17 +70,22 @@ def test_soft_deletion_and_gradients(case):
     np.testing.assert_allclose(penalty, z["soft/scores_loss"], atol=1e-6)
     np.testing.assert_allclose(total, z["soft/total_loss"], atol=ATOL)
     np.testing.assert_allclose(metrics["rate"] * 100, z["soft/metric/percent_non_pad_deleted_tokens"], rtol=1e-6)
+    np.testing.assert_allclose(0.013 * metrics["gate"], z["soft/metric/delete_gate_loss"], atol=ATOL)
+    np.testing.assert_allclose(encoded.gate.mean(), z["soft/metric/delete_gate_average"], atol=ATOL)
+    gone = (np.asarray(encoded.gate) <= model.threshold).mean() * 100  # padding counted as deleted
+    np.testing.assert_allclose(gone, z["soft/metric/percent_deleted_tokens"], rtol=1e-6)
     check_gradients(load.export(nnx.merge(graph, grads), NAME), z, "soft/grad")
 
 
 @pytest.mark.parametrize("name, threshold", [("hard", None), ("hard_thr", -6.0)])
-def test_hard_deletion(case, name, threshold):
+def test_hard_deletion(form, name, threshold):
     """`keep_gate=False` is the official rule; ours keeps the gate of what stays, as training saw it."""
-    model, z, ids, labels = case
+    model, z, ids, labels = form
     capacity = z[f"{name}/positions"].shape[1]  # theirs: the longest row of this batch; ours: any static number
     encoded, decoded = run(model, ids, labels, capacity=capacity, threshold=threshold, keep_gate=False)
     there = z[f"{name}/delete_gate_mask"][..., 0] == 0
     np.testing.assert_array_equal(encoded.plan.sizes > 0, there)
+    np.testing.assert_allclose(encoded.gate, z[f"{name}/gate"][..., 0], atol=ATOL)
     positions = np.array([np.flatnonzero(row >= 0).tolist() + [0] * capacity for row in encoded.plan.segment_ids], object)
     for row, want in zip(positions, z[f"{name}/positions"], strict=True):
         assert row[: len(want)] == want.tolist()
@@ -83,17 +97,6 @@ def test_hard_deletion(case, name, threshold):
     np.testing.assert_allclose(np.asarray(encoded.states)[there], z[f"{name}/encoder_last_hidden_state"][there], atol=ATOL)
     np.testing.assert_allclose(decoded.logits, z[f"{name}/logits"], atol=ATOL)
     np.testing.assert_allclose(t5.cross_entropy(decoded.logits, labels), z[f"{name}/ce"], atol=ATOL)
-
-
-@pytest.mark.parametrize("name, how", [("soft", {}), ("hard", dict(capacity=17, keep_gate=False))])
-def test_greedy_text(case, name, how):
-    """The official generate() drops the encoder's mask; padding carries a gate of -30 there, and that is mask enough."""
-    model, z, ids, _ = case
-    graph, params = nnx.split(model)
-    encoded = model.encode(ids, **how)
-    step = jax.jit(lambda p, out: nnx.merge(graph, p).decode(out, encoded).logits)
-    want = z[f"{name}/greedy_ids"]
-    np.testing.assert_array_equal(greedy(lambda out: step(params, out), 3, want.shape[1] - 1), want)
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------------
@@ -171,16 +174,48 @@ def test_config_is_checked():
 # --- eight devices --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capacity", [None, 20])
-def test_eight_devices_equal_one(case, capacity):
-    model, _, ids, labels = case
+@pytest.mark.parametrize(
+    "kind, scan",
+    [
+        pytest.param(AxisType.Auto, True, id="auto-scanned"),
+        pytest.param(AxisType.Explicit, False, id="explicit-list"),
+        pytest.param(AxisType.Auto, False, id="auto-list", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, True, id="explicit-scanned", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_equal_one(case, kind, scan):
+    """Auto axes: heads and feed-forward split over `tensor`. Explicit axes: parameters are split at rest and whole in use."""
+    _, z, ids, labels = case
+    model = mrt5.MrT5(CONFIG, scan=scan, remat="dots", rngs=nnx.Rngs(0))
+    load.load(model, state_dict(z), NAME, ignore=t5.ALIASES)
     ids, labels = (jnp.concatenate([x, x[:, ::-1], x])[:8] for x in (ids, labels))
     graph, params = nnx.split(model)
-    f = lambda p, ids, labels: mrt5.loss(nnx.merge(graph, p), ids, labels, 0.01, capacity=capacity, score_weight=0.5)
-    step = jax.jit(jax.value_and_grad(f, has_aux=True))
-    want = step(params, ids, labels)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-    got = step(jax.tree.map(put, params), put(ids, "data"), put(labels, "data"))
+    whole = lambda p: jax.tree.map(lambda x: jax.reshard(x, P()), p) if kind == AxisType.Explicit else p
+    capacity = 20 if scan else None
+
+    def loss(p, ids, labels, place):
+        return mrt5.loss(nnx.merge(graph, place(p)), ids, labels, 0.01, capacity=capacity, score_weight=0.5)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
+    want = step(params, ids, labels, lambda p: p)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+    where = sharding.shardings(params, mesh, sharding.T5_RULE)
+    put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        got = step(jax.device_put(params, where), put(ids), put(labels), whole)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), got, want)
-    assert all(g.sharding.is_fully_replicated for g in jax.tree.leaves(got[1]))
+
+
+def test_rules_are_checked_and_place_moves(case):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    model = mrt5.MrT5(CONFIG, scan=True, rngs=nnx.Rngs(0))
+    sharding.place(model, mesh, sharding.T5_RULE)
+    blocks = model.t5.encoder.blocks.each
+    assert blocks.ffn.wo.kernel[...].sharding.spec == P(None, "tensor", None)
+    assert blocks.attention.q.kernel[...].sharding.spec == P(None, None, "tensor")
+    assert model.gate.out.kernel[...].sharding.is_fully_replicated
+    params = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match=r"the rule names \['pipe'\]; the mesh has \('data', 'tensor'\)"):
+        sharding.shardings(params, mesh, lambda path: P("pipe"))
+    with pytest.raises(ValueError, match="has too few axes for the rule's"):
+        sharding.specs(params, lambda path: P(None, None, None))

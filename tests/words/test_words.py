@@ -1,5 +1,9 @@
 """Segments, delete gates and the controller: laws, golden traces, meshes, faults."""
 
+import pathlib
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +107,74 @@ def test_softmax1(golden):
     assert y == 1 and bool(jnp.isfinite(grad).all())
 
 
+def test_regularisers_equal_the_official(golden):
+    """All five of the official trainer, at alpha = 0.013; the entropies weigh 0.3 and 0.2, and count padding."""
+    z = golden("bytes/mrt5_a")
+    mask, alpha = jnp.asarray(z["in/input_ids"] != 0), 0.013
+    gate, logits = (jnp.asarray(z[f"soft/{name}"][..., 0]) for name in ("gate", "gate_logits"))
+    mean = alpha * words.masked_mean(gate, mask)
+    each, of_mean = words.gate_entropies(gate)
+    got = {
+        "gate_mean_loss": mean,
+        "logits_mean": alpha * words.masked_mean(logits, mask),
+        "clamped_logits_mean": alpha * words.masked_mean(jnp.maximum(logits, -30.0), mask),
+        "gate_var_loss": -alpha * words.masked_variance(gate, mask),
+        "gate_mean_with_entropy_reg": mean + 0.3 * each - 0.2 * of_mean,
+    }
+    for name, value in got.items():
+        np.testing.assert_allclose(value, z[f"reg/{name}"], rtol=2e-6)
+    short = words.gate_entropies(gate[:1, : int(mask[0].sum())])
+    np.testing.assert_allclose(words.gate_entropies(gate[:1], mask=mask[:1]), short, rtol=1e-6)
+    sure = jax.grad(lambda g: sum(words.gate_entropies(g)))(jnp.array([[0.0, -30.0, -200.0]]))
+    assert not jnp.isnan(sure).any()
+
+
+def test_log_sigmoid_gate():
+    z = jnp.array([[-200.0, -1.0, 0.0, 7.0]])
+    gate = words.log_sigmoid_gate(z, mask=jnp.array([[True, True, True, False]]))
+    np.testing.assert_allclose(gate, [[-200.0, -1.3132617, np.log(0.5), -30.0]], rtol=1e-6)
+    np.testing.assert_array_equal(words.kept(words.log_sigmoid_gate(z), threshold=float(np.log(0.5))), z > 0)
+
+
+def test_gumbel_noise_is_one_sided():
+    """Its mean is Euler's constant, and its deviation pi / sqrt 6; the gate of it is the gate of noisy logits."""
+    logits = jnp.zeros((200, 500))
+    gate = words.delete_gate(logits, key=KEY)
+    noise = -jnp.log(-30.0 / gate - 1)  # the logit again
+    noise = -noise
+    np.testing.assert_allclose(noise.mean(), 0.5772, atol=5 * 1.2825 / np.sqrt(logits.size))
+    np.testing.assert_allclose(noise.std(), 1.2825, rtol=0.02)
+    np.testing.assert_allclose(words.log_sigmoid_gate(logits, key=KEY), jax.nn.log_sigmoid(noise), atol=1e-4)
+    assert not np.array_equal(gate, words.delete_gate(logits, key=jax.random.key(1)))
+
+
+def test_random_deletion_holds_its_rate_in_every_row():
+    mask = jnp.arange(200)[None] < jnp.array([[200], [100], [11], [0]])
+    gone = words.random_gate(KEY, mask, 0.4, spread=0.0) < 0
+    assert (gone & mask).sum(1).tolist() == [80, 40, 4, 0] and (gone | mask).all()
+    rates = (words.random_gate(KEY, jnp.ones((1000, 100), bool), 0.5) < 0).mean(axis=1)
+    np.testing.assert_allclose([rates.mean(), rates.std()], [0.5, 0.05], atol=0.007)
+    place = (words.random_gate(KEY, jnp.ones((2000, 20), bool), 0.5, spread=0.0) < 0).mean(axis=0)
+    np.testing.assert_allclose(place, 0.5, atol=5 * 0.5 / np.sqrt(2000))
+    every = [words.random_gate(KEY, jnp.ones((1, 9), bool), rate, spread=0.0) for rate in (0.0, 1.0)]
+    assert not every[0].any() and (every[1] == -30).all()
+
+
+def test_fixed_deletion_is_right_in_every_row():
+    """The official pattern of this sentence alone, also in a batch, where the official code pools all rows."""
+    lines = ["the quick brown fox jumps", "a bb, ccc"]
+    want = ["KK.KKK...KKK...KK..KKK...", "KKK.KKK.."]
+    ids = np.zeros((2, 25), np.int32)
+    for row, line in zip(ids, lines, strict=True):
+        row[: len(line)] = words.to_ids(line)
+    gate = words.fixed_gate(jnp.asarray(ids), jnp.asarray(ids != 0), 0.5)
+    for row, line, pattern in zip(gate, lines, want, strict=True):
+        assert "".join("K" if g == 0 else "." for g in row[: len(line)]) == pattern
+        assert (row[len(line) :] == -30).all()
+    for rate in (0.0, 1.0):
+        assert ((words.fixed_gate(jnp.asarray(ids), jnp.asarray(ids != 0), rate) == 0) == ((ids != 0) & (rate == 0))).all()
+
+
 # --- controller ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +252,9 @@ def test_pure_functions_on_a_mesh(mesh):
         plan = words.segments(starts, 6, mask=mask)
         gate = words.delete_gate(logits, mask=mask)
         packed = jm.merge(jm.tokens.keep(words.kept(gate, mask=mask), 6), x, reduce="first")
-        return plan.segment_ids, jm.unmerge(plan, words.shift(jm.merge(plan, x), jnp.ones(4))), packed, words.softmax1(logits)
+        controls = words.random_gate(KEY, mask, 0.5), words.fixed_gate(jnp.where(starts, 35, 70), mask, 0.5)
+        read = jm.unmerge(plan, words.shift(jm.merge(plan, x), jnp.ones(4)))
+        return plan.segment_ids, read, packed, words.softmax1(logits), controls
 
     def means(logits, mask):
         gate = words.delete_gate(logits, mask=mask)
@@ -213,6 +287,10 @@ def test_bad_arguments(unchecked):
         words.shift(jnp.zeros((2, 4)), jnp.zeros(3))
     with pytest.raises(ValueError, match="scale must be negative"):
         words.delete_gate(jnp.zeros(3), scale=30.0)
+    with pytest.raises(ValueError, match="rate must lie between 0 and 1, got 50"):
+        words.random_gate(KEY, starts, 50)
+    with pytest.raises(ValueError, match="scale must be negative"):
+        words.fixed_gate(starts.astype(jnp.int32), starts, 0.5, scale=1.0)
     with pytest.raises(ValueError, match="target must lie between 0 and 1, got 50"):
         words.pi_controller(target=50)
     with pytest.raises(ValueError, match="lowest must be 0 or less, got 1"):
@@ -221,3 +299,14 @@ def test_bad_arguments(unchecked):
         words.capacity_for([1], multiple_of=0)
     with pytest.raises(ValueError, match="counts must be one or more numbers"):
         words.capacity_for([])
+
+
+def test_the_table_names_everything():
+    """`help(jm.words)` lists whatever is offered, and the vectors that it names are there."""
+    table = words.__doc__ or ""
+    offered = {n for n, v in vars(words).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
+    missing = {name for name in offered - {"Corrupted", "DynamicTokens", "Packed"} if not re.search(rf"\b{name}\b", table)}
+    assert not missing, f"no row for {missing}"
+    golden = pathlib.Path(__file__).parents[1] / "golden"
+    for name in ("hat_splitter", "span", "blt", "hnet", "mrt5", "exact_byte_probs"):
+        assert re.search(rf"\b{name}\b", table) and list(golden.glob(f"*/{name}_a.npz"))

@@ -1,0 +1,100 @@
+"""Write with a trained byte model, a character at a time as it comes.
+
+    python -m scripts.generate --checkpoint runs/quickstart/base --prompt "def main():" --length 200
+    python -m scripts.generate --checkpoint byt5-small --family byt5 --prompt "..." --temperature 0.8 --top-p 0.95
+
+The model lies in any of the layouts of `scripts.families`. A character is printed when its last byte has come. Lengths count
+bytes.
+"""
+
+import codecs
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmerge import words
+from models.sampling import sample
+from scripts.families import FAMILIES, read_model
+
+
+@dataclasses.dataclass
+class Flags:
+    """What to write."""
+
+    checkpoint: pathlib.Path
+    prompt: str
+    """What the encoder reads or, for a language model, what the text begins with."""
+    family: str = "mrt5"
+    """byt5, mrt5 or lm."""
+    length: int = 256
+    """How many bytes at most."""
+    temperature: float = 0.0
+    """0 takes the most likely byte."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    capacity: int | None = None
+    """For MrT5: delete bytes for good, with room for that many; by default deletion is soft, as in training."""
+    end_mark: bool = True
+    """Add the end mark to what the encoder reads, as ByT5's tokeniser does (scripts.train_mrt5 does not)."""
+
+
+def stream(
+    family: str,
+    model: Any,
+    prompt: bytes,
+    *,
+    length: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    **how: Any,
+) -> Iterator[bytes]:
+    """The bytes that a model writes after a prompt, one at a time, until its end mark or `length` of them."""
+    if length < 1:
+        raise ValueError(f"generate: length counts the bytes to write and must be 1 or more, got {length}.")
+    logits, cache, step = FAMILIES[family].start(model, prompt, room=length - 1, **how)
+    draw = jax.jit(lambda logits, key: sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p))
+    raw = logits.shape[-1] == 256  # ids are bytes, and nothing ends a text
+    for i, key in enumerate(jax.random.split(jax.random.key(seed), length)):
+        if i:
+            logits, cache = step(new, cache)
+        new = draw(logits, key)
+        id = int(new[0])
+        if not raw and id == words.EOS:
+            return
+        yield bytes([id]) if raw else words.to_bytes(np.array([id]))
+
+
+def characters(pieces: Iterator[bytes]) -> Iterator[str]:
+    """Whole characters: bytes are held back until theirs is complete; what can be none becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def generate(flags: Flags) -> Iterator[str]:
+    if flags.family not in FAMILIES:
+        raise ValueError(f"generate: --family must be one of {', '.join(FAMILIES)}; got {flags.family!r}.")
+    _, model = read_model(flags.checkpoint, flags.family)
+    rules = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
+    how: dict[str, Any] = dict(capacity=flags.capacity, end_mark=flags.end_mark)
+    return characters(stream(flags.family, model, flags.prompt.encode(), length=flags.length, **rules, **how))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    for text in generate(tyro.cli(Flags, description=__doc__)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()

@@ -1,0 +1,94 @@
+"""Converting between layouts and writing text: every layout gives the same model, and the stream the text of `generate`."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmerge import words
+from models import decoding, load, mrt5, t5
+from models.lm import ByteLM
+from scripts import convert, families, generate, state
+
+TINY = t5.T5Config(d_model=16, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=2, dropout=0.0)
+GATED = mrt5.MrT5Config(dataclasses.replace(TINY, softmax1=True), gate_layer=1)
+
+
+def same(a, b):
+    a, b = (load.export(m, lambda path: path) for m in (a, b))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def run(source, target, family, to, **how):
+    return convert.convert(convert.Flags(source=source, target=target, family=family, to=to, **how))
+
+
+def test_round_about_all_layouts_of_byt5(tmp_path):
+    model = t5.T5(TINY, rngs=nnx.Rngs(0))
+    families.write_model(tmp_path / "a", "byt5", TINY, model, "hf", shard_bytes=20_000)
+    said = run(tmp_path / "a", tmp_path / "b", "byt5", "t5x")
+    assert "(hf)" in said and "(t5x): byt5, " in said
+    run(tmp_path / "b", tmp_path / "c", "byt5", "orbax", scan=True)
+    run(tmp_path / "c", tmp_path / "d", "byt5", "hf")
+    config, again = families.read_model(tmp_path / "d", "byt5")
+    assert dataclasses.replace(config, dropout=0.0) == TINY  # T5X does not keep the dropout
+    same(model, again)
+    with pytest.raises(ValueError, match="is not empty"):
+        run(tmp_path / "a", tmp_path / "b", "byt5", "hf")
+    with pytest.raises(ValueError, match="mrt5 has no layout 't5x'; it has hf, orbax"):
+        families.write_model(tmp_path / "e", "mrt5", GATED, model, "t5x")
+
+
+def test_what_training_leaves_is_read(tmp_path):
+    model = mrt5.MrT5(GATED, rngs=nnx.Rngs(0))
+    state.save_config(tmp_path / "model.json", GATED)
+    state.save(tmp_path / "base", state.to_tree(model))
+    config, again = families.read_model(tmp_path / "base", "mrt5", scan=True)
+    assert config == GATED
+    same(model, again)
+    run(tmp_path / "base", tmp_path / "hf", "mrt5", "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["delete_gate_layer"] == 1
+
+
+def test_the_stream_is_the_text_of_generate(tmp_path, capsys):
+    model = mrt5.MrT5(GATED, rngs=nnx.Rngs(3))
+    families.write_model(tmp_path / "m", "mrt5", GATED, model, "orbax")
+    flags = generate.Flags(checkpoint=tmp_path / "m", prompt="Größe", length=24, capacity=8)
+    text = "".join(generate.generate(flags))
+    ids = jnp.asarray(np.append(words.to_ids("Größe"), words.EOS))[None]
+    want = jax.jit(lambda: decoding.generate(model, encoded=model.encode(ids, capacity=8), length=24))()
+    assert text == words.to_bytes(np.asarray(want.ids[0])).decode("utf-8", "replace")
+
+
+def test_a_language_model_of_raw_bytes_goes_on(tmp_path):
+    config = dataclasses.replace(TINY, vocab_size=256)
+    model = ByteLM(config, rngs=nnx.Rngs(0))
+    got = b"".join(generate.stream("lm", model, b"ab", length=6, temperature=1.0, seed=1))
+    assert len(got) == 6 and got != b"".join(generate.stream("lm", model, b"ab", length=6, temperature=1.0, seed=2))
+    greedy = decoding.generate(model, jnp.array([[97, 98]]), length=6, eos=None).ids[0]
+    assert b"".join(generate.stream("lm", model, b"ab", length=6)) == bytes(greedy.tolist())
+    with pytest.raises(ValueError, match="needs a prompt of at least one byte"):
+        next(generate.stream("lm", model, b"", length=6))
+    with pytest.raises(ValueError, match="deletes nothing"):
+        next(generate.stream("lm", model, b"a", length=6, capacity=3))
+
+
+def test_characters_wait_for_their_last_byte():
+    pieces = [bytes([b]) for b in "a€ü".encode()] + [b"\xff", b"\xe2", b"\x82"]
+    assert list(generate.characters(iter(pieces))) == ["a", "€", "ü", "\ufffd", "\ufffd"]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no model: neither config\.json"):
+        families.layout_of(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="--family must be one of byt5, mrt5, lm; got 'gpt'"):
+        run(pathlib.Path("x"), tmp_path / "y", "gpt", "hf")
+    with pytest.raises(ValueError, match="must be 1 or more, got 0"):
+        next(generate.stream("lm", None, b"a", length=0))
