@@ -46,6 +46,7 @@ FIXED: dict[str, tuple] = {  # what the models here are, by their names; other v
     "is_gated_act": (True,),
     "gate_layer_norm": (True,),
     "use_gumbel_noise": (False,),
+    "has_absolute_position_embeddings": (False,),
     "deletion_type": (None, "scaled_sigmoid"),
     "scale_decoder_outputs": (False,),
     "is_decoder": (False,),
@@ -114,6 +115,7 @@ def config_to_json(config: t5.T5Config | mrt5.MrT5Config) -> dict[str, Any]:
         out |= {"architectures": ["MrT5ForConditionalGeneration"], "model_type": "mrt5", "deletion_type": "scaled_sigmoid"}
         out |= {"sigmoid_mask_scale": config.gate_scale, "deletion_threshold": config.threshold, "gate_layer_norm": True}
         out |= {"delete_gate_layer": config.gate_layer, "use_softmax1": base.softmax1}
+        out |= {"has_absolute_position_embeddings": False, "use_gumbel_noise": False}
     return out
 
 
