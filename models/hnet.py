@@ -48,6 +48,7 @@ class HNetConfig:
       ratios: positions per chunk that each router is driven to; one fewer than stages.
       ratio_weight: of that loss.
       mamba: of the layers "m" and "M".
+      block_size: of queries, in stages without a window; see `DecoderConfig`, as for scan and remat.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class HNetConfig:
     ratios: Sequence[float] = (6.0,)
     ratio_weight: float = 0.03
     mamba: MambaConfig = dataclasses.field(default_factory=MambaConfig)
+    block_size: int | None = None
     scan: bool = False
     remat: str | None = None
 
@@ -111,6 +113,7 @@ class HNetConfig:
             -(-self.d_ff[stage] // 128) * 128 if kind.isupper() else 0,
             rotary_dim=None if self.rotary_dim is None else self.rotary_dim[stage],
             window=None if self.window is None else self.window[stage],
+            block_size=self.block_size,
             fused=True,
             init_std=0.02,
             num_residuals=residuals,

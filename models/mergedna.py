@@ -205,8 +205,8 @@ def masked_bases(
 
 def _windows(stack: Callable[[Array, Places], Array], x: Float[Array, "b n d"], size: int) -> Float[Array, "b n d"]:
     """A stack or block within windows of consecutive tokens: each is a row of its own."""
-    rows = x.reshape(-1, size, x.shape[-1])
-    return stack(rows, _places(rows)).reshape(x.shape)
+    rows = x.reshape(x.shape[0], -1, size, x.shape[-1])
+    return jax.vmap(lambda rows: stack(rows, _places(rows)))(rows).reshape(x.shape)
 
 
 def _places(x: Float[Array, "b n d"]) -> Places:

@@ -129,58 +129,53 @@ def _languages(rows: list[Row], domains: dict[str, dict[str, int]]) -> Sheet:
 
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
-    """OUT/bytes.md and the pictures."""
+    """OUT/bytes.md and OUT/bytes.png."""
     (out / "bytes.md").write_text("\n".join(sheet.markdown() for sheet in tables(report)), encoding="utf-8")
-    curves(report["rows"], out / "curves.png")
-    if any(row["deletion"] for row in report["rows"]):
-        deletion(report["rows"], out / "deletion.png")
+    picture(report["rows"], out / "bytes.png")
 
 
 COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
-def curves(rows: list[Row], path: pathlib.Path) -> None:
-    """Held-out bits per byte against bytes seen, a panel for each task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = _figure(len(tasks))
-    before = {row["name"]: row for row in rows}
-    for axis, task in zip(axes, tasks, strict=True):
-        for row, colour in zip([r for r in rows if r["task"] == task], COLOURS * 2, strict=False):
-            first = before[row["start"]]["curve"][-1:] if row["start"] in before else []
-            seen = first[0]["bytes"] if first else 0
-            x = [*(p["bytes"] / 1e6 for p in first), *((seen + p["bytes"]) / 1e6 for p in row["curve"])]
-            y = [p["bits"] for p in [*first, *row["curve"]]]
-            style = "--" if row["at_random"] else "-"
-            axis.plot(x, y, style, color=colour, marker=".", linewidth=1, label=row["name"])
-        axis.set(title=task, xlabel="million bytes seen", ylabel="held-out bits per byte")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-
-
-def deletion(rows: list[Row], path: pathlib.Path) -> None:
-    """Bits per hidden byte against the share of bytes that is deleted: MrT5, chance, and ByT5 which deletes none."""
-    figure, (axis,) = _figure(1)
-    kinds = {"MrT5": [r for r in rows if r["deletion"] and not r["at_random"]], "random": [r for r in rows if r["at_random"]]}
-    base = next((r for r in rows if r["name"] == "ByT5"), None)
-    for (name, line), colour in zip(kinds.items(), COLOURS[1:], strict=False):
-        points = sorted((deleted(r), *mean_and_error(r["bits"])) for r in line)
-        if points:
-            x, y, e = zip(*points, strict=True)
-            axis.errorbar([100 * v for v in x], y, e, color=colour, marker=".", linewidth=1, capsize=2, label=name)
-    if base:
-        axis.axhline(mean_and_error(base["bits"])[0], color="black", linestyle=":", label="ByT5")
-    axis.set(xlabel="bytes deleted, %", ylabel="held-out bits per hidden byte")
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-
-
-def _figure(panels: int):
+def picture(rows: list[Row], path: pathlib.Path) -> None:
+    """Held-out bits per byte against bytes seen, a panel for each task; and against the share of bytes that is deleted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8 * panels, 3.4), layout="constrained")
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    gated = any(row["deletion"] for row in rows)
+    figure = Figure(figsize=(4.2 * (len(tasks) + gated), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = np.ravel(figure.subplots(1, panels))
+    axes = np.ravel(figure.subplots(1, len(tasks) + gated))
+    for axis, task in zip(axes, tasks, strict=False):
+        curves(axis, [row for row in rows if row["task"] == task])
+        axis.set(title=task, xlabel="million bytes seen", ylabel="held-out bits per byte")
+    if gated:
+        deletion(axes[-1], rows)
+        axes[-1].set(title="deletion", xlabel="bytes deleted, %", ylabel="held-out bits per hidden byte")
     for axis in axes:
+        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    return figure, axes
+    figure.savefig(path, dpi=90)
+
+
+def curves(axis: Any, rows: list[Row]) -> None:
+    """A line for each row, from where the row that it continues ends."""
+    named = {row["name"]: row for row in rows}
+    for row, colour in zip(rows, COLOURS * 2, strict=False):
+        before = named[row["start"]]["curve"][-1:] if row["start"] in named else []
+        seen = before[0]["bytes"] if before else 0
+        x = [*(p["bytes"] / 1e6 for p in before), *((seen + p["bytes"]) / 1e6 for p in row["curve"])]
+        y = [p["bits"] for p in [*before, *row["curve"]]]
+        axis.plot(x, y, "--" if row["at_random"] else "-", color=colour, marker=".", linewidth=1, label=row["name"])
+
+
+def deletion(axis: Any, rows: list[Row]) -> None:
+    """MrT5, chance, and ByT5 which deletes none."""
+    kinds = {"MrT5": [r for r in rows if r["deletion"] and not r["at_random"]], "random": [r for r in rows if r["at_random"]]}
+    for (name, line), colour in zip(kinds.items(), COLOURS[1:], strict=False):
+        if points := sorted((deleted(r), *mean_and_error(r["bits"])) for r in line):
+            x, y, e = zip(*points, strict=True)
+            axis.errorbar([100 * v for v in x], y, e, color=colour, marker=".", linewidth=1, capsize=2, label=name)
+    if base := next((r for r in rows if r["name"] == "ByT5"), None):
+        axis.axhline(mean_and_error(base["bits"])[0], color="black", linestyle=":", label="ByT5")

@@ -7,8 +7,8 @@ Within a task every row sees the same bytes in the same order. ByT5 is trained f
 controller on) and random deletion at each rate go on from it for `share` of the budget, and are judged with hard deletion.
 A row's error is the standard error over held-out windows; the error of a difference is taken window by window.
 
-Writes bytes.json (finished rows are not trained again), bytes.md, curves.png, deletion.png, and each row's parameters with
-its model.json, for `scripts.show_bytes`.
+Writes bytes.json (finished rows are not trained again), bytes.md, bytes.png, and each row's parameters with its model.json,
+for `scripts.show_bytes`.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ def main(
     for sheet in bytes_report.tables(report):
         console.print(sheet.rich())
     bytes_report.write(report, out)
-    console.print(f"wrote bytes.json, bytes.md and pictures to {out}, in {time.perf_counter() - began:.0f} s")
+    console.print(f"wrote bytes.json, bytes.md and bytes.png to {out}, in {time.perf_counter() - began:.0f} s")
 
 
 def chosen(rows: list[Contestant], only: tuple[str, ...]) -> list[Contestant]:

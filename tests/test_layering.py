@@ -105,13 +105,15 @@ SURFACE = {
         static_merging static_windows subgraph temporal_pairs threshold_matching token_graph token_transform
         trajectory_matching two_sided_matching visible_layers""",
     "jaxmerge.virtual": "merged_positions rotary virtual_attention",
-    "jaxmerge.words": """BLT_THRESHOLD Controller ControllerState Corrupted EOS OFFSET PAD Packed Routing SENTINEL SEPARATORS
-        SIZE UNK byte_entropy capacity_for corrupt dechunk delete_gate deletion_rate document_starts
-        entropy_starts existence_bias fixed_gate gate_entropies kept limit_patches log_existence
-        log_sigmoid_gate masked_mean masked_variance moving_average ngram_hash no_start_probability pack
-        pack_stream patch_threshold pi_controller place_in_word random_gate ratio_loss route sample_starts
-        segments shift softmax1 space_starts span_counts span_lengths span_mask split starts
-        straight_through to_bytes to_ids unpack word_existence""",
+    "jaxmerge.words": """BLT_THRESHOLD ByteModel Controller ControllerState Corrupted Covers DynamicTokens END EOS OFFSET PAD
+        Packed Routing SENTINEL SEPARATORS SIZE UNK bits_per_byte byte_entropy byte_model cached_embeddings
+        canonical_after canonical_pairs capacity_for corrupt cover_encodings dechunk delete_gate
+        deletion_rate document_starts dynamic_tokens entropy_starts existence_bias fixed_gate gate_entropies
+        kept limit_patches log_existence log_sigmoid_gate masked_mean masked_variance moving_average
+        next_symbol ngram_hash no_start_probability pack pack_stream patch_threshold pi_controller
+        place_in_word random_gate ratio_loss route sample_starts segments shift softmax1 space_starts
+        span_counts span_lengths span_mask split starts straight_through to_bytes to_ids unpack
+        word_existence""",
     "jaxmerge.params": """Alignment Attention Evolution Factors Information Masked MergeTransform Need Router adamerging
         adapt add align_embeddings align_vocabularies allocate_chunks arcee_fusion breadcrumbs
         breadcrumbs_ties by_model by_name chain chunk_importance combine compress concatenate consensus

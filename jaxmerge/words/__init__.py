@@ -1,10 +1,79 @@
-"""Pillar 2: which bytes become one word? Splitters on the host; segments, gates and controllers as pure functions."""
+"""Pillar 2: which bytes become one word? Splitters and packing on the host; patches, routers, gates as pure functions.
+
+What runs on a device is jit-able, has static shapes and stays local to a row of the batch, means apart; what runs on the host
+is numpy over whole texts. Words become a plan by `segments`, and every model over bytes goes on from there: `jm.merge`,
+`jm.unmerge`, `shift`. "Equal to" names the vectors in tests/golden, outputs of the official code, or what stands in for it;
+each docstring says where that code differs. Ids of documents in one row, `documents=`, part what must not mix.
+
+    function                       method (seed)                    in -> out                            equal to
+    words, on the host
+      starts, split                HAT, UAX #29, whitespace         text -> bool per byte, words         hat_splitter, Unicode
+      to_ids, to_bytes             ByT5's bytes                     text <-> ids                         round trip
+        EOS, OFFSET, PAD, SIZE, UNK                                 their numbers
+      span_mask, corrupt,          ByT5's span corruption           ids -> Corrupted                     span
+        span_counts, span_lengths, SENTINEL
+      pack, pack_stream, unpack    best fit, bytes and words        texts -> Packed                      its laws
+      dynamic_tokens,              dynamic tokenization (15)        tokens of a batch -> DynamicTokens   plain BPE
+        cached_embeddings                                           new tokens -> embeddings
+    segments
+      segments, shift              HAT, BLT, H-Net                  starts -> Plan; words one on         HAT's mask
+        capacity_for, document_starts, place_in_word
+    patches (BLT, MegaByte, SpaceByte)
+      byte_entropy, entropy_starts threshold, rise, both, budget    entropies -> starts                  blt
+        patch_threshold, BLT_THRESHOLD                              a wanted mean length -> threshold    its law
+      space_starts                 SpaceByte                        ids -> starts                        blt
+      limit_patches                longest, or static patches       starts -> starts                     blt
+      ngram_hash                   hash embeddings                  ids -> rows of a table               blt
+    routers (H-Net)
+      route, Routing               cosine router                    states -> p, starts, confidence      hnet
+      ratio_loss                   N bytes per chunk; ATDC          p, starts -> loss                    hnet
+      dechunk, moving_average      smoothing over chunks            chunks -> bytes                      hnet
+      straight_through             decide forwards, learn backwards                                      its gradient
+    gates (MrT5)
+      delete_gate, kept            sigmoid gate, Gumbel noise       logits -> gate -> bytes that stay    mrt5
+      log_sigmoid_gate             without a floor                  logits -> gate                       the rule
+      random_gate, fixed_gate,     the controls                     a key, ids -> gate                   the official pattern
+        SEPARATORS
+      deletion_rate, masked_mean,  rate and regularisers            gate -> scalar                       mrt5
+        masked_variance, gate_entropies
+      pi_controller, Controller,   the regulariser's weight         rate -> ControllerState              mrt5
+        ControllerState
+      softmax1                     may attend to nothing            scores -> weights                    mrt5
+    existence (Zonkey, 102)
+      log_existence,               probabilistic attention          p of starts -> bias on keys          the products
+        existence_bias, word_existence
+      sample_starts,               segment splitter, its loss       p of starts -> starts, scalar        the rule
+        no_start_probability
+    bytes of models over tokens (67)
+      byte_model, ByteModel,       exact byte probabilities         tokenizer, model -> next byte        brute force
+        Covers, END, canonical_after, canonical_pairs, cover_encodings
+      next_symbol                  its last step on a device        covers, tokens -> next symbol        exact_byte_probs
+      bits_per_byte                of whole texts                   texts -> bits                        brute force
+
+The models that these are for live in `models`.
+"""
 
 from jaxmerge.words._control_gate import SEPARATORS as SEPARATORS, fixed_gate as fixed_gate, random_gate as random_gate
 from jaxmerge.words._controller import (
     Controller as Controller,
     ControllerState as ControllerState,
     pi_controller as pi_controller,
+)
+from jaxmerge.words._dynamic import (
+    DynamicTokens as DynamicTokens,
+    cached_embeddings as cached_embeddings,
+    dynamic_tokens as dynamic_tokens,
+)
+from jaxmerge.words._exact import (
+    END as END,
+    ByteModel as ByteModel,
+    Covers as Covers,
+    bits_per_byte as bits_per_byte,
+    byte_model as byte_model,
+    canonical_after as canonical_after,
+    canonical_pairs as canonical_pairs,
+    cover_encodings as cover_encodings,
+    next_symbol as next_symbol,
 )
 from jaxmerge.words._existence import (
     existence_bias as existence_bias,

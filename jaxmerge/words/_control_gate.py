@@ -15,7 +15,12 @@ SEPARATORS = (*to_ids("\t\n !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~").tolist(), EOS)
 
 
 def random_gate(
-    key: PRNGKeyArray, mask: Bool[Array, "*batch n"], rate: float, *, spread: float = 0.05, scale: float = -30.0
+    key: PRNGKeyArray,
+    mask: Bool[Array, "*batch n"],
+    rate: float | Float[Array, ""],
+    *,
+    spread: float = 0.05,
+    scale: float = -30.0,
 ) -> Float[Array, "*batch n"]:
     """Delete bytes at random, in every row as many as a rate asks for.
 
@@ -90,8 +95,8 @@ def fixed_gate(
     return jnp.where(mask & (place_in_word(starts) < stay), 0.0, jnp.float32(scale))
 
 
-def _check(name: str, rate: float, scale: float) -> None:
-    if not 0 <= rate <= 1:
+def _check(name: str, rate: float | Array, scale: float) -> None:
+    if isinstance(rate, (int, float)) and not 0 <= rate <= 1:
         raise ValueError(f"{name}: rate must lie between 0 and 1, got {rate}.")
     if not scale < 0:
         raise ValueError(f"{name}: scale must be negative, because deleted bytes must weigh less; got {scale}.")

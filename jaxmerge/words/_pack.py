@@ -25,6 +25,7 @@ class _Budget(NamedTuple):
     longest_word: int
     end: int | None
     offset: int
+    fill: int | None
 
 
 class Packed(NamedTuple):
@@ -56,6 +57,7 @@ def pack(
     longest_word: int | None = None,
     end: int | None = None,
     offset: int = OFFSET,
+    fill: int | None = None,
 ) -> Packed:
     """Pack documents into as few rows as best fit finds.
 
@@ -65,6 +67,8 @@ def pack(
       rule, longest_word: how to split, as in `starts`; a word is no longer than a row in any case.
       end: an id to end every document with, a word of its own.
       offset: byte b is b + offset: 3 is ByT5's, 0 HAT's.
+      fill: cut other documents too, to fill holes of so many bytes or more with the emptiest rows. By default a row stays as
+        empty as best fit leaves it: little, unless documents are about as long as rows.
 
     Returns:
       Rows, and where each piece came from. Rows come in the order of their first documents, as documents do within them.
@@ -84,9 +88,9 @@ def pack(
 
     Source: best-fit packing, arXiv:2404.10830; the second budget is ours.
     """
-    budget = _budget(max_bytes, max_words, rule, longest_word, end, offset)
+    budget = _budget(max_bytes, max_words, rule, longest_word, end, offset, fill)
     pieces = _cut(texts, 0, budget)
-    return _write(pieces, _best_fit(pieces, budget), budget)
+    return _write(*_best_fit(pieces, budget), budget)
 
 
 def pack_stream(
@@ -100,12 +104,13 @@ def pack_stream(
     longest_word: int | None = None,
     end: int | None = None,
     offset: int = OFFSET,
+    fill: int | None = None,
 ) -> Iterator[Packed]:
     """Pack an endless stream: batches of `rows` full rows, from a window of documents that is `look` batches long.
 
     Args:
       texts: documents, as they come.
-      max_bytes, max_words, rule, longest_word, end, offset: as in `pack`.
+      max_bytes, max_words, rule, longest_word, end, offset, fill: as in `pack`.
       rows: rows of each batch. The last batch has fewer; pad it, or leave it out.
       look: how many batches of text to choose from. What does not fill a row waits for the next window.
 
@@ -120,7 +125,7 @@ def pack_stream(
       >>> [p.ids.shape for p in jm.words.pack_stream(["one two"] * 10, 16, 6, rows=2, look=1)]
       [(2, 16), (2, 16), (1, 16)]
     """
-    budget = _budget(max_bytes, max_words, rule, longest_word, end, offset)
+    budget = _budget(max_bytes, max_words, rule, longest_word, end, offset, fill)
     for name, value in dict(rows=rows, look=look).items():
         if value < 1:
             raise ValueError(f"pack_stream: {name} must be 1 or more, got {value}.")
@@ -152,13 +157,15 @@ class _Pieces(NamedTuple):
     """(pieces, 6): begin and end in `raw`, words, document, first byte in the document, whether an end mark is last."""
 
 
-def _budget(max_bytes, max_words, rule, longest_word, end, offset) -> _Budget:  # noqa: PLR0917
+def _budget(max_bytes, max_words, rule, longest_word, end, offset, fill) -> _Budget:  # noqa: PLR0917
     for name, value in dict(max_bytes=max_bytes, max_words=max_words).items():
         if value < 1:
             raise ValueError(f"pack: {name} must be 1 or more, got {value}.")
     if end is not None and offset <= end < offset + 256:
         raise ValueError(f"pack: end must be no byte's id, {offset} to {offset + 255}; got {end}.")
-    return _Budget(max_bytes, max_words, rule, min(longest_word or max_bytes, max_bytes), end, offset)
+    if fill is not None and fill < 1:
+        raise ValueError(f"pack: fill must be 1 byte or more, or None; got {fill}.")
+    return _Budget(max_bytes, max_words, rule, min(longest_word or max_bytes, max_bytes), end, offset, fill)
 
 
 def _cut(texts: Texts, first: int, budget: _Budget) -> _Pieces:
@@ -195,14 +202,57 @@ def _cut(texts: Texts, first: int, budget: _Budget) -> _Pieces:
     return _Pieces(np.frombuffer(raw, np.uint8), begins, whole[np.argsort(whole[:, 0])])
 
 
-def _best_fit(pieces: _Pieces, budget: _Budget) -> np.ndarray:
+def _best_fit(pieces: _Pieces, budget: _Budget) -> tuple[_Pieces, np.ndarray]:
     """The row of each piece: the longest first; rows are numbered as their first documents are."""
     size, words = pieces.table[:, 1] - pieces.table[:, 0], pieces.table[:, 2]
     order = np.argsort(-np.maximum(size / budget.max_bytes, words / budget.max_words), kind="stable")
     row = np.empty(len(size), np.int64)
     row[order] = _fullest(size[order].tolist(), words[order].tolist(), budget.max_bytes, budget.max_words)
+    if budget.fill is not None:
+        pieces, row = _fill_holes(pieces, row, budget, budget.fill)
     _, first, which = np.unique(row, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[which]
+    return pieces, np.argsort(np.argsort(first))[which]
+
+
+def _fill_holes(pieces: _Pieces, row: np.ndarray, budget: _Budget, fill: int) -> tuple[_Pieces, np.ndarray]:
+    """Cut up the emptiest row to fill the largest holes of the others, as long as they have room for all of it."""
+    count = int(row.max(initial=-1)) + 1
+    size, words = pieces.table[:, 1] - pieces.table[:, 0], pieces.table[:, 2]
+    room = budget.max_bytes - np.bincount(row, weights=size, minlength=count).astype(np.int64)
+    words_left = budget.max_words - np.bincount(row, weights=words, minlength=count).astype(np.int64)
+    within: list[list[list[int]]] = [[] for _ in range(count)]
+    for r, piece in zip(row.tolist(), pieces.table.tolist(), strict=True):
+        within[r].append(piece)
+    usable = lambda r: room[r] >= fill and words_left[r] > 0
+    for empty in np.argsort(-room, kind="stable").tolist():
+        holes = sorted((r for r in range(count) if r != empty and within[r] and usable(r)), key=lambda r: -room[r])
+        if sum(room[r] for r in holes) < budget.max_bytes - room[empty]:
+            break
+        waiting, within[empty] = within[empty], []
+        while waiting:
+            begin, stop, words, document, at, marked = waiting.pop()
+            edges = np.r_[np.flatnonzero(pieces.starts[begin:stop]), stop - begin]
+            while holes and not (fits := min(np.searchsorted(edges, room[holes[0]], "right") - 1, words_left[holes[0]])):
+                holes.pop(0)
+            if not holes:
+                within[empty].append([begin, stop, words, document, at, marked])
+                continue
+            hole, bytes_ = holes[0], int(edges[fits])
+            whole = fits == words
+            within[hole].append([begin, begin + bytes_, int(fits), document, at, marked if whole else 0])
+            room[hole] -= bytes_
+            words_left[hole] -= fits
+            if not whole:
+                waiting.append([begin + bytes_, stop, words - int(fits), document, at + bytes_, marked])
+            if not usable(hole):
+                holes.pop(0)
+        left = np.array(within[empty], np.int64).reshape(-1, 6)
+        room[empty] = budget.max_bytes - (left[:, 1] - left[:, 0]).sum()
+        words_left[empty] = budget.max_words - left[:, 2].sum()
+    table = np.array([piece for r in within for piece in r], np.int64).reshape(-1, 6)
+    row = np.repeat(np.arange(count), [len(r) for r in within])
+    order = np.lexsort((table[:, 4], table[:, 3]))
+    return pieces._replace(table=table[order]), row[order]
 
 
 def _fullest(sizes: list[int], words: list[int], max_bytes: int, max_words: int) -> list[int]:
@@ -284,7 +334,7 @@ def _stream(texts: Iterable[str | bytes], rows: int, look: int, budget: _Budget)
                 room -= len(new[-1])
         window = _join(held, _cut(new, seen, budget))
         seen += len(new)
-        row = _best_fit(window, budget)
+        window, row = _best_fit(window, budget)
         count = int(row.max(initial=-1)) + 1
         fill = np.bincount(row, weights=window.table[:, 1] - window.table[:, 0], minlength=count)
         words = np.bincount(row, weights=window.table[:, 2], minlength=count)

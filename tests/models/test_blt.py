@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models.blt import BLT, BLTConfig, loss, next_patch
@@ -60,7 +60,7 @@ def test_cross_attention_written_out(model):
     pool, plan = model.pool, jm.Plan(jnp.array([[0, 1, 1, 1, 2, 2]]), 4)
     x = jax.random.normal(jax.random.key(0), (1, 6, 16))
     patches = jax.random.normal(jax.random.key(1), (1, 4, 2, 16))
-    got, heads = pool.pool(patches, x, plan), lambda y: np.asarray(y).reshape(*y.shape[:-1], 2, 8)
+    got, heads = nnx.jit(lambda m: m.pool(patches, x, plan))(pool), lambda y: np.asarray(y).reshape(*y.shape[:-1], 2, 8)
     q, k, v = heads(pool.q(pool.query_norm(patches))), heads(pool.k(pool.key_norm(x))), heads(pool.v(pool.key_norm(x)))
     for patch, part in enumerate(([0], [1, 2, 3], [4, 5])):
         s = np.einsum("khf,nhf->khn", q[0, patch], k[0, part]) / 8**0.5
@@ -68,7 +68,7 @@ def test_cross_attention_written_out(model):
         want = pool.o(jnp.asarray(np.einsum("khn,nhf->khf", p, v[0, part]).reshape(2, 16)))
         np.testing.assert_allclose(got[0, patch], want, atol=1e-5)
     cross = model.decoder.blocks[0].cross
-    got = cross.read(x, patches, plan)
+    got = nnx.jit(lambda m: m.read(x, patches, plan))(cross)
     q, k, v = (
         heads(cross.q(cross.query_norm(x))),
         heads(cross.k(cross.key_norm(patches))),
@@ -99,6 +99,7 @@ def test_no_byte_sees_a_later_one(model, batch):
     assert (np.abs(a - b)[:, 15:].max(-1) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_loss_counts_and_learns_everywhere(model, batch):
     ids, starts, _ = batch
     (total, metrics), grads = value_and_grad(*nnx.split(model), batch)
@@ -114,7 +115,6 @@ def test_loss_counts_and_learns_everywhere(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [AxisType.Auto], indirect=True)
 def test_eight_devices_equal_one(mesh, model, batch):
     batch = tuple(jnp.concatenate([x] * 4) for x in batch)
     graph, params = nnx.split(model)

@@ -71,6 +71,7 @@ def test_documents_do_not_see_each_other_and_no_byte_a_later_one(model):
     assert abs(nats[0] - nats[1])[before] > 1e-3
 
 
+@pytest.mark.slow
 def test_loss_learns_everywhere(model):
     graph, params = nnx.split(model)
     batch = packed([TEXTS[0]], [TEXTS[1]])

@@ -134,7 +134,8 @@ def test_greedy_golden(released, name):
     assert text.lengths.tolist() == [ids.shape[1] + 16]
 
 
-@pytest.mark.parametrize("form", ["paper", pytest.param("released", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["paper", "released"])
 def test_rows_do_not_disturb_each_other(form, paper, released):
     """Greedy in a batch is greedy alone; sampling runs under jit and repeats with its key."""
     model = paper if form == "paper" else released[0]

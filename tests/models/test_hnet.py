@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from models import load
 from models.decoder import Places
@@ -178,6 +178,7 @@ def twin(model, **changes):
     return other
 
 
+@pytest.mark.slow
 def test_generate(nested, ids):
     graph, params = nnx.split(nested)
     lengths = jnp.array([9, 1, 12, 5])
@@ -209,6 +210,7 @@ def test_scan_and_remat_change_nothing(nested, ids):
         np.testing.assert_allclose(stacked[name], g, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(official):
     """Where the routers agree, some twenty products of 2^-9 each; logits are of size 1."""
     model, z = official
@@ -220,7 +222,7 @@ def test_bfloat16_stays_near_float32(official):
     assert got.dtype == jnp.float32 and 0 < np.abs(got - want).max() < 2**-4 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("mesh", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_eight_devices_equal_one(mesh, nested, ids):
     ids = jnp.concatenate([ids, ids[:, ::-1]])
     docs = jnp.zeros_like(ids).at[:, 17:].set(1)

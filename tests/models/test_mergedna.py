@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
 from models.decoder import DecoderConfig
@@ -49,6 +49,7 @@ def test_words_stay_within_windows_and_windows_do_not_meet(model, ids):
     assert np.abs(changed - x)[:, 3:6].max() > 1e-4
 
 
+@pytest.mark.slow
 def test_loss_is_the_sum_of_three(model, ids):
     graph, params = nnx.split(model)
     seen = set()
@@ -61,6 +62,7 @@ def test_loss_is_the_sum_of_three(model, ids):
     assert not [path for path, g in nnx.to_flat_state(grads) if not np.asarray(g[...]).any()]
 
 
+@pytest.mark.slow
 def test_the_second_loss_holds_the_tokenizer_still(model, ids):
     graph, params = nnx.split(model)
     grads = jax.jit(jax.grad(lambda p: loss(nnx.merge(graph, p), ids)[1]["selected"]))(params)
@@ -80,7 +82,6 @@ def test_words_that_stand_alone_are_masked_most():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [AxisType.Auto], indirect=True)
 def test_eight_devices_equal_one(mesh):
     """No letter occurs twice: equal words would be equally like a third, and rounding would choose between them."""
     model = MergeDNA(dataclasses.replace(CONFIG, vocab_size=64), rngs=nnx.Rngs(0))

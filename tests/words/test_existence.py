@@ -39,10 +39,10 @@ def test_the_bias_is_a_conditional_probability():
 
 def test_words_in_a_row_are_words_alone():
     starts = jnp.array([[1, 0, 0, 1, 0, 0, 0, 1, 0]], bool)
-    got = words.word_existence(B[:1], starts)
-    alone = [words.log_existence(B[:1, i:j]) for i, j in ((0, 3), (3, 7), (7, 9))]
+    got = jax.jit(words.word_existence)(B[:1], starts)
+    alone = [jax.jit(words.log_existence)(B[:1, i:j]) for i, j in ((0, 3), (3, 7), (7, 9))]
     np.testing.assert_allclose(got, jnp.concatenate(alone, axis=1), atol=1e-6)
-    grad = jax.grad(lambda b: words.word_existence(b, starts)[0, 3:7].sum())(B[:1])
+    grad = jax.jit(jax.grad(lambda b: words.word_existence(b, starts)[0, 3:7].sum()))(B[:1])
     assert (np.flatnonzero(grad[0]) == [4, 5, 6]).all()
 
 

@@ -49,9 +49,22 @@ def test_every_promise(max_bytes, max_words, end):
     check(words.pack(documents, max_bytes, max_words, end=end), documents, max_bytes, max_words, end=end)
 
 
-def test_a_stream_keeps_every_promise():
+@pytest.mark.parametrize("end", [None, 1])
+def test_filling_holes_keeps_every_promise_and_wastes_less(end):
+    """Documents about as long as rows: best fit alone must leave much empty; with holes filled next to nothing is."""
+    documents = [text for text in texts(400, 70, seed=3) if len(text.encode()) > 40]
+    packed = [words.pack(documents, 70, 70, end=end, fill=fill) for fill in (None, 8)]
+    check(packed[1], documents, 70, 70, end=end)
+    assert packed[0].waste(70) > 0.05 and packed[1].waste(70) < 0.03
+    tight = words.pack(documents, 70, 20, end=end, fill=1)
+    check(tight, documents, 70, 20, end=end)
+    assert tight.waste(20) < 0.03
+
+
+@pytest.mark.parametrize("fill", [None, 4])
+def test_a_stream_keeps_every_promise(fill):
     documents = texts(300, 120)
-    batches = list(words.pack_stream(iter(documents), 64, 20, rows=4, look=3, end=1))
+    batches = list(words.pack_stream(iter(documents), 64, 20, rows=4, look=3, end=1, fill=fill))
     assert {len(b.ids) for b in batches[:-1]} == {4} and 0 < len(batches[-1].ids) <= 4
     rows = np.cumsum([0] + [len(b.ids) for b in batches])
     pieces = [b.pieces + np.array([row, 0, 0, 0, 0]) for b, row in zip(batches, rows[:-1], strict=True)]
@@ -114,5 +127,7 @@ def test_bad_arguments(unchecked):
         words.pack(["a"], 8, 8, end=7)
     with pytest.raises(ValueError, match="look must be 1 or more, got 0"):
         words.pack_stream(["a"], 8, 8, rows=1, look=0)
+    with pytest.raises(ValueError, match="fill must be 1 byte or more, or None; got 0"):
+        words.pack(["a"], 8, 8, fill=0)
     with pytest.raises(ValueError, match='rule must be "hat"'):
         words.pack(["a"], 8, 8, rule="bpe")  # pyright: ignore[reportArgumentType]

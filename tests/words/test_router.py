@@ -11,11 +11,12 @@ from jaxmerge import words
 from tests.hlo import collectives
 
 KEY = jax.random.key(0)
+route, segments = jax.jit(words.route), jax.jit(words.segments, static_argnums=1)
 
 
 def routed(z, h, **kwargs):
     h = jnp.asarray(h)
-    return words.route(h @ z["rt/q_proj_layer.weight"].T, h @ z["rt/k_proj_layer.weight"].T, **kwargs)
+    return route(h @ z["rt/q_proj_layer.weight"].T, h @ z["rt/k_proj_layer.weight"].T, **kwargs)
 
 
 def test_routing_equals_the_official(golden):
@@ -33,24 +34,25 @@ def test_ratio_loss_and_its_gradient_equal_the_official(golden):
     """The official loss averages over padding too: without a mask ours is that."""
     z = golden("bytes/hnet_a")
     loss = lambda h: words.ratio_loss(routed(z, h, mask=jnp.asarray(z["rt/mask"])), 3.0)
-    value, grad = jax.value_and_grad(loss)(jnp.asarray(z["rt/h"]))
+    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(z["rt/h"]))
     np.testing.assert_allclose(value, z["rt/load_balancing_loss"], rtol=1e-6)
     np.testing.assert_allclose(grad, z["rt/lb_grad_h"], atol=1e-7)
 
 
 def test_padding_does_not_change_the_ratio_loss():
     h, k = jax.random.normal(KEY, (2, 2, 12, 8))
-    short = words.ratio_loss(words.route(h, k), 4.0)
+    loss = jax.jit(lambda routing, mask=None: words.ratio_loss(routing, 4.0, mask=mask))
+    short = loss(route(h, k))
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 5), (0, 0)), constant_values=3.0)
     mask = jnp.broadcast_to(jnp.arange(17) < 12, (2, 17))
-    np.testing.assert_allclose(words.ratio_loss(words.route(pad(h), pad(k), mask=mask), 4.0, mask=mask), short, rtol=1e-6)
+    np.testing.assert_allclose(loss(route(pad(h), pad(k), mask=mask), mask), short, rtol=1e-6)
 
 
 def test_chunks_and_dechunking_equal_the_official(golden):
     z = golden("bytes/hnet_a")
     mask = jnp.asarray(z["rt/mask"])
     routing = routed(z, z["rt/h"], mask=mask)
-    plan = words.segments(routing.starts, 9, mask=mask)
+    plan = segments(routing.starts, 9, mask=mask)
     chunks = jm.merge(plan, jnp.asarray(z["rt/h"]), reduce="first")
     np.testing.assert_array_equal(plan.sizes > 0, z["ch/mask"])
     np.testing.assert_array_equal(chunks[z["ch/mask"]], z["ch/hidden"][z["ch/mask"]])
@@ -66,7 +68,7 @@ def test_packed_documents_equal_the_official(golden):
     routing = routed(z, z["pk/h"], documents=documents)
     np.testing.assert_allclose(routing.p, z["pk/boundary_prob"][:, 1], atol=1e-6)
     np.testing.assert_array_equal(routing.starts, z["pk/boundary_mask"])
-    plan = words.segments(routing.starts, 34)
+    plan = segments(routing.starts, 34)
     np.testing.assert_array_equal(jm.merge(plan, jnp.asarray(z["pk/h"]), reduce="first"), z["pk/chunk_hidden"])
     out = jax.jit(words.dechunk)(plan, jnp.asarray(z["pk/inner"]), routing.p, documents=documents)
     np.testing.assert_allclose(out, z["pk/dechunk_f32"], atol=1e-5)
@@ -78,13 +80,13 @@ def test_a_document_is_alone_in_its_row():
     documents = jnp.array([0] * 4 + [7] * 7)
 
     def out(q, k, c):
-        routing = words.route(q, k, documents=documents)
-        plan = words.segments(routing.starts, 11)
+        routing = route(q, k, documents=documents)
+        plan = segments(routing.starts, 11)
         return words.dechunk(plan, c, routing.p, documents=documents)
 
-    first = int(words.route(q, k, documents=documents).starts[:4].sum())
-    alone = words.route(q[4:], k[4:])
-    want = jax.jit(words.dechunk)(words.segments(alone.starts, 7), c[first:][:7], alone.p)
+    first = int(route(q, k, documents=documents).starts[:4].sum())
+    alone = route(q[4:], k[4:])
+    want = jax.jit(words.dechunk)(segments(alone.starts, 7), c[first:][:7], alone.p)
     np.testing.assert_allclose(jax.jit(out)(q, k, c)[4:], want, atol=1e-6)
     grads = jax.jit(jax.grad(lambda *a: out(*a)[4:].sum(), argnums=(0, 1, 2)))(q, k, c)
     for grad, upto in zip(grads, (4, 4, first), strict=True):
@@ -133,7 +135,7 @@ def test_straight_through_decides_forwards_and_learns_backwards():
 
 
 def test_states_of_zero_have_finite_gradients():
-    grad = jax.grad(lambda h: words.route(h, h).p.sum())(jnp.zeros((5, 4)))
+    grad = jax.grad(lambda h: route(h, h).p.sum())(jnp.zeros((5, 4)))
     assert bool(jnp.isfinite(grad).all())
 
 
@@ -152,8 +154,8 @@ def test_on_a_mesh(mesh):
         compiled = jax.jit(local).lower(*placed).compile()
         got, got_loss = compiled(*placed), jax.jit(loss)(*placed)
     assert collectives(compiled) == []
-    np.testing.assert_allclose(got, local(q, k, c, mask), atol=1e-6)
-    np.testing.assert_allclose(got_loss, loss(q, k, c, mask), rtol=1e-6)
+    np.testing.assert_allclose(got, jax.jit(local)(q, k, c, mask), atol=1e-6)
+    np.testing.assert_allclose(got_loss, jax.jit(loss)(q, k, c, mask), rtol=1e-6)
 
 
 def test_bad_arguments(unchecked):

@@ -1,5 +1,9 @@
 """Segments, delete gates and the controller: laws, golden traces, meshes, faults."""
 
+import pathlib
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +113,8 @@ def test_regularisers_equal_the_official(golden):
     mask, alpha = jnp.asarray(z["in/input_ids"] != 0), 0.013
     gate, logits = (jnp.asarray(z[f"soft/{name}"][..., 0]) for name in ("gate", "gate_logits"))
     mean = alpha * words.masked_mean(gate, mask)
-    each, of_mean = words.gate_entropies(gate)
+    entropies = jax.jit(words.gate_entropies)
+    each, of_mean = entropies(gate)
     got = {
         "gate_mean_loss": mean,
         "logits_mean": alpha * words.masked_mean(logits, mask),
@@ -119,9 +124,9 @@ def test_regularisers_equal_the_official(golden):
     }
     for name, value in got.items():
         np.testing.assert_allclose(value, z[f"reg/{name}"], rtol=2e-6)
-    short = words.gate_entropies(gate[:1, : int(mask[0].sum())])
-    np.testing.assert_allclose(words.gate_entropies(gate[:1], mask=mask[:1]), short, rtol=1e-6)
-    sure = jax.grad(lambda g: sum(words.gate_entropies(g)))(jnp.array([[0.0, -30.0, -200.0]]))
+    short = entropies(gate[:1, : int(mask[0].sum())])
+    np.testing.assert_allclose(entropies(gate[:1], mask=mask[:1]), short, rtol=1e-6)
+    sure = jax.jit(jax.grad(lambda g: sum(words.gate_entropies(g))))(jnp.array([[0.0, -30.0, -200.0]]))
     assert not jnp.isnan(sure).any()
 
 
@@ -145,15 +150,15 @@ def test_gumbel_noise_is_one_sided():
 
 
 def test_random_deletion_holds_its_rate_in_every_row():
-    mask = jnp.arange(200)[None] < jnp.array([[200], [100], [11], [0]])
-    gone = words.random_gate(KEY, mask, 0.4, spread=0.0) < 0
-    assert (gone & mask).sum(1).tolist() == [80, 40, 4, 0] and (gone | mask).all()
-    rates = (words.random_gate(KEY, jnp.ones((2000, 100), bool), 0.5) < 0).mean(axis=1)
-    np.testing.assert_allclose([rates.mean(), rates.std()], [0.5, 0.05], atol=0.005)
-    place = (words.random_gate(KEY, jnp.ones((2000, 20), bool), 0.5, spread=0.0) < 0).mean(axis=0)
-    np.testing.assert_allclose(place, 0.5, atol=5 * 0.5 / np.sqrt(2000))
-    every = [words.random_gate(KEY, jnp.ones((1, 9), bool), rate, spread=0.0) for rate in (0.0, 1.0)]
-    assert not every[0].any() and (every[1] == -30).all()
+    draw = jax.jit(words.random_gate, static_argnames="spread")
+    full = jnp.ones((1000, 100), bool)
+    mask = full.at[:4].set(jnp.arange(100)[None] < jnp.array([[100], [50], [11], [0]]))
+    gone = draw(KEY, mask, 0.4, spread=0.0) < 0
+    assert (gone & mask)[:5].sum(1).tolist() == [40, 20, 4, 0, 40] and (gone | mask).all()
+    np.testing.assert_allclose(gone[4:].mean(axis=0), 0.4, atol=5 * 0.5 / np.sqrt(1000))
+    rates = (draw(KEY, full, 0.5, spread=0.05) < 0).mean(axis=1)
+    np.testing.assert_allclose([rates.mean(), rates.std()], [0.5, 0.05], atol=0.007)
+    assert not draw(KEY, full, 0.0, spread=0.0).any() and (draw(KEY, full, 1.0, spread=0.0) == -30).all()
 
 
 def test_fixed_deletion_is_right_in_every_row():
@@ -163,12 +168,13 @@ def test_fixed_deletion_is_right_in_every_row():
     ids = np.zeros((2, 25), np.int32)
     for row, line in zip(ids, lines, strict=True):
         row[: len(line)] = words.to_ids(line)
-    gate = words.fixed_gate(jnp.asarray(ids), jnp.asarray(ids != 0), 0.5)
+    fixed = lambda rate: jax.jit(lambda ids: words.fixed_gate(ids, ids != 0, rate))(ids)
+    gate = fixed(0.5)
     for row, line, pattern in zip(gate, lines, want, strict=True):
         assert "".join("K" if g == 0 else "." for g in row[: len(line)]) == pattern
         assert (row[len(line) :] == -30).all()
     for rate in (0.0, 1.0):
-        assert ((words.fixed_gate(jnp.asarray(ids), jnp.asarray(ids != 0), rate) == 0) == ((ids != 0) & (rate == 0))).all()
+        assert ((fixed(rate) == 0) == ((ids != 0) & (rate == 0))).all()
 
 
 # --- controller ---------------------------------------------------------------------------------------------------------
@@ -262,7 +268,7 @@ def test_pure_functions_on_a_mesh(mesh):
         compiled = jax.jit(local).lower(*placed).compile()
         got, got_means = jax.jit(local)(*placed), jax.jit(means)(placed[1], placed[3])
     assert collectives(compiled) == []
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, local(*arguments))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, jax.jit(local)(*arguments))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got_means, means(logits, mask))
 
 
@@ -295,3 +301,14 @@ def test_bad_arguments(unchecked):
         words.capacity_for([1], multiple_of=0)
     with pytest.raises(ValueError, match="counts must be one or more numbers"):
         words.capacity_for([])
+
+
+def test_the_table_names_everything():
+    """`help(jm.words)` lists whatever is offered, and the vectors that it names are there."""
+    table = words.__doc__ or ""
+    offered = {n for n, v in vars(words).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
+    missing = {name for name in offered - {"Corrupted", "DynamicTokens", "Packed"} if not re.search(rf"\b{name}\b", table)}
+    assert not missing, f"no row for {missing}"
+    golden = pathlib.Path(__file__).parents[1] / "golden"
+    for name in ("hat_splitter", "span", "blt", "hnet", "mrt5", "exact_byte_probs"):
+        assert re.search(rf"\b{name}\b", table) and list(golden.glob(f"*/{name}_a.npz"))
