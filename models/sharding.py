@@ -26,8 +26,8 @@ def by_pattern(patterns: Mapping[str, P]) -> Rule:
     Example:
       >>> from jax.sharding import PartitionSpec as P
       >>> from models.sharding import by_pattern
-      >>> tuple(by_pattern({r"wo[.]kernel$": P("tensor", None)})("encoder.blocks.0.ffn.wo.kernel"))
-      ('tensor', None)
+      >>> by_pattern({r"wo[.]kernel$": P("tensor", None)})("encoder.blocks.0.ffn.wo.kernel") == P("tensor", None)
+      True
     """
     compiled = [(re.compile(pattern), spec) for pattern, spec in patterns.items()]
     return lambda path: next((spec for pattern, spec in compiled if pattern.search(path)), P())
