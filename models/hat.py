@@ -129,6 +129,43 @@ class TFreeConfig:
         stacks = stack(encoder), stack(backbone), stack(decoder)
         return cls(*stacks, cross(encoder), cross(decoder), max_word=config.get("max_word_size", 100))
 
+    def to_published(self) -> dict[str, Any]:
+        """The contents of `config.json`, the inverse of `published`."""
+
+        def stack(c: DecoderConfig) -> dict[str, Any]:
+            scaling = {"rope_type": "default"} if c.rope_scaling is None else {"rope_type": "llama3"} | vars(c.rope_scaling)
+            return dict(
+                hidden_size=c.width,
+                num_hidden_layers=c.depth,
+                num_attention_heads=c.num_heads,
+                intermediate_size=c.d_ff,
+                num_key_value_heads=c.kv_heads,
+                rope_theta=c.rope_theta,
+                rope_scaling=scaling,
+                sliding_window=c.window,
+                key_query_norm=c.qk_norm is not None,
+                key_query_norm_per_head=c.qk_norm == "head",
+                rms_norm_eps=c.epsilon,
+                mlp_bias=False,
+            )
+
+        def cross(c: CrossConfig) -> dict[str, Any]:
+            return dict(
+                hidden_size=c.width,
+                num_attention_heads=c.num_heads,
+                attention_num_kv_heads=c.num_kv_heads,
+                key_query_norm=c.qk_norm,
+                key_query_norm_per_head=c.norm_per_head,
+            )
+
+        return dict(
+            encoder_config=stack(self.encoder) | dict(cross_attention_config=cross(self.encoder_cross)),
+            backbone_config=stack(self.backbone),
+            decoder_config=stack(self.decoder)
+            | dict(cross_attention_config=cross(self.decoder_cross), cross_attn_every_layer=True),
+            max_word_size=self.max_word,
+        )
+
 
 class Words(NamedTuple):
     """Which word each byte is of, and where each word stands in its document."""

@@ -104,6 +104,23 @@ class HNetConfig:
             **changes,
         )
 
+    def to_published(self) -> dict[str, Any]:
+        """The contents of an official config file, the inverse of `published` (which has no place for `ratios`)."""
+        stages = len(self.width)
+        window = (None,) * stages if self.window is None else self.window
+        rotary = self.rotary_dim or tuple(w // h for w, h in zip(self.width, self.num_heads, strict=True))
+        m = self.mamba
+        return dict(
+            arch_layout=self.layout,
+            d_model=self.width,
+            d_intermediate=self.d_ff,
+            ssm_cfg=dict(d_state=m.state, d_conv=m.conv, expand=m.expand, chunk_size=m.chunk),
+            attn_cfg=dict(
+                num_heads=self.num_heads, rotary_emb_dim=rotary, window_size=[-1 if w is None else w for w in window]
+            ),
+            tie_embeddings=False,
+        )
+
     def stack(self, stage: int, kind: str, depth: int, residuals: int) -> DecoderConfig:
         """Equal layers of one stage."""
         return DecoderConfig(

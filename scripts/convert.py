@@ -28,7 +28,7 @@ class Flags:
     target: Annotated[pathlib.Path, tyro.conf.Positional]
     """Where it goes; must not be there yet, or be empty."""
     family: str
-    """byt5, mrt5 or lm."""
+    """byt5, mrt5, lm, hat (the released form) or hnet."""
     to: Layout
     tied: Tied = "refuse"
     """If the head is the embedding again: refuse, or copy it to a table of its own."""

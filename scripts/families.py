@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 
 from jaxmerge import words
-from models import decoding, load, mrt5, published, t5, t5x
+from models import decoding, hat, hat_decode, hnet, hnet_decode, load, mrt5, published, t5, t5x
+from models.decoder import DecoderConfig, Places, RopeScaling
 from models.fold import is_stacked, layer_paths
 from models.lm import ByteLM
+from models.mamba2 import MambaConfig
 from scripts import state
 
 Layout = Literal["hf", "t5x", "orbax"]
@@ -36,6 +38,7 @@ class Family(NamedTuple):
       names: for each layout, the function that maps our paths to its names, given the config.
       start: reads a prompt and returns the logits of the first new id, a cache and a `Step`; see `stream`.
       read_config, write_config: config.json, where the family has a published layout.
+      stop: the byte that ends a text, where ids are bytes.
     """
 
     config: Callable[[dict], Any]
@@ -44,6 +47,7 @@ class Family(NamedTuple):
     start: Callable[..., tuple[jax.Array, Any, Step]]
     read_config: Callable[[pathlib.Path], Any] | None = None
     write_config: Callable[[Any], dict] | None = None
+    stop: int | None = None
 
 
 def read_model(path: pathlib.Path, family: str, *, tied: published.Tied = "refuse", **how: Any) -> tuple[Any, Any]:
@@ -57,7 +61,9 @@ def read_model(path: pathlib.Path, family: str, *, tied: published.Tied = "refus
     elif found == "hf":
         if f.read_config is None:
             raise ValueError(f"read_model: {path} is in Hugging Face's layout, and {family} has none.")
-        config, tensors = f.read_config(path), published.with_head(load.read(path), tied=tied)
+        config, tensors = f.read_config(path), load.read(path)
+        if family in ("byt5", "mrt5"):
+            tensors = published.with_head(tensors, tied=tied)
     else:
         own = path / "model.json"
         file, tree = (own, path / "params") if own.exists() else (path.parent / "model.json", path)
@@ -171,6 +177,78 @@ def start_lm(
     return *begin(params, ids), stepper(model)
 
 
+def start_hat(
+    model: Any, prompt: bytes, *, room: int, capacity: int | None = None, end_mark: bool = True
+) -> tuple[jax.Array, Any, Step]:
+    """Words end where the released splitter says, which is asked after every byte."""
+    _no_capacity("start_hat", capacity)
+    if not prompt:
+        raise ValueError("start_hat: the released HAT needs a prompt of at least one byte.")
+    graph, params = nnx.split(model)
+    ids = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
+    starts = jnp.asarray(hat_decode.starts_so_far(prompt, max_word=model.c.max_word))[None]
+    lengths, size = jnp.array([len(prompt)]), len(prompt) + room + 1
+    begin = jax.jit(lambda p, *a: hat_decode.begin(nnx.merge(graph, p), *a, size=size))
+
+    @jax.jit
+    def write(p: Any, id: jax.Array, state: Any) -> Any:
+        m, all_ = nnx.merge(graph, p), jnp.ones(1, bool)
+        state, new = hat_decode.write(m, state, id, all_)
+        return jax.lax.cond(new[0] > 0, lambda s: hat_decode.close(m, s, new, all_), lambda s: s, state)
+
+    def one(id: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        state = write(params, id, state)
+        return state.logits, state
+
+    state = begin(params, ids, starts, lengths)
+    return state.logits, state, one
+
+
+def start_hnet(
+    model: Any, prompt: bytes, *, room: int, capacity: int | None = None, end_mark: bool = True
+) -> tuple[jax.Array, Any, Step]:
+    """The prompt follows the byte with which the official models begin a text."""
+    _no_capacity("start_hnet", capacity)
+    graph, params = nnx.split(model)
+    ids = jnp.asarray([hnet.BOS, *prompt])[None]
+    size = ids.shape[1] + room
+
+    @jax.jit
+    def step(p: Any, ids: jax.Array, state: Any, length: jax.Array) -> tuple[jax.Array, Any]:
+        m = nnx.merge(graph, p)
+        state = hnet_decode.begin(m, 1, size) if state is None else state
+        position = length + jnp.arange(ids.shape[1])[None]
+        logits, state = hnet_decode.step(m, ids, Places(position, jnp.zeros_like(position)), state)
+        return logits[:, -1], (state, length + ids.shape[1])
+
+    logits, cache = step(params, ids, None, jnp.int32(0))
+    return logits, cache, lambda id, cache: step(params, id[:, None], *cache)
+
+
+def _no_capacity(name: str, capacity: int | None) -> None:
+    if capacity is not None:
+        raise ValueError(f"{name}: this model deletes nothing; leave --capacity out.")
+
+
+def hat_config(fields: dict[str, Any]) -> hat.TFreeConfig:
+    def stack(fields: dict[str, Any]) -> DecoderConfig:
+        scaling = fields.pop("rope_scaling")
+        return DecoderConfig(rope_scaling=None if scaling is None else RopeScaling(**scaling), **fields)
+
+    encoder, backbone, decoder = (stack(fields[k]) for k in ("encoder", "backbone", "decoder"))
+    encoder_cross, decoder_cross = (hat.CrossConfig(**fields[k]) for k in ("encoder_cross", "decoder_cross"))
+    return hat.TFreeConfig(encoder, backbone, decoder, encoder_cross, decoder_cross, max_word=fields["max_word"])
+
+
+def make_hat(config: hat.TFreeConfig, *, scan: bool = False, **how: Any) -> hat.TFreeHAT:
+    parts = {k: dataclasses.replace(getattr(config, k), scan=scan) for k in ("encoder", "backbone", "decoder")}
+    return hat.TFreeHAT(dataclasses.replace(config, **parts), **how)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text())
+
+
 FAMILIES: dict[str, Family] = {
     "byt5": Family(
         config=lambda fields: t5.T5Config(**fields),
@@ -189,4 +267,24 @@ FAMILIES: dict[str, Family] = {
         write_config=published.config_to_json,
     ),
     "lm": Family(config=lambda fields: t5.T5Config(**fields), make=ByteLM, names={}, start=start_lm),
+    "hat": Family(
+        config=hat_config,
+        make=make_hat,
+        names={"hf": lambda config: hat.torch_name},
+        start=start_hat,
+        read_config=lambda path: hat.TFreeConfig.published(read_json(path)),
+        write_config=lambda config: config.to_published(),
+        stop=hat.RELEASED_STOP,
+    ),
+    "hnet": Family(
+        config=lambda fields: hnet.HNetConfig(**fields | dict(mamba=MambaConfig(**fields["mamba"]))),
+        make=lambda config, scan=False, **how: hnet.HNet(dataclasses.replace(config, scan=scan), **how),
+        names={"hf": lambda config: functools.partial(hnet.torch_name, layout=config.layout)},
+        start=start_hnet,
+        read_config=lambda path: hnet.HNetConfig.published(
+            fields := read_json(path), ratios=(6.0,) if hnet.depth_of(fields["arch_layout"]) == 2 else (3.0, 3.0)
+        ),
+        write_config=lambda config: config.to_published(),
+        stop=hnet.STOP,
+    ),
 }

@@ -30,7 +30,7 @@ class Flags:
     prompt: str
     """What the encoder reads or, for a language model, what the text begins with."""
     family: str = "mrt5"
-    """byt5, mrt5 or lm."""
+    """byt5, mrt5, lm, hat (the released form) or hnet."""
     length: int = 256
     """How many bytes at most."""
     temperature: float = 0.0
@@ -61,13 +61,13 @@ def stream(
         raise ValueError(f"generate: length counts the bytes to write and must be 1 or more, got {length}.")
     logits, cache, step = FAMILIES[family].start(model, prompt, room=length - 1, **how)
     draw = jax.jit(lambda logits, key: sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p))
-    raw = logits.shape[-1] == 256  # ids are bytes, and nothing ends a text
+    raw = logits.shape[-1] == 256  # ids are bytes
     for i, key in enumerate(jax.random.split(jax.random.key(seed), length)):
         if i:
             logits, cache = step(new, cache)
         new = draw(logits, key)
         id = int(new[0])
-        if not raw and id == words.EOS:
+        if id == (FAMILIES[family].stop if raw else words.EOS):
             return
         yield bytes([id]) if raw else words.to_bytes(np.array([id]))
 

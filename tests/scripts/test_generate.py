@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxmerge import words
-from models import decoding, load, mrt5, t5
+from models import decoding, hat, hat_decode, hnet, hnet_decode, load, mrt5, t5
+from models.decoder import DecoderConfig
 from models.lm import ByteLM
 from scripts import convert, families, generate, state
 
@@ -80,6 +81,38 @@ def test_a_language_model_of_raw_bytes_goes_on(tmp_path):
         next(generate.stream("lm", model, b"a", length=6, capacity=3))
 
 
+STACK = dict(d_ff=16, num_heads=2)
+HAT = hat.TFreeConfig(
+    *(DecoderConfig(width, 1, window=window, **STACK) for width, window in ((8, 16), (16, None), (8, 16))),
+    hat.CrossConfig(8, 2, 2), hat.CrossConfig(8, 2, 2), max_word=12,
+)  # fmt: skip
+HNET = hnet.HNetConfig(("T1", ("T1",), "T1"), width=(8, 16), d_ff=(16, 16), num_heads=(2, 2))
+BOTH = [pytest.param("hat", HAT, hat.TFreeHAT, marks=pytest.mark.slow), ("hnet", HNET, hnet.HNet)]
+
+
+@pytest.mark.parametrize("family, config, make", BOTH, ids=["hat", "hnet"])
+def test_hierarchies_are_converted_and_streamed(tmp_path, family, config, make):
+    model = make(config, rngs=nnx.Rngs(0))
+    families.write_model(tmp_path / "hf", family, config, model, "hf")
+    run(tmp_path / "hf", tmp_path / "ours", family, "orbax", scan=True)
+    found, again = families.read_model(tmp_path / "ours", family)
+    same(model, again)
+    assert found.to_published() == config.to_published()
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads(json.dumps(config.to_published()))
+    prompt, length = b"Hello, wor", 14
+    text = b"".join(generate.stream(family, again, prompt, length=length))
+    if family == "hat":
+        starts = jnp.asarray(hat_decode.starts_so_far(prompt, max_word=12))[None]
+        ids = jnp.asarray(list(prompt))[None]
+        want = hat_decode.generate(model, ids, starts, jnp.array([len(prompt)]), max_new=length, temperature=0)
+        want = want.ids[0, len(prompt) : want.lengths[0]]
+    else:
+        ids = jnp.asarray([hnet.BOS, *prompt])[None]
+        found, lengths = hnet_decode.generate(model, ids, jnp.array([ids.shape[1]]), max_new=length, temperature=0)
+        want = found[0, ids.shape[1] : lengths[0]]
+    assert text == bytes(want.tolist())
+
+
 def test_characters_wait_for_their_last_byte():
     pieces = [bytes([b]) for b in "a€ü".encode()] + [b"\xff", b"\xe2", b"\x82"]
     assert list(generate.characters(iter(pieces))) == ["a", "€", "ü", "\ufffd", "\ufffd"]
@@ -88,7 +121,7 @@ def test_characters_wait_for_their_last_byte():
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no model: neither config\.json"):
         families.layout_of(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="--family must be one of byt5, mrt5, lm; got 'gpt'"):
+    with pytest.raises(ValueError, match="--family must be one of byt5, mrt5, lm, hat, hnet; got 'gpt'"):
         run(pathlib.Path("x"), tmp_path / "y", "gpt", "hf")
     with pytest.raises(ValueError, match="must be 1 or more, got 0"):
         next(generate.stream("lm", None, b"a", length=0))
