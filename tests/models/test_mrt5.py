@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import jaxmerge as jm
 from models import load, mrt5, sharding, t5
 from tests.models.test_t5 import ATOL, FORMS, check_gradients, state_dict
 
@@ -90,6 +91,7 @@ def test_hard_deletion(form, name, threshold):
     for row, want in zip(positions, z[f"{name}/positions"], strict=True):
         assert row[: len(want)] == want.tolist()
     assert encoded.plan.overflow.tolist() == [0, 0, 0]
+    assert z[f"{name}/encoder_attention_mask"][there].all()  # they keep no padding either
     for i in (3, 4):
         np.testing.assert_allclose(
             np.asarray(encoded.hidden[i])[there], z[f"{name}/encoder_hidden_states/{i}"][there], atol=ATOL
@@ -97,6 +99,34 @@ def test_hard_deletion(form, name, threshold):
     np.testing.assert_allclose(np.asarray(encoded.states)[there], z[f"{name}/encoder_last_hidden_state"][there], atol=ATOL)
     np.testing.assert_allclose(decoded.logits, z[f"{name}/logits"], atol=ATOL)
     np.testing.assert_allclose(t5.cross_entropy(decoded.logits, labels), z[f"{name}/ce"], atol=ATOL)
+
+
+def test_attention_weights(case):
+    """What queries give to keys in the gate's block and in the first cross-attention: the gate is in both."""
+    model, z, ids, labels = case
+    graph, params = nnx.split(model)
+
+    def weights(attention, x, memory, key_bias, position_bias=0.0):
+        scores = jnp.einsum("bthd,bshd->bhts", attention.heads(attention.q(x)), attention.keys_values(memory)[0])
+        return jm.words.softmax1(scores + position_bias + key_bias[:, None, None, :])
+
+    @jax.jit
+    def both(params):
+        m = nnx.merge(graph, params)
+        encoded, read = m.encode(ids), t5.shift_right(labels)
+        at = lambda stack, n: stack.position_bias(jnp.arange(n)[None])
+        gated, first = m.t5.encoder.blocks[2], m.t5.decoder.blocks[0]
+        h = gated.attention_norm(encoded.hidden[2])
+        inside = weights(gated.attention, h, h, encoded.key_bias, at(m.t5.encoder, ids.shape[1]))
+        x = m.t5.embed(read)
+        h = first.attention_norm(x)
+        x = x + first.attention(h, first.attention.keys_values(h), position_bias=at(m.t5.decoder, read.shape[1]))[0]
+        return inside, weights(first.cross, first.cross_norm(x), encoded.states, encoded.key_bias)
+
+    inside, across = both(params)
+    there = np.broadcast_to((z["in/input_ids"] != 0)[:, None, :], inside.shape[:3])  # padding may ask what it likes
+    np.testing.assert_allclose(np.asarray(inside)[there], z["soft/encoder_attn_weights_gate_block"][there], atol=1e-5)
+    np.testing.assert_allclose(across, z["soft/cross_attn_weights_0"], atol=1e-5)
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------------
