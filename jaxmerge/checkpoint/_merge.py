@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
 
+from jaxmerge.checkpoint import _ranges, _sharded
 from jaxmerge.checkpoint._budget import peak_rss
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._sharding import Rule
@@ -149,35 +150,8 @@ def merge(
             on_progress(Progress(stage, stages, done, total, time.monotonic() - began, resumed))
 
     if headers.format == "safetensors":
-        from jaxmerge.checkpoint import _ranges
-
         more = {"memory": memory, "resume": resume, "recipe": recipe, "beside": beside}
         found = _ranges.run(tx, headers, out, cast=dtype, tell=tell, **more, **common)
     else:
-        from jaxmerge.checkpoint import _sharded
-
         found = _sharded.run(tx, headers, out, cast=dtype, tell=tell, **common)
     return MergeReport(headers=headers, seconds=time.monotonic() - began, peak_bytes=peak_rss(), **found)
-
-
-def strange(bad: dict[str, list[int]], headers: CheckpointPlan) -> MergeError:
-    """The refusal of values that are not finite."""
-    lines = [
-        f"  {n}: {count} in {c.name}"
-        for n, counts in sorted(bad.items())
-        for c, count in zip(headers.inputs, counts, strict=True)
-        if count
-    ]
-    return MergeError(
-        "values that are not finite (NaN or inf); nothing was written:\n"
-        + "\n".join(lines)
-        + '\nrepair the checkpoint, or pass nonfinite="allow" (--nonfinite allow).'
-    )
-
-
-def differing(names: Sequence[str]) -> MergeError:
-    """The refusal of integers that differ."""
-    return MergeError(
-        f"leaves that are not floating point differ between the checkpoints and have no mean: {sorted(names)}; "
-        'pass integers="base" (--integers base) to take the base\'s.'
-    )

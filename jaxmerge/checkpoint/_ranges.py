@@ -10,8 +10,8 @@ import numpy as np
 from jaxmerge.checkpoint import _journal, _processes, _receipt
 from jaxmerge.checkpoint._feed import WriteBehind, read_ahead
 from jaxmerge.checkpoint._layout import INDEX, prepare
-from jaxmerge.checkpoint._merge import differing, strange
 from jaxmerge.checkpoint._plan import CheckpointPlan
+from jaxmerge.checkpoint._refusals import differing, strange
 from jaxmerge.checkpoint._source import Extent, digest
 from jaxmerge.checkpoint._stream import Stream
 from jaxmerge.checkpoint._task import make_task, unit_bytes

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 
 from jaxmerge.checkpoint import _orbax
-from jaxmerge.checkpoint._merge import differing, strange
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._programs import after, stacked
+from jaxmerge.checkpoint._refusals import differing, strange
 from jaxmerge.checkpoint._stream import Stream
 from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._deferred import last
