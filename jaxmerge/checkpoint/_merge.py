@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
 
-from jaxmerge.checkpoint import _ranges, _sharded
+from jaxmerge.checkpoint import _ranges
 from jaxmerge.checkpoint._budget import peak_rss
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._sharding import Rule
@@ -153,5 +153,7 @@ def merge(
         more = {"memory": memory, "resume": resume, "recipe": recipe, "beside": beside}
         found = _ranges.run(tx, headers, out, cast=dtype, tell=tell, **more, **common)
     else:
+        from jaxmerge.checkpoint import _sharded  # brings Orbax
+
         found = _sharded.run(tx, headers, out, cast=dtype, tell=tell, **common)
     return MergeReport(headers=headers, seconds=time.monotonic() - began, peak_bytes=peak_rss(), **found)
