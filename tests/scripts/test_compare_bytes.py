@@ -13,7 +13,6 @@ from models.hat import HATConfig
 from models.hnet import HNetConfig
 from models.t5 import T5Config
 from scripts import bytes_data, bytes_models, bytes_report, compare_bytes
-from scripts.bench import deletion
 from scripts.bytes_flops import operations, xla_operations
 from scripts.bytes_models import Contestant
 from scripts.bytes_train import Recipe, Scorer, Trainer
@@ -204,16 +203,6 @@ def test_errors_and_differences():
     assert mean == pytest.approx(noise.mean() + 0.5) and error == pytest.approx(noise.std(ddof=1) / 20 / 2**0.5)
     more, error = bytes_report.difference(row, base)
     assert more == pytest.approx(0.1) and error == pytest.approx(0, abs=1e-12)  # window by window
-
-
-@pytest.mark.slow
-def test_hard_deletion_has_a_promise(tmp_path):
-    shape = T5Config(16, 8, 16, 2, 4, 1, softmax1=True, dropout=0.0)
-    deletion.main(out=tmp_path, shape=shape, gate_layer=1, inputs=32, targets=8, rounds=1)
-    report = json.loads((tmp_path / "deletion.json").read_text())
-    half = [row for row in report if row["name"] == "MrT5, 50% deleted"]
-    assert len(report) == 6 and all(row["flops_share"] < 0.9 for row in half)
-    assert all(row["of_promise"] == pytest.approx(row["time_share"] / row["flops_share"]) for row in report)
 
 
 def test_config_files_go_round(tmp_path):
