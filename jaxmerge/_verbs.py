@@ -28,6 +28,8 @@ class Options:
     """Safetensors files larger than this are split."""
     sharding: str | None = None
     """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes."""
+    on_devices: bool | None = None
+    """Merge into Orbax leaf by leaf on those devices, or by ranges in the host's memory; None: on accelerators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _plan(files: Any, options: Plan) -> None:
 def _show(console: Any, plan: Any) -> None:
     from rich.table import Table
 
-    from jaxmerge.cli import _size
+    from jaxmerge.cli import ONCE, _size
 
     headers = plan.headers
     title = f"{plan.recipe.name or 'the recipe'}: {plan.recipe.method_name}"
@@ -167,6 +169,8 @@ def _show(console: Any, plan: Any) -> None:
     dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in headers.out.values() if leaf.dtype is not None}))
     table.add_row(f"output, {headers.format}", str(len(headers.out)), _size(headers.bytes_written), dtypes)
     console.print(table)
+    if not headers.resumes:
+        console.print(ONCE)
     console.print(
         f"passes over the files: {headers.passes}; reads {_size(headers.bytes_read)}, writes {_size(headers.bytes_written)}; "
         f"peak memory about {_size(headers.peak_bytes)}, and some 300 MB for the runtime"

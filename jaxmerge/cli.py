@@ -214,6 +214,8 @@ class Inputs:
     """Of the output; None: --dtype, or what each leaf of the base has."""
     max_shard_bytes: str = "5GB"
     """Safetensors files larger than this are split."""
+    on_devices: bool | None = None
+    """Merge into Orbax leaf by leaf on the mesh, or by ranges in the host's memory; None: on accelerators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,7 @@ class InputsAndOutput(Inputs):
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
     resume: bool = True
-    """Go on where the same merge was cut off (safetensors)."""
+    """Go on where the same merge was cut off."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
@@ -290,6 +292,9 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+ONCE = "on devices, leaf by leaf: a merge that is killed begins anew (--on-devices False: by ranges, and resumed)"
+
+
 class _UserError(Exception):
     """Something that the user can change."""
 
@@ -315,6 +320,7 @@ def _arguments(files: Inputs) -> dict[str, Any]:
         "dtype": files.dtype,
         "out_dtype": files.out_dtype,
         "max_shard_bytes": files.max_shard_bytes,
+        "on_devices": files.on_devices,
     }
 
 
@@ -353,6 +359,8 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     )
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")
+    if not plan.resumes:
+        console.print(ONCE)
     plan.check()
     console.print("nothing speaks against this merge")
 
@@ -363,7 +371,10 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
     from jaxmerge import checkpoint
 
-    _checked(tx, files).check()
+    plan = _checked(tx, files)
+    plan.check()
+    if not plan.resumes:
+        print(ONCE)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("merging", total=None, figures="")

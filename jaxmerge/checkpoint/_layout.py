@@ -2,10 +2,14 @@
 
 import json
 import os
+import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxmerge.checkpoint._budget import show_size
+from jaxmerge.checkpoint._feed import WriteBehind
 from jaxmerge.checkpoint._safetensors import NAMES, header_bytes
 from jaxmerge.checkpoint._source import Extent, Leaf
 
@@ -26,6 +30,46 @@ class Layout(NamedTuple):
     sizes: dict[str, int]
     extents: dict[str, Extent]
     index: str | None
+
+    def identity(self) -> Any:
+        """What tells one output from another."""
+        return self
+
+    def beside(self) -> dict[str, str]:
+        """Files that go with it."""
+        return {INDEX: self.index} if self.index else {}
+
+    def prepare(self, directory: pathlib.Path) -> None:
+        """Make the files, with their heads and sizes, on the first process; the disk's room for them is taken now, where it can
+        be.
+
+        Raises:
+          OSError: there is not enough room, or no permission.
+        """
+        if jax.process_index() != 0:
+            return
+        for file, size in self.sizes.items():
+            fd = os.open(directory / file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                try:
+                    os.posix_fallocate(fd, 0, size)
+                except OSError as e:
+                    if e.errno not in (22, 95):  # not on this file system
+                        raise OSError(e.errno, f"no room for {directory}/{file} of {show_size(size)}: {e.strerror}") from e
+                    os.ftruncate(fd, size)
+                os.pwrite(fd, self.heads[file], 0)
+            finally:
+                os.close(fd)
+        for file, text in self.beside().items():
+            (directory / file).write_text(text)
+
+    def sink(self, directory: pathlib.Path) -> tuple[WriteBehind, dict[str, Extent]]:
+        """What writes, and where each leaf lies."""
+        return WriteBehind(), {n: Extent(str(directory / e.file), e.offset, e.bytes) for n, e in self.extents.items()}
+
+    def finish(self, directory: pathlib.Path) -> list[str]:
+        """The files that hold it."""
+        return list(self.sizes)
 
 
 def layout(leaves: Mapping[str, Leaf], metadata: Mapping[str, str], max_shard_bytes: int) -> Layout:
@@ -58,26 +102,3 @@ def layout(leaves: Mapping[str, Leaf], metadata: Mapping[str, str], max_shard_by
         where = {n: extents[n].file for n in sorted(extents)}
         index = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
     return Layout(heads, sizes, extents, index)
-
-
-def prepare(directory: str, planned: Layout) -> None:
-    """Make the files, with their heads and sizes; the disk's room for them is taken now, where it can be.
-
-    Raises:
-      OSError: there is not enough room, or no permission.
-    """
-    for file, size in planned.sizes.items():
-        fd = os.open(os.path.join(directory, file), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                os.posix_fallocate(fd, 0, size)
-            except OSError as e:
-                if e.errno not in (22, 95):  # not on this file system
-                    raise OSError(e.errno, f"no room for {directory}/{file} of {show_size(size)}: {e.strerror}") from e
-                os.ftruncate(fd, size)
-            os.pwrite(fd, planned.heads[file], 0)
-        finally:
-            os.close(fd)
-    if planned.index is not None:
-        with open(os.path.join(directory, INDEX), "w") as f:
-            f.write(planned.index)

@@ -1,9 +1,8 @@
-"""The only file that knows Orbax: headers, some leaves in, some leaves out, an output that appears whole."""
+"""Orbax: headers, some leaves in, some leaves out from the devices that hold them, an output that appears whole."""
 
 import contextlib
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoint._remote import is_remote
@@ -63,7 +62,7 @@ class Orbax:
         return int(_arrays(self.path)[name].chunk_layout.read_chunk.shape[0])
 
     def identity(self) -> str:
-        where = _base(self.path) / "_METADATA"
+        where = base_of(self.path) / "_METADATA"
         return digest(str(self.path), where.read_text(), int(where.stat().mtime))
 
 
@@ -96,7 +95,7 @@ def _files(path: epath.Path) -> tuple[str, ...]:
     """All files of a local checkpoint; of a remote one those that name the others."""
     if is_remote(path):
         names = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
-        return tuple(str(p) for d in dict.fromkeys((path, _base(path))) for n in names if (p := d / n).exists())
+        return tuple(str(p) for d in dict.fromkeys((path, base_of(path))) for n in names if (p := d / n).exists())
     return tuple(sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.is_file()))
 
 
@@ -104,7 +103,7 @@ def _here() -> Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _base(path: epath.Path) -> epath.Path:
+def base_of(path: PathLike) -> PathLike:
     """The directory of the arrays: that of the tree's description, at the top (older layouts) or one below."""
     if (path / "_METADATA").exists():
         return path
@@ -119,22 +118,22 @@ def _arrays(path: epath.Path) -> dict[str, Any]:
     """Every array as tensorstore sees it: slices of it can be read."""
     import tensorstore as ts
 
-    base = _base(path)
+    base = base_of(path)
     described = json.loads((base / "_METADATA").read_text())
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened = {}
     for entry in described["tree_metadata"].values():
         if entry["value_metadata"].get("value_type") not in ("string", "None"):
-            keys = _keys(entry)
-            opened["/".join(keys)] = ts.open(_spec(base, described, keys), open=True, read=True, context=context)
+            keys = array_keys(entry)
+            opened["/".join(keys)] = ts.open(spec_of(base, described, keys), open=True, read=True, context=context)
     return {name: future.result() for name, future in opened.items()}
 
 
-def _keys(entry: dict[str, Any]) -> list[str]:
+def array_keys(entry: dict[str, Any]) -> list[str]:
     return [str(k["key"]) for k in entry["key_metadata"]]
 
 
-def _spec(base: epath.Path, described: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+def spec_of(base: PathLike, described: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     """Where tensorstore finds an array."""
     root = str(base) if is_remote(base) else f"file://{base}"
     at = ".".join(keys)
@@ -167,20 +166,22 @@ class Writer:
 
     def write(self, leaves: dict[str, Any]) -> None:
         """Add some leaves, whole groups."""
-        ocp.partial.save(self.aside, _tree(leaves, self.leaves))
+        ocp.partial.save(self.aside, tree_of(leaves, self.leaves))
 
     def finalize(self) -> None:
-        """Everything but the rows of large leaves is there."""
+        """Everything is there."""
         ocp.partial.finalize(self.aside)
 
-    def rows_of(self, name: str, rows: int) -> Any:
-        """A leaf of which a `stand_in` was written, as a tensorstore array of its own shape, to be filled `rows` at a time."""
-        return _replaced(self.aside, name, self.leaves[name].shape, rows)
+    def files(self) -> dict[str, str]:
+        """{name in the output: where it lies now}; of a remote output those that name the others."""
+        return {f.removeprefix(f"{self.aside}/"): f for f in _files(self.aside)}
 
-    def finish(self) -> None:
-        """Make the output appear."""
+    def finish(self, beside: Mapping[str, str | bytes]) -> None:
+        """Write what goes beside the arrays, and make the output appear."""
 
         def swap():
+            for name, content in beside.items():
+                (self.aside / name).write_bytes(content.encode() if isinstance(content, str) else content)
             old = self.out.parent / f"{self.out.name}.replaced"
             if self.out.exists():
                 if old.exists():  # killed between two renames, some other time
@@ -213,45 +214,7 @@ class Writer:
             multihost_utils.sync_global_devices(f"jaxmerge: {self.out.name}")
 
 
-def stand_in(leaf: Leaf, sharding: Sharding) -> jax.Array:
-    """As many zeros as the sharding has shards: what is written of a leaf that is filled later."""
-    counts = [1] * len(leaf.shape)
-    if isinstance(sharding, NamedSharding):
-        for dimension, axes in enumerate(sharding.spec):
-            axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-            counts[dimension] = math.prod(sharding.mesh.shape[a] for a in axes)
-    return jax.device_put(np.zeros(counts, leaf.dtype), sharding)
-
-
-def _replaced(path: epath.Path, name: str, shape: tuple[int, ...], rows: int) -> Any:
-    """The array of this name anew, with another shape, in chunks of so many rows."""
-    import tensorstore as ts
-
-    base = _base(path)
-    described = json.loads((base / "_METADATA").read_text())
-    keys = next(k for k in map(_keys, described["tree_metadata"].values()) if "/".join(k) == name)
-    chunk = [min(rows, shape[0]), *shape[1:]]
-    spec = _spec(base, described, keys)
-    metadata = ts.open(spec, open=True).result().spec().to_json()["metadata"]
-    metadata |= {"shape": list(shape)}
-    metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":
-            codec["configuration"]["chunk_shape"] = chunk
-    array = ts.open({**spec, "metadata": metadata}, create=True, delete_existing=True).result()
-    entry = next(e for e in described["tree_metadata"].values() if _keys(e) == keys)
-    entry["value_metadata"]["write_shape"] = chunk
-    (base / "_METADATA").write_text(json.dumps(described))
-    for file in (base / "array_metadatas").glob("*"):
-        arrays = json.loads(file.read_text())
-        for one in arrays["array_metadatas"]:
-            if one["array_metadata"]["param_name"] == ".".join(keys):
-                one["array_metadata"] |= {"write_shape": chunk, "chunk_shape": chunk}
-        file.write_text(json.dumps(arrays))
-    return array
-
-
-def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
+def tree_of(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
     """The tree that holds these values: along the leaves' key paths, or along the "/" in their names."""
     root: dict = {}
     for name in sorted(values):

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import pathlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +27,13 @@ def versions() -> dict[str, str]:
 
 
 def write(
-    headers: CheckpointPlan, directory: pathlib.Path, settings: Sequence[dict[str, Any]], options: dict[str, Any], recipe: Any
+    headers: CheckpointPlan,
+    files: Mapping[str, Any],
+    settings: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    recipe: Any,
 ) -> str:
-    """The receipt of an output in this directory, as JSON text; on the first process."""
-    if jax.process_index() != 0:
-        return ""
-    assert headers.layout is not None
+    """The receipt of an output of these files, {name: where it lies now}, as JSON text."""
     out = {n: leaf.dtype.name for n, leaf in headers.out.items() if leaf.dtype is not None}
     content = {
         "versions": versions(),
@@ -41,7 +41,8 @@ def write(
         "options": options,
         "base": None if headers.base is None else describe(headers.base),
         "models": [describe(m) for m in headers.models],
-        "files": {f: sample_hash(directory / f) for f in headers.layout.sizes},
+        "format": headers.format,
+        "files": {name: sample_hash(path) for name, path in files.items()},
         "dtypes": {d: sum(1 for v in out.values() if v == d) for d in sorted(set(out.values()))},
         "settings": [_journal.pack(s) for s in settings],
     }
@@ -73,13 +74,15 @@ def sample_hash(path: Any) -> str:
 
 
 def receipt(out: Any) -> dict[str, Any]:
-    """What a merge into safetensors says it was made of: inputs, hashes, what was asked for, versions; read from its directory.
+    """What a merge says it was made of: inputs, hashes, what was asked for, versions; read from its directory.
 
     Raises:
       FileNotFoundError: there is none.
     """
     path = os.path.join(str(out), NAME)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or not into safetensors.")
+        raise FileNotFoundError(
+            f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or by an older one."
+        )
     with open(path) as f:
         return json.load(f)

@@ -1,4 +1,4 @@
-"""The executor of merges that end in Orbax: leaves on their shardings, in as many passes as the statistics need.
+"""The executor of merges on devices, which end in Orbax: leaves on their shardings, in as many passes as statistics need.
 
 A statistic of one tensor is computed when the tensor is at hand. A statistic of the whole model (TIES' threshold) takes passes
 of its own over the files: 3 for an exact threshold, 1 for a majority sign; then one pass merges. Where all leaves fit into one
@@ -6,7 +6,7 @@ batch they are read once.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 
-from jaxmerge.checkpoint import _orbax
+from jaxmerge.checkpoint import _orbax, _receipt
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._programs import after, stacked
 from jaxmerge.checkpoint._refusals import differing, strange
-from jaxmerge.checkpoint._stream import Stream
-from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._deferred import last
 from jaxmerge.params._stack import Integers, reduced
 from jaxmerge.params._transform import MergeTransform, Step, left, settled
@@ -34,6 +32,8 @@ def run(
     integers: Integers,
     nonfinite: str,
     overwrite: bool,
+    recipe: Any,
+    beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
     """Merge into an Orbax checkpoint; fields of the report."""
@@ -54,7 +54,7 @@ def run(
         nonlocal done, stage, held
         stage += 1
         for batch in headers.batches:
-            names = [n for n in batch if n in floating and n not in large]
+            names = [n for n in batch if n in floating]
             if held:
                 arrays = held
             else:
@@ -68,8 +68,6 @@ def run(
             tell(stage, stages, done, stage_bytes * stages)
 
     floating = frozenset(headers.floating)
-    rows = Stream(make_task(tx, headers, cast), headers.settings, lambda read, written: None)
-    large = frozenset(u.name for u in rows.task.units)
     settings = list(headers.settings)
     has_base = headers.base is not None
     for i in surveys:
@@ -82,10 +80,8 @@ def run(
                     read = _reader(steps[:i], survey.read, headers.shardings[n], has_base, cast)
                     counts[n] = settled(read(query, [s[n] for s in settings[:i]], leaves))
                 counts = {n: c if isinstance(c, np.ndarray) else _from_halves(c) for n, c in counts.items()}
-            counts |= rows.counts(i, survey, query)
             query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
         settings[i] = survey.finish(notes, settings[i])
-        rows.settings[i] = dict(settings[i])
 
     found: dict[str, Any] = {}
     bad: dict[str, list[int]] = {}
@@ -104,35 +100,23 @@ def run(
             rest = [n for n in batch if n not in floating]
             if rest:
                 written |= headers.reference.load({n: headers.shardings[n] for n in rest})
-            written |= {n: _orbax.stand_in(headers.out[n], headers.shardings[n]) for n in batch if n in large}
             writer.write(written)
         held = {}
         if not (bad and nonfinite == "refuse"):
             writer.finalize()
-        _fill(rows, writer)
-        found |= rows.found
-        bad |= rows.bad
         if bad and nonfinite == "refuse":
             raise strange(bad, headers)
-        writer.finish()
+        files = dict(beside or {})
+        if jax.process_index() == 0:
+            dtype = None if cast is None else jnp.dtype(cast).name
+            options = {"integers": integers, "nonfinite": nonfinite, "dtype": dtype, "memory": None, "on_devices": True}
+            files[_receipt.NAME] = _receipt.write(headers, writer.files(), settings, options, recipe)
+        writer.finish(files)
     except BaseException:
         writer.discard(wait=False)
         raise
     by_step = tuple({n: found[n][i] for n in headers.floating} for i in range(len(steps)))
     return {"plan": by_step, "nonfinite": bad}
-
-
-def _fill(rows: Stream, writer: _orbax.Writer) -> None:
-    """Merge the leaves that are larger than the memory, some rows at a time."""
-    arrays: dict[str, Any] = {}
-    for unit, inputs in rows.units(rows.task.units, len(rows.task.steps)):
-        leaf = writer.leaves[unit.name]
-        row = leaf.size // leaf.shape[0]
-        if unit.name not in arrays:
-            arrays[unit.name] = writer.rows_of(unit.name, unit.size // row)
-        block = np.concatenate([part for _, part in rows.merged(unit, inputs)])
-        first, last = unit.start // row, unit.stop // row
-        arrays[unit.name][first:last].write(block.reshape(last - first, *leaf.shape[1:])).result()
 
 
 # --- one leaf on its devices -----------------------------------------------------------------------------------------

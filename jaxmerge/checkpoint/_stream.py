@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
-from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
+from jaxmerge.checkpoint._feed import Sink, Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.params._transform import Step, Survey
 from jaxmerge.params.order._host import Streamed
@@ -111,7 +111,7 @@ class Stream:
 
     # --- the merge ---
 
-    def merge(self, sink: WriteBehind, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
+    def merge(self, sink: Sink, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
         """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
         task = self.task
         for n, (unit, arrays) in enumerate(self.units(task.units[done:], len(task.steps)), done):

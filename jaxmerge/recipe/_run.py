@@ -113,7 +113,7 @@ def merge(
             overwrite=overwrite or not last,
             resume=resume,
             recipe=document.text,
-            beside=todo.beside if todo.headers.format == "safetensors" else None,
+            beside=todo.beside,
             on_progress=tell,
             **todo.options,
         )
@@ -131,7 +131,7 @@ def verify(
     """Is a merge what its receipt says? Its recipe is planned again, and a sample of its tensors computed from the parents.
 
     Args:
-      out: a directory that `merge` wrote, of safetensors.
+      out: a directory that `merge` wrote.
       parts: where the results of documents lie that it was merged from; None is `out` with ".parts" after it.
       leaves, seed: see `checkpoint.verify`.
 
