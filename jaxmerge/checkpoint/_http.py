@@ -1,6 +1,5 @@
 """Ranges of bytes over http and https: connections that break are taken up where they broke, servers without ranges refused."""
 
-import functools
 import hashlib
 import http.client
 import time
@@ -25,9 +24,11 @@ class File(NamedTuple):
     stamp: int
 
 
-@functools.lru_cache(maxsize=4096)
+_KNOWN: dict[str, File] = {}
+
+
 def file(url: str) -> File:
-    """What is there.
+    """What is there now.
 
     Raises:
       FileNotFoundError: nothing that may be read. OSError: the server cannot be reached, or serves no ranges of bytes.
@@ -35,13 +36,14 @@ def file(url: str) -> File:
     with _answer(url, 0, 1) as answer:
         if answer.status != 206:
             raise OSError(
-                f"{url} is on a server that sends whole files only (it ignored the Range of a request); download the checkpoint, "
-                "and name the folder where it lies."
+                f"{url} is on a server that sends whole files only (it ignored the Range of a request); download the "
+                "checkpoint, and name the folder where it lies."
             )
         size = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not size.isdigit():
             raise OSError(f"{url}: the server does not say how long the file is; download it.")
-        return File(int(size), _stamp(answer))
+        _KNOWN[url] = File(int(size), _stamp(answer))
+    return _KNOWN[url]
 
 
 def exists(url: str) -> bool:
@@ -53,44 +55,42 @@ def exists(url: str) -> bool:
     return True
 
 
-def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
-    """So many bytes from the offset on; fewer where the file ends. None: the whole file, which no server refuses.
+def whole(url: str) -> bytes:
+    """A small file; no server refuses that."""
+    with _answer(url, 0, None) as answer:
+        return answer.read()
+
+
+def read(url: str, offset: int, length: int) -> bytes:
+    """So many bytes from the offset on; fewer where the file ends.
 
     Raises:
-      OSError: the connection broke again and again, or the file changed while it was read.
+      OSError: the connection broke again and again, or the file is another than when it was asked for.
     """
-    known = None if length is None else file(url)
-    parts: list[bytes] = []
-    got = tries = 0
-    reason: Any = None
-    while length is None or got < length:
-        if tries == TRIES:
-            of = "" if length is None else f" of {length}"
-            raise OSError(f"{url}: the connection broke {TRIES} times, at byte {offset + got} ({got}{of} were read): {reason}")
-        if tries:
-            time.sleep(PAUSE * 2 ** (tries - 1))
-        tries += 1
+    known = _KNOWN.get(url) or file(url)
+    length = min(length, known.size - offset)
+    room, got, broke = bytearray(max(length, 0)), 0, 0
+    while got < length:
+        before, reason = got, "it ended early"
         try:
-            with _answer(url, offset + got, None if length is None else length - got) as answer:
-                if length is None:
-                    return answer.read()
+            with _answer(url, offset + got, length - got) as answer:
                 if answer.status != 206:
-                    raise OSError(f"{url}: the server stopped serving ranges of bytes; download the checkpoint.")
-                if known is not None and known.stamp not in (0, _stamp(answer)):
+                    raise OSError(f"{url}: the server no longer serves ranges of bytes; download the checkpoint.")
+                if known.stamp != _stamp(answer):
                     raise OSError(f"{url} has changed since its header was read; begin again.")
-                while part := answer.read(min(STEP, length - got)):
-                    parts.append(part)
-                    got += len(part)
-                    tries = 0
-                if got < length:
-                    reason = "it ended early"
-                    tries += 1
-                    if known is not None and offset + got >= known.size:
-                        break
+                while got < length and (n := answer.readinto(memoryview(room)[got : got + STEP])):
+                    got += n
         except (http.client.HTTPException, ConnectionError, TimeoutError) as e:
-            reason = e
-            tries = max(tries, 1)
-    return b"".join(parts)
+            reason = f"{type(e).__name__}: {e}"
+        if got < length:
+            broke = 1 if got > before else broke + 1
+            if broke == TRIES:
+                raise OSError(
+                    f"{url}: the connection broke {TRIES} times at byte {offset + got} ({reason}); {got} of {length} bytes "
+                    "arrived. The same command goes on where this one was."
+                )
+            time.sleep(PAUSE * 2 ** (broke - 1))
+    return bytes(room)
 
 
 def _answer(url: str, offset: int, length: int | None) -> Any:

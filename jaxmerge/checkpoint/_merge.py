@@ -92,6 +92,7 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     max_shard_bytes: int | str = "5GB",
+    stem: str = "model",
     on_devices: bool | None = None,
     recipe: Any = None,
     beside: Mapping[str, str | bytes] | None = None,
@@ -107,7 +108,7 @@ def merge(
       base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
       models: checkpoints, paths or sources; formats may be mixed.
       out: the directory where the output appears, when it is whole.
-      format, sharding, memory, dtype, out_dtype, max_shard_bytes, on_devices: see `plan`; Orbax into a bucket is made on
+      format, sharding, memory, dtype, out_dtype, max_shard_bytes, stem, on_devices: see `plan`; Orbax into a bucket is made on
         devices.
       integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
         where there is none).
@@ -140,6 +141,7 @@ def merge(
         dtype=dtype,
         out_dtype=out_dtype,
         max_shard_bytes=max_shard_bytes,
+        stem=stem,
         on_devices=True if bucket else on_devices,
     )
     headers.check()

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import Place, is_remote
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
 
@@ -28,7 +28,9 @@ class Orbax:
 
     def __init__(self, path: epath.Path, tree: Any):
         """From the tree of Orbax's descriptions."""
-        self.path, self.name, self._tree = path, path.name, tree
+        self.path: Place = path
+        self._path = path
+        self.name, self._tree = path.name, tree
         self.metadata: dict[str, str] = {}
         self.files = _files(path)
         self.leaves = {leaf_name(p): _leaf(p, meta) for p, meta in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -49,7 +51,7 @@ class Orbax:
                 return meta
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
 
-        loaded = ocp.load(self.path, jax.tree_util.tree_map_with_path(target, self._tree))
+        loaded = ocp.load(self._path, jax.tree_util.tree_map_with_path(target, self._tree))
         flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
         return {name: leaf for path, leaf in flat if (name := leaf_name(path)) in shardings}
 
@@ -72,9 +74,13 @@ def open_checkpoint(path: PathLike) -> Orbax:
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is not an Orbax checkpoint.
     """
-    path = epath.Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}.")
+    path = epath.Path(path)
+    path = path if is_remote(path) else path.absolute()
+    try:
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {path}.")
+    except ImportError as e:  # of what Orbax reads buckets with
+        raise ValueError(f"{path}: Orbax reads it with a package that is not here: {e} (pip).") from e
     try:
         return Orbax(path, ocp.metadata(path).metadata)
     except Exception as e:  # Orbax raises many kinds

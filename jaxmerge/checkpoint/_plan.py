@@ -101,6 +101,7 @@ def plan(
     dtype: Any = None,
     out_dtype: Any = None,
     max_shard_bytes: int | str = "5GB",
+    stem: str = "model",
     on_devices: bool | None = None,
 ) -> CheckpointPlan:
     """Find out what a merge will do, and everything that speaks against it, before a tensor byte is read.
@@ -117,6 +118,7 @@ def plan(
       dtype: cast inputs to it before anything else; arithmetic is float32 all the same.
       out_dtype: of the output's floating-point leaves; None: `dtype`, or what each leaf of the base has.
       max_shard_bytes: safetensors files larger than this are split.
+      stem: what safetensors files are called, before .safetensors.
       on_devices: how an Orbax output is made: leaf by leaf on its shardings, several leaves in memory at once, which is for
         devices whose memory holds them; or by ranges like safetensors, which is for hosts: bounded by `memory`, each process a
         part, and resumed. None: on accelerators.
@@ -210,7 +212,7 @@ def plan(
         files = Tree(result, shardings, ways.spans, reference)
     else:
         try:
-            files = layout(result, {}, parse_size(max_shard_bytes, "max_shard_bytes"))
+            files = layout(result, parse_size(max_shard_bytes, "max_shard_bytes"), stem)
         except ValueError as e:
             problems.append(f"  {e}")
     return CheckpointPlan(

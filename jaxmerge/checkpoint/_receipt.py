@@ -1,5 +1,6 @@
 """What a merge was made of, beside its output: inputs and their hashes, what was asked for, what was found, versions."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -68,8 +69,11 @@ def sample_hash(path: Any) -> str:
     h = hashlib.sha256(size.to_bytes(8, "little"))
     h.update(_remote.read(path, 0, min(size, HEAD)))
     if size > HEAD:
-        for at in range(HEAD, size, max((size - HEAD) // PAGES, PAGE)):
-            h.update(_remote.read(path, at, min(PAGE, size - at)))
+        pages = range(HEAD, size, max((size - HEAD) // PAGES, PAGE))
+        read = lambda at: _remote.read(path, at, min(PAGE, size - at))
+        with concurrent.futures.ThreadPoolExecutor(16 if _remote.is_remote(path) else 1) as threads:
+            for page in threads.map(read, pages):
+                h.update(page)
     return h.hexdigest()
 
 
@@ -81,8 +85,6 @@ def receipt(out: Any) -> dict[str, Any]:
     """
     path = os.path.join(str(out), NAME)
     if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or by an older one."
-        )
+        raise FileNotFoundError(f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or by an older one.")
     with open(path) as f:
         return json.load(f)

@@ -1,11 +1,8 @@
 """Recipes planned and carried out: document by document, everything checked before a tensor is read."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
@@ -117,8 +114,8 @@ def merge(
             on_progress=tell,
             **todo.options,
         )
-        if "adapter_config.json" in todo.beside:
-            _as_adapter(place)
+        if todo.after is not None:
+            todo = todo._replace(notes=(*todo.notes, Mistake(None, todo.after(checkpoint.open(place)))))
         done.append((todo, report))
         if document.name is not None:
             earlier[document.name] = checkpoint.open(place)
@@ -197,14 +194,3 @@ def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
     parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
     now = [describe(source)["files"] for source in todo.headers.inputs]
     return receipt["recipe"] == todo.recipe.text and [p["files"] for p in parents] == now
-
-
-def _as_adapter(place: pathlib.Path) -> None:
-    """The names that PEFT looks for."""
-    if jax.process_index() != 0:
-        return
-    old, new = "model.safetensors", "adapter_model.safetensors"
-    (place / old).rename(place / new)
-    receipt = json.loads((place / "jaxmerge.json").read_text())
-    receipt["files"] = {new if f == old else f: h for f, h in receipt["files"].items()}
-    (place / "jaxmerge.json").write_text(json.dumps(receipt, indent=1) + "\n")
