@@ -20,6 +20,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoint import _processes
+from jaxmerge.checkpoint._budget import show_size
 from jaxmerge.checkpoint._orbax import array_keys, base_of, spec_of, tree_of
 from jaxmerge.checkpoint._sharding import shards_of
 from jaxmerge.checkpoint._source import Extent, Leaf, Source
@@ -53,7 +54,14 @@ class Tree(NamedTuple):
         return {}
 
     def prepare(self, directory: pathlib.Path) -> None:
-        """Write everything but the values; on all processes."""
+        """Write everything but the values; on all processes.
+
+        Raises:
+          OSError: there is not nearly enough room: half of it, if nothing could be compressed.
+        """
+        size, free = sum(leaf.bytes for leaf in self.leaves.values()), shutil.disk_usage(directory).free
+        if free < size // 2:
+            raise OSError(28, f"no room for {directory} of up to {show_size(size)}: {show_size(free)} are free")
         new = directory / "new"
         others = {n: self.shardings[n] for n, leaf in self.leaves.items() if leaf.dtype is None}
         values = {n: stand_in(leaf, self.shardings[n]) for n, leaf in self._arrays().items()}
@@ -176,8 +184,10 @@ class Blocks:
         self._wait(0)
 
     def abandon(self) -> None:
-        """Leave off; what is under way may still arrive, nobody reads it."""
+        """Leave off, when what is under way is there or has failed."""
         self._room, self._array = None, None
+        for write in self._under_way:
+            write.exception()
         self._under_way.clear()
 
     def _left(self, at: int) -> int:
@@ -206,7 +216,9 @@ class Blocks:
 
     def _wait(self, most: int) -> None:
         while len(self._under_way) > most:
-            self._under_way.popleft().result()
+            error = self._under_way.popleft().exception()
+            if error is not None:
+                raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
 
     def _open(self, name: str) -> Any:
         """The array in this process's own store, described as in the whole."""

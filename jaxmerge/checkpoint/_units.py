@@ -8,7 +8,7 @@ from jaxmerge.checkpoint import _programs as programs
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
 from jaxmerge.checkpoint._feed import FLUSH, ROOMS, Unit
 from jaxmerge.checkpoint._source import Leaf, Source
-from jaxmerge.checkpoint._stream import LOOK, parts_of, split
+from jaxmerge.checkpoint._stream import LOOK, parts_of, row_of, split
 from jaxmerge.params._transform import Step
 from jaxmerge.params.order._quantile import row_size
 
@@ -65,11 +65,14 @@ def by_ranges(
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
     largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
+    encoded = 0  # of inputs that are no runs of bytes: what is read, and what comes of it, until it is where it belongs
     units: list[tuple[Unit, ...]] = []
     entire, again = set(), []
     spans: dict[str, Span] = {}
 
     def cut(name: str, leaf: Leaf, most: int, together: int = 1) -> tuple[Unit, ...]:
+        row = row_of(steps, leaf.shape) if name in merged else 1
+        most = max(most // max(row, 1), 1) * row
         if shards is None:
             return tuple(parts_of(name, leaf.shape, most))
         spans[name] = span(leaf.shape, most, shards.get(name, ()), together)
@@ -104,7 +107,13 @@ def by_ranges(
         elif (local and not look) or (large and (local or rows)):
             if rows is not None:
                 parts = cut(name, leaf, max(block // max(rows, 1), 1) * rows, rows)
-                largest = max(largest, max(part.size for part in parts) * len(inputs) * width)
+                together = max(part.size for part in parts) * held // leaf.size
+                if memory is not None and together > hold:
+                    problems.append(
+                        f"  {name}: {rows * leaf.shape[0] // leaf.size} of its {leaf.shape[0]} rows are stored as one: "
+                        f"{show_size(together)} of memory of all inputs, {show_size(hold)} allowed; raise memory= (--memory)"
+                    )
+                largest, encoded = max(largest, together), max(encoded, together)
             units += [parts] if look else [(part,) for part in parts]
             if look:
                 again.append(name)
@@ -116,9 +125,10 @@ def by_ranges(
                     f"{list(leaf.shape)} of all inputs, {show_size(hold)} allowed; raise memory= (--memory)"
                 )
             units.append((whole,))
+            encoded = max(encoded, 0 if local else held)
         largest = max(largest, held)
-    limit = hold if memory is None else max(hold - work, largest)
-    peak = min(ROOMS * largest, limit) + work + 4 * FLUSH
+    limit = hold if memory is None else max(hold - work - 2 * encoded, largest)
+    peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + 4 * FLUSH
     return Ways(tuple(units), frozenset(entire), limit, spans, tuple(again), peak, tuple(problems))
 
 

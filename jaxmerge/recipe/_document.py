@@ -174,12 +174,13 @@ def _adapters(
         text = "is an adapter and not a model; write it after the model it was trained on, as model+adapter."
         return None, [Mistake(marks.get(m), f"{m} {text}") for m in alone]
     exact = recipe.method_name == "linear" and "rank" not in recipe.own
+    based = recipe
     if recipe.method.base == "required" and recipe.base not in alone:
-        recipe = recipe._replace(base=BASE, marks={"base_model": recipe.marks[""]} | recipe.marks)
+        based = recipe._replace(base=BASE, marks={"base_model": recipe.marks[""]} | recipe.marks)
     try:
         updates = dense(adapters)
-        rows, mistakes, more = resolve(recipe, updates)
-        mistakes += weightless(recipe, rows)
+        rows, mistakes, more = resolve(based, updates)
+        mistakes += weightless(based, rows)
         if mistakes:
             return None, mistakes
         made = None

@@ -1,8 +1,8 @@
 """Adapters by any method: their updates are merged as the dense matrices they are, and taken apart again to a rank.
 
-A sum of updates has the sum of their ranks at most (`concatenated`, exact); signs elected entry by entry make any rank. So a rank
-is chosen, each merged update becomes the nearest of that rank (randomized subspace iteration), and how near is measured on what
-was written.
+A sum of updates has the sum of their ranks at most (`concatenated`, exact); signs elected entry by entry make any rank. So a
+rank is chosen, each merged update becomes the nearest of that rank (randomized subspace iteration), and how near is measured on
+what was written.
 """
 
 import functools

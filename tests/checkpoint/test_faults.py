@@ -190,6 +190,31 @@ def test_a_full_disk(models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_under_a_tree(models, tmp_path, monkeypatch):
+    """Of a tree no room can be taken first, but what cannot fit is refused; when there is room again the merge goes on."""
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+    merge(models, tmp_path / "before")
+    with monkeypatch.context() as m:
+        m.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10_000}))
+        with pytest.raises(OSError, match=r"no room for .*out\.merging of up to 146 kB: 10 kB are free"):
+            merge(models, tmp_path / "out", format="orbax")
+    assert [p.name for p in tmp_path.iterdir()] == ["before"]
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"ocdbt\.process_0 cannot be written: .*File too large"):
+            merge(models, tmp_path / "out", format="orbax")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not (tmp_path / "out").exists()
+    merge(models, tmp_path / "out", format="orbax")
+    one, two = checkpoint.open(tmp_path / "before"), checkpoint.open(tmp_path / "out")
+    for n in one.leaves:
+        np.testing.assert_array_equal(one.read(n), two.read(n))
+
+
 def test_no_permission(models, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
