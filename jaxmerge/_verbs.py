@@ -137,6 +137,12 @@ def _engine(options: Options) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
 
 
+def say_once(out: str) -> None:
+    """What a merge into a bucket should know before it begins."""
+    if "://" in out:
+        print("into a bucket, leaf by leaf: if this merge is killed it begins anew; one into a local directory goes on.")
+
+
 # --- plan and merge --------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +163,7 @@ def _plan(files: Any, options: Plan) -> None:
 def _show(console: Any, plan: Any) -> None:
     from rich.table import Table
 
-    from jaxmerge.cli import ONCE, _size
+    from jaxmerge.cli import _size
 
     headers = plan.headers
     title = f"{plan.recipe.name or 'the recipe'}: {plan.recipe.method_name}"
@@ -169,8 +175,6 @@ def _show(console: Any, plan: Any) -> None:
     dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in headers.out.values() if leaf.dtype is not None}))
     table.add_row(f"output, {headers.format}", str(len(headers.out)), _size(headers.bytes_written), dtypes)
     console.print(table)
-    if not headers.resumes:
-        console.print(ONCE)
     console.print(
         f"passes over the files: {headers.passes}; reads {_size(headers.bytes_read)}, writes {_size(headers.bytes_written)}; "
         f"peak memory about {_size(headers.peak_bytes)}, and some 300 MB for the runtime"
@@ -207,6 +211,7 @@ def _merge(files: Any, options: Merge) -> None:
     from jaxmerge import recipe
     from jaxmerge.cli import _size
 
+    say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("planning", total=None, figures="")

@@ -220,7 +220,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class InputsAndOutput(Inputs):
-    out: pathlib.Path = dataclasses.field(kw_only=True)
+    out: str = dataclasses.field(kw_only=True)
     """Where the merged checkpoint appears."""
     overwrite: bool = False
     """Replace what is there."""
@@ -292,9 +292,6 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-ONCE = "on devices, leaf by leaf: a merge that is killed begins anew (--on-devices False: by ranges, and resumed)"
-
-
 class _UserError(Exception):
     """Something that the user can change."""
 
@@ -359,8 +356,6 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     )
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")
-    if not plan.resumes:
-        console.print(ONCE)
     plan.check()
     console.print("nothing speaks against this merge")
 
@@ -371,10 +366,8 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
     from jaxmerge import checkpoint
 
-    plan = _checked(tx, files)
-    plan.check()
-    if not plan.resumes:
-        print(ONCE)
+    _checked(tx, files).check()
+    _verbs.say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("merging", total=None, figures="")

@@ -181,7 +181,7 @@ def test_a_mesh_axis_that_does_not_divide(saved, tmp_path):
         checkpoint.fsdp(mesh, "tensor")
 
 
-def test_what_else_is_refused(saved, tmp_path):
+def test_what_else_is_refused(saved, tmp_path, monkeypatch):
     paths, trees = saved
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     models, out = [paths["a"], paths["b"]], tmp_path / "out"
@@ -221,7 +221,11 @@ def test_what_else_is_refused(saved, tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         checkpoint.merge(tx, paths["base"], models, out)
     (tmp_path / "out.merging.partial_save").mkdir()  # left by a merge that was killed
-    checkpoint.merge(params.linear(), paths["base"], models, out, overwrite=True, on_devices=True)
+    monkeypatch.setattr(_sharded, "is_remote", lambda path: True)  # as buckets are written, by Orbax
+    beside = {"README.md": "a card"}
+    checkpoint.merge(params.linear(), paths["base"], models, out, overwrite=True, on_devices=True, beside=beside)
+    receipt = checkpoint.receipt(out)
+    assert receipt["options"]["on_devices"] and "_CHECKPOINT_METADATA" in receipt["files"] and (out / "README.md").exists()
     assert np.isfinite(ocp.load(out)["s"]) and [p.name for p in tmp_path.glob("out*")] == ["out"]
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import http.client
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -80,7 +82,7 @@ def read(url: str, offset: int, length: int) -> bytes:
                     raise OSError(f"{url} has changed since its header was read; begin again.")
                 while got < length and (n := answer.readinto(memoryview(room)[got : got + STEP])):
                     got += n
-        except (http.client.HTTPException, ConnectionError, TimeoutError) as e:
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as e:
             reason = f"{type(e).__name__}: {e}"
         if got < length:
             broke = 1 if got > before else broke + 1
@@ -115,6 +117,8 @@ def _answer(url: str, offset: int, length: int | None) -> Any:
                 break
         except (http.client.HTTPException, OSError) as e:  # URLError is an OSError
             reason = getattr(e, "reason", e)
+            if isinstance(reason, socket.gaierror | ssl.SSLCertVerificationError):  # it will not pass
+                break
         if n + 1 < TRIES:
             time.sleep(PAUSE * 2**n)
     raise OSError(f"{url} cannot be read: {reason}.")

@@ -114,7 +114,7 @@ def merge(
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what is at `out`.
-      resume: go on where the same merge was cut off, unless it is made on devices; False begins anew.
+      resume: go on where the same merge was cut off (not in a bucket); False begins anew.
       recipe: what the receipt says was asked for, as JSON.
       beside: files that appear with the output, {name: contents}: configurations, tokenizers, a card.
       on_progress: called as the merge goes on.
@@ -153,17 +153,17 @@ def merge(
         raise MergeError(f"safetensors are written to local directories, not to {out}; merge, then copy, or write Orbax.")
     if pathlib.Path(str(out)).absolute() in [pathlib.Path(str(c.path)) for c in headers.inputs]:
         raise MergeError(f"out is one of the inputs, {out}; choose another place.")
-    common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite}
+    common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite, "resume": resume}
+    common |= {"recipe": recipe, "beside": beside}
 
     def tell(stage: int, stages: int, done: int, total: int, resumed: int = 0) -> None:
         if on_progress is not None:
             on_progress(Progress(stage, stages, done, total, time.monotonic() - began, resumed))
 
     if headers.layout is not None:
-        more = {"memory": memory, "resume": resume, "recipe": recipe, "beside": beside}
-        found = _ranges.run(tx, headers, out, cast=dtype, tell=tell, **more, **common)
+        found = _ranges.run(tx, headers, out, cast=dtype, memory=memory, tell=tell, **common)
     else:
         from jaxmerge.checkpoint import _sharded  # brings Orbax
 
-        found = _sharded.run(tx, headers, out, cast=dtype, recipe=recipe, beside=beside, tell=tell, **common)
+        found = _sharded.run(tx, headers, out, cast=dtype, tell=tell, **common)
     return MergeReport(headers=headers, seconds=time.monotonic() - began, peak_bytes=peak_rss(), **found)

@@ -160,7 +160,9 @@ def groups(leaves: Mapping[str, Leaf]) -> list[list[str]]:
 
 
 class Writer:
-    """An output that appears whole or not at all: written aside, renamed at the end."""
+    """An output of whole leaves from devices, into a bucket: written aside by Orbax, renamed at the end. It begins anew."""
+
+    lines: tuple[dict[str, Any], ...] = ()
 
     def __init__(self, out: PathLike, leaves: Mapping[str, Leaf], *, overwrite: bool):
         self.out, self.leaves = epath.Path(out).absolute(), leaves
@@ -174,12 +176,12 @@ class Writer:
         """Add some leaves, whole groups."""
         ocp.partial.save(self.aside, tree_of(leaves, self.leaves))
 
-    def finalize(self) -> None:
-        """Everything is there."""
-        ocp.partial.finalize(self.aside)
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
 
-    def files(self) -> dict[str, str]:
-        """{name in the output: where it lies now}; of a remote output those that name the others."""
+    def finalize(self) -> dict[str, str]:
+        """Everything is there: {name in the output: where it lies now}, of the files that name the others."""
+        ocp.partial.finalize(self.aside)
         return {f.removeprefix(f"{self.aside}/"): f for f in _files(self.aside)}
 
     def finish(self, beside: Mapping[str, str | bytes]) -> None:
@@ -199,8 +201,8 @@ class Writer:
 
         self._once(swap)
 
-    def discard(self, *, wait: bool = True) -> None:
-        """Remove what a merge that failed, or was killed, left aside."""
+    def discard(self, error: BaseException | None = None) -> None:
+        """Remove what a merge that failed, or was killed, left aside; after an error without waiting for the others."""
 
         def remove():
             if self.out.parent.exists():
@@ -208,7 +210,7 @@ class Writer:
                     if path.exists():
                         path.rmtree()
 
-        self._once(remove, wait)
+        self._once(remove, wait=error is None)
 
     def _once(self, action, wait: bool = True) -> None:
         """Do something on one process while the others wait."""

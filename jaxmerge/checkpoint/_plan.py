@@ -79,11 +79,6 @@ class CheckpointPlan(NamedTuple):
         """The floating-point leaves."""
         return frozenset(self.floating)
 
-    @property
-    def resumes(self) -> bool:
-        """Whether a merge that was killed goes on where it was; not one on devices, whose leaves Orbax writes."""
-        return self.layout is not None
-
     def check(self) -> None:
         """Refuse, with every reason in one message."""
         if self.problems:
@@ -121,7 +116,7 @@ def plan(
       stem: what safetensors files are called, before .safetensors.
       on_devices: how an Orbax output is made: leaf by leaf on its shardings, several leaves in memory at once, which is for
         devices whose memory holds them; or by ranges like safetensors, which is for hosts: bounded by `memory`, each process a
-        part, and resumed. None: on accelerators.
+        part. None: on accelerators.
 
     Raises:
       FileNotFoundError, ValueError: a path is not a checkpoint, or is damaged. All else is listed in `problems`.
@@ -209,7 +204,7 @@ def plan(
     if format == "orbax":
         from jaxmerge.checkpoint._tree import Tree
 
-        files = Tree(result, shardings, ways.spans, reference)
+        files = Tree(result, shardings, ways.spans, reference, ways.group)
     else:
         try:
             files = layout(result, parse_size(max_shard_bytes, "max_shard_bytes"), stem)

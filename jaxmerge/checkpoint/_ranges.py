@@ -73,9 +73,10 @@ def run(
         settings = [surveyed.get(i, s) for i, s in enumerate(headers.settings)]
         stream.advance.finish()
         files = dict(beside or {}) | layout.beside()
+        hashes = _receipt.hashes(headers.inputs)
         if jax.process_index() == 0:
             made = {name: place.directory / name for name in layout.finish(place.directory)}
-            files[_receipt.NAME] = _receipt.write(headers, made, settings, options, recipe)
+            files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
         place.finish(files)
     except BaseException as e:
         place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))

@@ -3,7 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
-import os
+import pathlib
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.checkpoint import _journal, _remote
+from jaxmerge.checkpoint import _journal, _processes, _remote
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._source import Source
 
@@ -27,21 +27,34 @@ def versions() -> dict[str, str]:
     return {"jaxmerge": ours, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def write(
+def hashes(inputs: Sequence[Source]) -> dict[str, str]:
+    """The hash of every file of the inputs; each process reads a part of them."""
+    files = list(dict.fromkeys(f for source in inputs for f in source.files))
+    mine = {f: sample_hash(f) for f in files[jax.process_index() :: jax.process_count()]}
+    return {f: h for part in _processes.everyone(mine) for f, h in part.items()}
+
+
+def write(  # noqa: PLR0917
     headers: CheckpointPlan,
     files: Mapping[str, Any],
+    hashes: Mapping[str, str],
     settings: Sequence[dict[str, Any]],
     options: dict[str, Any],
     recipe: Any,
 ) -> str:
-    """The receipt of an output of these files, {name: where it lies now}, as JSON text."""
+    """The receipt of an output, as JSON text.
+
+    Args:
+      files: of the output, {name: where it lies now}.
+      hashes: of the inputs' files.
+    """
     out = {n: leaf.dtype.name for n, leaf in headers.out.items() if leaf.dtype is not None}
     content = {
         "versions": versions(),
         "recipe": recipe,
         "options": options,
-        "base": None if headers.base is None else describe(headers.base),
-        "models": [describe(m) for m in headers.models],
+        "base": None if headers.base is None else describe(headers.base, hashes),
+        "models": [describe(m, hashes) for m in headers.models],
         "format": headers.format,
         "files": {name: sample_hash(path) for name, path in files.items()},
         "dtypes": {d: sum(1 for v in out.values() if v == d) for d in sorted(set(out.values()))},
@@ -50,13 +63,13 @@ def write(
     return json.dumps(content, indent=1) + "\n"
 
 
-def describe(source: Source) -> dict[str, Any]:
+def describe(source: Source, hashes: Mapping[str, str]) -> dict[str, Any]:
     """A source as a receipt has it."""
     return {
         "name": source.name,
         "path": str(source.path),
         "format": source.format,
-        "files": {f: sample_hash(f) for f in source.files},
+        "files": {f: hashes[f] for f in source.files},
     }
 
 
@@ -83,8 +96,7 @@ def receipt(out: Any) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is none.
     """
-    path = os.path.join(str(out), NAME)
-    if not os.path.exists(path):
+    path = _remote.Url(out) / NAME if _remote.is_remote(out) else pathlib.Path(out) / NAME
+    if not path.exists():
         raise FileNotFoundError(f"{out} has no receipt {NAME}: it was not merged by jaxmerge, or by an older one.")
-    with open(path) as f:
-        return json.load(f)
+    return json.loads(path.read_text())

@@ -144,7 +144,7 @@ def _size(url: str) -> int:
 def _store(directory: str) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(directory).result()
+    return ts.KvStore.open(directory if "://" in directory else f"file://{directory}").result()
 
 
 Place = epath.Path | Url

@@ -5,7 +5,6 @@ out.merging/
   state/ocdbt.process_0 the blocks of a process; they become part of the whole when all are there, as Orbax's own do
 """
 
-import collections
 import json
 import math
 import pathlib
@@ -21,13 +20,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoint import _processes
 from jaxmerge.checkpoint._budget import show_size
+from jaxmerge.checkpoint._journal import Workplace
 from jaxmerge.checkpoint._orbax import array_keys, base_of, spec_of, tree_of
 from jaxmerge.checkpoint._sharding import shards_of
 from jaxmerge.checkpoint._source import Extent, Leaf, Source
 from jaxmerge.checkpoint._units import Span
-
-UNDER_WAY = 4
-"""Blocks that are on their way to the disk at once."""
 
 
 class Tree(NamedTuple):
@@ -38,12 +35,14 @@ class Tree(NamedTuple):
       shardings: as it is described; a device's part is a whole number of chunks along the axes that are split.
       spans: the blocks that each array is written in.
       reference: where leaves come from that are no arrays.
+      group: bytes of blocks that are written at once, into one file.
     """
 
     leaves: dict[str, Leaf]
     shardings: dict[str, Sharding]
     spans: dict[str, Span]
     reference: Source
+    group: int
 
     def identity(self) -> Any:
         """What tells one output from another."""
@@ -77,7 +76,7 @@ class Tree(NamedTuple):
     def sink(self, directory: pathlib.Path) -> tuple["Blocks", dict[str, Extent]]:
         """Where this process writes, and where each leaf lies there."""
         where = {n: Extent(n, 0, leaf.bytes) for n, leaf in self._arrays().items()}
-        return Blocks(base_of(directory), self._arrays(), self.spans), where
+        return Blocks(base_of(directory), self._arrays(), self.spans, self.group), where
 
     def finish(self, directory: pathlib.Path) -> list[str]:
         """Make the blocks of all processes part of the whole; the files that hold it. On the first process."""
@@ -139,15 +138,17 @@ class Tree(NamedTuple):
 
 
 class Blocks:
-    """Bytes of arrays, in flat order, to tensorstore, block by block; a few blocks are on their way while the next is made."""
+    """Bytes of arrays, in flat order, to tensorstore, block by block; a group of them is on its way while the next is made."""
 
-    def __init__(self, base: pathlib.Path, leaves: Mapping[str, Leaf], spans: Mapping[str, Span]):
-        self._base, self._leaves, self._spans = base, leaves, spans
+    def __init__(self, base: pathlib.Path, leaves: Mapping[str, Leaf], spans: Mapping[str, Span], group: int):
+        self._base, self._leaves, self._spans, self._group = base, leaves, spans, group
         self._described = json.loads((base / "_METADATA").read_text())
         self._keys = {"/".join(keys): keys for e in self._described["tree_metadata"].values() if (keys := array_keys(e))}
         self._context: Any = None
         self._own = base / f"ocdbt.process_{jax.process_index()}"
-        self._under_way: collections.deque[Any] = collections.deque()
+        self._made: list[Any] = []
+        self._under_way: list[Any] = []
+        self._size = 0
         self._name, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
         self._array: Any = None
@@ -172,23 +173,31 @@ class Blocks:
             if used + n == self._room.size:
                 self._flush()
 
+    def put(self, name: str, array: Any) -> None:
+        """Write a whole leaf, soon: of an array on devices the shards that are here, each once; else all of it."""
+        target = self._open(name)
+        here = array.addressable_shards if isinstance(array, jax.Array) else ()
+        parts = [(shard.index, shard.data) for shard in here if shard.replica_id == 0]
+        for index, values in parts if isinstance(array, jax.Array) else [((), array)]:
+            self._add(target[index], np.asarray(values))
+
     def mark(self, note: Any) -> None:
         """Call `note` now that all that came before is on disk."""
-        self._flush()
-        self._wait(0)
+        self.close()
         note()
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._flush()
-        self._wait(0)
+        self._send()
+        self._wait()
 
     def abandon(self) -> None:
         """Leave off, when what is under way is there or has failed."""
         self._room, self._array = None, None
-        for write in self._under_way:
+        for write in (*self._under_way, *self._made):
             write.exception()
-        self._under_way.clear()
+        self._under_way, self._made = [], []
 
     def _left(self, at: int) -> int:
         """Bytes from here to the end of a block."""
@@ -210,15 +219,29 @@ class Blocks:
             *lead, row = np.unravel_index(first // inner, leaf.shape[: axis + 1])
             index = (*map(int, lead), slice(int(row), int(row) + rows))
         shape = (rows, *leaf.shape[axis + 1 :]) if leaf.shape else ()
-        self._under_way.append(self._array[index].write(values.reshape(shape)))
         self._room = None
-        self._wait(UNDER_WAY)
+        self._add(self._array[index], values.reshape(shape))
 
-    def _wait(self, most: int) -> None:
-        while len(self._under_way) > most:
-            error = self._under_way.popleft().exception()
+    def _add(self, target: Any, values: np.ndarray) -> None:
+        """Hand over a block; it is compressed now, and waits for the others of its group."""
+        self._made.append(target.write(values))
+        self._size += values.nbytes
+        if self._size >= self._group:
+            self._send()
+
+    def _send(self) -> None:
+        """What is made goes to the disk together."""
+        self._wait()
+        for write in self._made:
+            write.commit.force()
+        self._under_way, self._made, self._size = self._made, [], 0
+
+    def _wait(self) -> None:
+        for write in self._under_way:
+            error = write.exception()
             if error is not None:
                 raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
+        self._under_way = []
 
     def _open(self, name: str) -> Any:
         """The array in this process's own store, described as in the whole."""
@@ -229,7 +252,54 @@ class Blocks:
             self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         whole = ts.open(spec_of(self._base, self._described, keys), open=True, context=self._context).result()
         spec = spec_of(self._own, self._described, keys) | {"metadata": whole.spec().to_json()["metadata"]}
+        spec["store_data_equal_to_fill_value"] = True  # Orbax takes a block that is not there for damage
         return ts.open(spec, open=True, create=True, context=self._context).result()
+
+
+class Leafwise:
+    """An output in a local directory whose leaves come whole, from devices. What `_orbax.Writer` is for buckets; it goes on.
+
+    Attributes:
+      lines: what an earlier run of the same merge has noted.
+    """
+
+    def __init__(self, out: Any, tree: Tree, identity: str, *, overwrite: bool, resume: bool):
+        self._tree = tree
+        self._place = Workplace(pathlib.Path(out).absolute(), rank=jax.process_index(), overwrite=overwrite)
+        try:
+            self.lines = self._place.begin(identity, lambda: tree.prepare(self._place.directory), resume=resume)
+        except BaseException:
+            self._place.leave(keep=False)
+            raise
+        self._noted = bool(self.lines)
+        self._blocks = tree.sink(self._place.directory)[0]
+
+    def write(self, leaves: Mapping[str, Any]) -> None:
+        """Add some leaves, and wait until they are on disk."""
+        for name, array in leaves.items():
+            if isinstance(array, jax.Array) or (jax.process_index() == 0 and self._tree.leaves[name].dtype is not None):
+                self._blocks.put(name, array)
+        self._blocks.close()
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Remember what is done."""
+        self._place.note(line)
+        self._noted = True
+
+    def finalize(self) -> dict[str, pathlib.Path]:
+        """Everything is there: {name in the output: where it lies now}, on the first process."""
+        _processes.wait("leaves written")
+        here = self._place.directory
+        return {} if jax.process_index() else {name: here / name for name in self._tree.finish(here)}
+
+    def finish(self, beside: Mapping[str, str | bytes]) -> None:
+        """Write what goes beside the arrays, and make the output appear."""
+        self._place.finish(beside)
+
+    def discard(self, error: BaseException) -> None:
+        """Leave off: what is done stays, to go on from; not where going on would end in the same error."""
+        self._blocks.abandon()
+        self._place.leave(keep=self._noted and not isinstance(error, ValueError))
 
 
 def stand_in(leaf: Leaf, sharding: Sharding) -> jax.Array:

@@ -13,6 +13,8 @@ from jaxmerge.params._transform import Step
 from jaxmerge.params.order._quantile import row_size
 
 HOLD = 1 << 30
+GROUP = 1 << 25
+"""Bytes of blocks that become one file, at most."""
 
 
 class Span(NamedTuple):
@@ -29,13 +31,14 @@ class Span(NamedTuple):
 class Ways(NamedTuple):
     """See `CheckpointPlan`; `again` are leaves that are too large to be held while their thresholds are found.
 
-    `spans` are those of an output in blocks, which no unit cuts through.
+    `spans` are those of an output in blocks, which no unit cuts through; `group` bytes of them are written at once.
     """
 
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     room_bytes: int
     spans: dict[str, Span]
+    group: int
     again: tuple[str, ...]
     peak: int
     problems: tuple[str, ...]
@@ -127,9 +130,11 @@ def by_ranges(
             units.append((whole,))
             encoded = max(encoded, 0 if local else held)
         largest = max(largest, held)
-    limit = hold if memory is None else max(hold - work - 2 * encoded, largest)
-    peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + 4 * FLUSH
-    return Ways(tuple(units), frozenset(entire), limit, spans, tuple(again), peak, tuple(problems))
+    group = 4 * FLUSH if shards is None else min(GROUP, hold // 8)
+    written = group if shards is None else 3 * group  # one group is on its way, compressed, while the next is made
+    limit = hold if memory is None else max(hold - work - 2 * encoded - (written if shards else 0), largest)
+    peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + written
+    return Ways(tuple(units), frozenset(entire), limit, spans, group, tuple(again), peak, tuple(problems))
 
 
 def span(shape: tuple[int, ...], most: int, shards: Sequence[int] = (), together: int = 1) -> Span:

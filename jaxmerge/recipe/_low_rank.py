@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +78,7 @@ def low_rank(adapters: Mapping[Any, Source], work: Work, rank: int | None, dtype
     def how(name: str, shape: tuple[int, ...]) -> str:
         return digest(fingerprint(steps), pack(list(settings_of(steps, name, (len(work.models), *shape)))))
 
-    keep = leading("adapters", "randomized", OVERSAMPLE, ITERATIONS)
+    keep = jax.jit(leading("adapters", "randomized", OVERSAMPLE, ITERATIONS), static_argnums=1)
     low: dict[str, Update] = {}
 
     @functools.lru_cache(maxsize=1)  # the two factors of a weight are read one after the other
@@ -85,7 +86,7 @@ def low_rank(adapters: Mapping[Any, Source], work: Work, rank: int | None, dtype
         change, u = jnp.asarray(merged(name)), low[name]
         left, s, right = (v[0] for v in keep((change.T if u.turned else change)[None], u.rank))
         root = jnp.sqrt(s)
-        return np.asarray(root[:, None] * right), np.asarray(left * root)
+        return np.asarray(root[:, None] * right), np.asarray(left * root[None])
 
     leaves: dict[str, Derived] = {}
     pairs = [(adapter, updates(adapter)) for adapter in adapters.values()]

@@ -49,10 +49,10 @@ def torn(self, data, offset):
 write = _direct.Writer.write
 _direct.Writer.write = torn
 around(_journal.Workplace, "note"); around(_journal, "sync"); around(pathlib.Path, "rename")
-if kind == "orbax":
-    around(_tree.Blocks, "_flush"); around(_tree.Blocks, "_wait"); around(_tree.Tree, "_give_shapes")
-around(_tree.Tree if kind == "orbax" else _layout.Layout, "prepare")
-around(_tree.Tree, "finish")
+for name in ("_flush", "_send", "put"):
+    around(_tree.Blocks, name)
+around(_tree.Tree, "_give_shapes"); around(_tree.Tree, "finish")
+around(_layout.Layout if kind == "safetensors" else _tree.Tree, "prepare")
 
 def child(work):
     read, write = os.pipe()
@@ -71,13 +71,14 @@ def run(kill):
         global last
         last = kill
         report = checkpoint.merge(tx, root / "base", [root / n for n in "abc"], out, memory=300_000, overwrite=True,
-                                  format=kind, on_progress=event, beside={"README.md": "a card"})
+                                  format=kind if kind == "safetensors" else "orbax", on_devices=kind == "devices",
+                                  on_progress=event, beside={"README.md": "a card"})
         return [happened, report.resumed]
     return child(work)
 
 def look(there):
     '''Its bytes; of Orbax, whose files have names drawn at random, the values, and what lies beside them.'''
-    if kind != "orbax":
+    if kind == "safetensors":
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in there.iterdir()}
     def work():
         source = checkpoint.open(there)
@@ -131,7 +132,7 @@ def kills(models, tmp_path, count, method, kind):
     return resumed
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+@pytest.mark.parametrize("kind", ["safetensors", "orbax", "devices"])
 def test_killed_at_random_moments(models, tmp_path, kind):
     assert kills(models, tmp_path, 4, "dare", kind) >= 1
 
@@ -139,7 +140,13 @@ def test_killed_at_random_moments(models, tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kind", "resumed"),
-    [("dare", "safetensors", 15), ("ties", "safetensors", 3), ("dare", "orbax", 15), ("ties", "orbax", 3)],
+    [
+        ("dare", "safetensors", 15),
+        ("ties", "safetensors", 3),
+        ("dare", "orbax", 10),
+        ("ties", "orbax", 3),
+        ("ties", "devices", 3),
+    ],
 )
 def test_killed_at_fifty_random_moments(models, tmp_path, method, kind, resumed):
     """Of ties most moments are in the passes that find the threshold, which are done again if they were not whole."""
