@@ -109,12 +109,12 @@ class Tree(NamedTuple):
         described = json.loads((base / "_METADATA").read_text())
         by_name = {"/".join(array_keys(e)): e for e in described["tree_metadata"].values()}
         chunks = {n: self._chunk(n) for n in self._arrays()}
-        now = ts.Transaction(atomic=True)
+        context, now = ts.Context(), ts.Transaction(atomic=True)  # one store: its arrays change in one go
         made = []
         for name, chunk in chunks.items():
             spec = spec_of(base, described, array_keys(by_name[name]))
             leaf = self.leaves[name]
-            metadata = ts.open(spec, open=True).result().spec().to_json()["metadata"]
+            metadata = ts.open(spec, open=True, context=context).result().spec().to_json()["metadata"]
             metadata |= {"shape": list(leaf.shape), "data_type": str(leaf.dtype)}  # 64 bits are 32 on JAX's devices
             metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
             for codec in metadata["codecs"]:
@@ -122,7 +122,7 @@ class Tree(NamedTuple):
                     codec["configuration"]["chunk_shape"] = chunk
             by_name[name]["value_metadata"]["write_shape"] = chunk
             spec |= {"metadata": metadata}
-            made.append(ts.open(spec, create=True, delete_existing=True, transaction=now))
+            made.append(ts.open(spec, create=True, delete_existing=True, transaction=now, context=context))
         for array in made:
             array.result()
         now.commit_async().result()
@@ -244,7 +244,7 @@ class Blocks:
         self._under_way = []
 
     def _open(self, name: str) -> Any:
-        """The array in this process's own store, described as in the whole."""
+        """The array in this process's own store, which has its blocks only: it is described in the whole."""
         import tensorstore as ts
 
         keys = self._keys[name]
@@ -253,7 +253,7 @@ class Blocks:
         whole = ts.open(spec_of(self._base, self._described, keys), open=True, context=self._context).result()
         spec = spec_of(self._own, self._described, keys) | {"metadata": whole.spec().to_json()["metadata"]}
         spec["store_data_equal_to_fill_value"] = True  # Orbax takes a block that is not there for damage
-        return ts.open(spec, open=True, create=True, context=self._context).result()
+        return ts.open(spec, open=True, assume_metadata=True, context=self._context).result()
 
 
 class Leafwise:
