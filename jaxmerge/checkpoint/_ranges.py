@@ -73,9 +73,10 @@ def run(
         settings = [surveyed.get(i, s) for i, s in enumerate(headers.settings)]
         stream.advance.finish()
         files = dict(beside or {}) | layout.beside()
-        hashes = _receipt.hashes(headers.inputs)
+        names = _processes.everyone(layout.finish(place.directory) if jax.process_index() == 0 else [])[0]
+        made = {name: place.directory / name for name in names}
+        hashes = _receipt.hashes(headers.inputs, list(made.values()))
         if jax.process_index() == 0:
-            made = {name: place.directory / name for name in layout.finish(place.directory)}
             files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
         place.finish(files)
     except BaseException as e:

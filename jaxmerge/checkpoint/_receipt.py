@@ -27,9 +27,9 @@ def versions() -> dict[str, str]:
     return {"jaxmerge": ours, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def hashes(inputs: Sequence[Source]) -> dict[str, str]:
-    """The hash of every file of the inputs; each process reads a part of them."""
-    files = list(dict.fromkeys(f for source in inputs for f in source.files))
+def hashes(inputs: Sequence[Source], made: Sequence[Any] = ()) -> dict[str, str]:
+    """The hash of every file of the inputs, and of those that were made; each process reads a part of them."""
+    files = list(dict.fromkeys((*(f for source in inputs for f in source.files), *map(str, made))))
     mine = {f: sample_hash(f) for f in files[jax.process_index() :: jax.process_count()]}
     return {f: h for part in _processes.everyone(mine) for f, h in part.items()}
 
@@ -46,7 +46,7 @@ def write(  # noqa: PLR0917
 
     Args:
       files: of the output, {name: where it lies now}.
-      hashes: of the inputs' files.
+      hashes: of these, and of the inputs' files.
     """
     out = {n: leaf.dtype.name for n, leaf in headers.out.items() if leaf.dtype is not None}
     content = {
@@ -56,7 +56,7 @@ def write(  # noqa: PLR0917
         "base": None if headers.base is None else describe(headers.base, hashes),
         "models": [describe(m, hashes) for m in headers.models],
         "format": headers.format,
-        "files": {name: sample_hash(path) for name, path in files.items()},
+        "files": {name: hashes[str(path)] for name, path in files.items()},
         "dtypes": {d: sum(1 for v in out.values() if v == d) for d in sorted(set(out.values()))},
         "settings": [_journal.pack(s) for s in settings],
     }

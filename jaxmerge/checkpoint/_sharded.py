@@ -122,7 +122,7 @@ def run(
         if bad and nonfinite == "refuse":
             raise strange(bad, headers)
         made = writer.finalize()
-        files, hashes = dict(beside or {}), _receipt.hashes(inputs)
+        files, hashes = dict(beside or {}), _receipt.hashes(inputs, list(made.values()))
         if jax.process_index() == 0:
             files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
         writer.finish(files)

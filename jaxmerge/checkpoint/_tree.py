@@ -287,10 +287,11 @@ class Leafwise:
         self._noted = True
 
     def finalize(self) -> dict[str, pathlib.Path]:
-        """Everything is there: {name in the output: where it lies now}, on the first process."""
+        """Everything is there: {name in the output: where it lies now}."""
         _processes.wait("leaves written")
         here = self._place.directory
-        return {} if jax.process_index() else {name: here / name for name in self._tree.finish(here)}
+        names = _processes.everyone([] if jax.process_index() else self._tree.finish(here))[0]
+        return {name: here / name for name in names}
 
     def finish(self, beside: Mapping[str, str | bytes]) -> None:
         """Write what goes beside the arrays, and make the output appear."""

@@ -134,7 +134,7 @@ def kills(models, tmp_path, count, method, kind):
 
 @pytest.mark.parametrize("kind", ["safetensors", "orbax", "devices"])
 def test_killed_at_random_moments(models, tmp_path, kind):
-    assert kills(models, tmp_path, 4, "dare", kind) >= 1
+    assert kills(models, tmp_path, 4 if kind == "safetensors" else 3, "dare", kind) >= 1
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_under_a_tree(models, tmp_path, monkeypatch):
     merge(models, tmp_path / "before")
     with monkeypatch.context() as m:
         m.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10_000}))
-        with pytest.raises(OSError, match=r"no room for .*out\.merging of up to 146 kB: 10 kB are free"):
+        with pytest.raises(OSError, match=r"no room for .*out\.merging of up to 145 kB: 10 kB are free"):
             merge(models, tmp_path / "out", format="orbax")
     assert [p.name for p in tmp_path.iterdir()] == ["before"]
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
