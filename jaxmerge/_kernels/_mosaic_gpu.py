@@ -19,6 +19,8 @@ LANES = 128
 """Of a warpgroup, which is one thread in Pallas."""
 SHARED = 200 * 1024
 """Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
+BLOCKS = 132
+"""That an H100 or H200 runs at a time, at least: its multiprocessors."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 

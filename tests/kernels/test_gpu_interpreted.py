@@ -61,12 +61,12 @@ def test_match(interpret, dtype, options):
 
 
 @both
-@pytest.mark.parametrize("weighted, mean", [(True, True), (False, True), (True, False)])
-def test_merge_and_unmerge(interpret, dtype, weighted, mean):
+@pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
+def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70
     ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 128, dtype)
     weight = cases.sizes(rng, 2, n) if weighted else None
-    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, interpret=interpret)
+    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, threads=threads, interpret=interpret)
     y_ref, mass_ref = merge_ref.merge(ids, x, weight, m=m, mean=mean)
     assert (mass == mass_ref).all()
     cases.close(y, y_ref, terms=n, largest=333.0 * float(jnp.abs(x).max()))

@@ -19,8 +19,6 @@ from jaxmerge._kernels import _mosaic_gpu as mgpu
 
 TILE = 64
 """Segments of a block."""
-CHUNK = 16
-"""Ids that are compared with them at a time: few, for the sake of registers."""
 LANES = 128
 THREADS = 2
 ROWS = 16 * 1024
@@ -39,19 +37,16 @@ def merge(
     m: int,
     mean: bool,
     threads: int | None = None,
-    at_once: int | None = None,
-    early: bool | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B m d"], Float[Array, "B m"]]:
-    """`ref.merge`; `threads` of a block, rows that each reads at a time, and whether it asks for the next before it writes."""
+    """`ref.merge`; `threads` of a block: more where there are too few blocks to fill the chip."""
     B, n, d = x.shape
     ids = jnp.pad(ids, ((0, 0), (0, max(0, LANES - n))), constant_values=-1)
     width = ids.shape[1]
     padded = -(-width // LANES) * LANES
-    threads = threads or 2
-    early = early is not False
+    threads = threads or (THREADS if B * -(-m // TILE) > mgpu.BLOCKS else 2 * THREADS)
     share = TILE // threads
-    at_once = at_once or next(u for u in (8, 4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
+    at_once = next(u for u in (8, 4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
 
     def merge_rows(ids, x, weight, y, mass, ids_here, first, count, one_first, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
@@ -77,17 +72,17 @@ def merge(
 
         together()
 
-        square = (TILE, CHUNK)
+        square = (TILE, TILE)
         mine = mgpu.iota(square, 0) + tile * TILE
         column = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.int32), plgpu.Layout.WGMMA.reduce(1))
 
         def scan(i, found):
-            at = pl.multiple_of((i * threads + t) * CHUNK, CHUNK)
-            same = lax.broadcast_in_dim(mgpu.columns(ids_here.at[pl.ds(at, CHUNK)]), square, (1,)) == mine
+            at = pl.multiple_of((i * threads + t) * TILE, TILE)
+            same = lax.broadcast_in_dim(mgpu.columns(ids_here.at[pl.ds(at, TILE)]), square, (1,)) == mine
             lowest = jnp.min(jnp.where(same, mgpu.iota(square, 1) + at, NONE), axis=1)
             return jnp.minimum(found[0], lowest), found[1] + jnp.sum(jnp.where(same, 1, 0), axis=1)
 
-        rounds = (padded // CHUNK - t + threads - 1) // threads
+        rounds = (padded // TILE - t + threads - 1) // threads
         one_first[t], one_count[t] = lax.fori_loop(0, rounds, scan, (column(NONE), column(0)))
         together()
 
@@ -115,16 +110,15 @@ def merge(
 
             return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, jnp.int32(NONE)))[1]
 
-        def ask(i):
-            """The first members' rows and weights of some segments: all asked for before any is waited for."""
+        @pl.loop(0, share // at_once)
+        def _(i):
             some = [(i * threads + t) * at_once + u for u in range(at_once)]
-            at = [jnp.where(count[s] > 0, first[s], 0) for s in some]
-            return tuple(x[b, p, :] for p in at), tuple(w(p) for p in at)
-
-        def write(i, read, weights):
-            for u in range(at_once):
-                s = (i * threads + t) * at_once + u
-                segment, size = tile * TILE + s, count[s]
+            sizes = [count[s] for s in some]
+            at = [jnp.where(size > 0, first[s], 0) for size, s in zip(sizes, some, strict=True)]
+            read = [x[b, p, :] for p in at]  # all asked for before any is waited for
+            weights = [w(p) for p in at]
+            for u, (s, size) in enumerate(zip(some, sizes, strict=True)):
+                segment = tile * TILE + s
 
                 def put(total, row, segment=segment):
                     mass[b, segment] = total
@@ -138,31 +132,19 @@ def merge(
                     put(own, jnp.where(jnp.broadcast_to(there, (d,)), row, jnp.zeros_like(row)))
 
                 @pl.when((segment < m) & (size > 1))
-                def _(u=u, s=s, size=size, put=put, segment=segment):
+                def _(u=u, size=size, put=put, segment=segment):
                     def add(_, state):
                         p, total, sum = state
                         p = after(segment, p)
                         more = w(p)
                         return p, total + more, sum + x[b, p, :].astype(jnp.float32) * more
 
-                    state = first[s], weights[u], read[u].astype(jnp.float32) * weights[u]
+                    state = at[u], weights[u], read[u].astype(jnp.float32) * weights[u]
                     _, total, sum = lax.fori_loop(1, size, add, state)
                     if mean:
                         none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
                         sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
                     put(total, sum)
-
-        turns = share // at_once
-        if early:
-
-            def turn(i, asked):
-                more = ask(jnp.minimum(i + 1, turns - 1))
-                write(i, *asked)
-                return more
-
-            lax.fori_loop(0, turns, turn, ask(jnp.int32(0)))
-        else:
-            pl.loop(0, turns)(lambda i: write(i, *ask(i)))
 
     scratch = dict(
         ids_here=plgpu.SMEM((padded + LANES,), jnp.int32),

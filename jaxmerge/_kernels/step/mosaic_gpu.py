@@ -56,7 +56,6 @@ def step(
     threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
-    early: bool = True,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time."""
@@ -66,10 +65,10 @@ def step(
         threads = int(tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r).get("threads", 4))
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
-    blocks = splits or max(1, 132 * 4 // threads // B)  # so that one wave of them fills the chip
+    blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
-    c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs, early=early)
+    c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs)
     c.ga, c.gb, c.gr = (-(-count // LANES) for count in (na, nb, r))
     closed = np.array(protected)
     open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], -(-nb // TILE) * TILE)
@@ -346,10 +345,6 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
             pl.when(p < c.nb)(lambda p=p, u=u: destination(p, rows[c.pairs + u], weights[c.pairs + u]))
 
     turns = c.share // (c.threads * c.pairs)
-    if not c.early:
-        pl.loop(0, turns)(lambda i: write(i, *ask(i)))
-        return
-
     def turn(i, asked):
         more = ask(jnp.minimum(i + 1, turns - 1))
         write(i, *asked)
