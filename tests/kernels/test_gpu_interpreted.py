@@ -40,7 +40,7 @@ def test_step(monkeypatch, interpret, dtype, at_once):
 
 def test_step_whose_tiles_are_shared_by_threads(interpret):
     rng, n, r = np.random.default_rng(0), 577, 40
-    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 128, jnp.bfloat16)
+    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 136, jnp.bfloat16)
     protected = (True,) + (False,) * (n - 1)
     y, mass, ids = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
     y_ref, mass_ref, ids_ref = step_ref.step(metric, x, r=r, protected=protected)
@@ -64,7 +64,7 @@ def test_match(interpret, dtype, options):
 @pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
 def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70
-    ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 128, dtype)
+    ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 200, dtype)  # no multiple of 128
     weight = cases.sizes(rng, 2, n) if weighted else None
     y, mass = merging.merge(ids, x, weight, m=m, mean=mean, threads=threads, interpret=interpret)
     y_ref, mass_ref = merge_ref.merge(ids, x, weight, m=m, mean=mean)

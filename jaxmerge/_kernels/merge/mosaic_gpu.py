@@ -115,21 +115,22 @@ def merge(
             some = [(i * threads + t) * at_once + u for u in range(at_once)]
             sizes = [count[s] for s in some]
             at = [jnp.where(size > 0, first[s], 0) for size, s in zip(sizes, some, strict=True)]
-            read = [x[b, p, :] for p in at]  # all asked for before any is waited for
+            read = [mgpu.read_row(x, b, p) for p in at]  # all asked for before any is waited for
             weights = [w(p) for p in at]
             for u, (s, size) in enumerate(zip(some, sizes, strict=True)):
                 segment = tile * TILE + s
 
-                def put(total, row, segment=segment):
+                def put(total, f, *rows, segment=segment):
                     mass[b, segment] = total
-                    y[b, segment, :] = row.astype(x.dtype)
+                    mgpu.write_row(y, b, segment, mgpu.per_part(f, *rows))
 
                 @pl.when((segment < m) & (size <= 1))
                 def _(u=u, size=size, put=put):
                     own = jnp.where(size > 0, weights[u], 0.0)
                     there = own != 0 if mean else size > 0
-                    row = read[u] if mean or weight is None else read[u].astype(jnp.float32) * own  # the mean of one is itself
-                    put(own, jnp.where(jnp.broadcast_to(there, (d,)), row, jnp.zeros_like(row)))
+                    itself = mean or weight is None  # the mean of one is itself
+                    scaled = lambda row: row if itself else row.astype(jnp.float32) * own
+                    put(own, lambda row: or_zero(there, scaled(row)), read[u])
 
                 @pl.when((segment < m) & (size > 1))
                 def _(u=u, size=size, put=put, segment=segment):
@@ -137,14 +138,13 @@ def merge(
                         p, total, sum = state
                         p = after(segment, p)
                         more = w(p)
-                        return p, total + more, sum + x[b, p, :].astype(jnp.float32) * more
+                        joined = lambda sum, row: sum + row.astype(jnp.float32) * more
+                        return p, total + more, mgpu.per_part(joined, sum, mgpu.read_row(x, b, p))
 
-                    state = at[u], weights[u], read[u].astype(jnp.float32) * weights[u]
-                    _, total, sum = lax.fori_loop(1, size, add, state)
-                    if mean:
-                        none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
-                        sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
-                    put(total, sum)
+                    begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * weights[u], read[u])
+                    _, total, sum = lax.fori_loop(1, size, add, (at[u], weights[u], begin))
+                    factor = 1 / jnp.where(total == 0, 1.0, total)
+                    put(total, lambda row: or_zero(total != 0, row * factor) if mean else row, sum)  # 0 times NaN is no 0
 
     scratch = dict(
         ids_here=plgpu.SMEM((padded + LANES,), jnp.int32),
@@ -179,7 +179,7 @@ def unmerge(
         at = [ids[b, jnp.minimum(i, n - 1)] for i in some]
         inside = [(s >= 0) & (s < m) for s in at]
         safe = [jnp.where(ok, s, 0) for ok, s in zip(inside, at, strict=True)]
-        read = [y[b, s, :] for s in safe]  # all asked for before any is waited for
+        read = [mgpu.read_row(y, b, s) for s in safe]  # all asked for before any is waited for
         ones = [jnp.float32(1)] * at_once
         first = ones if before is None else [before[b, s] for s in safe]
         then = ones if after is None else [after[b, jnp.minimum(i, n - 1)] for i in some]
@@ -187,17 +187,20 @@ def unmerge(
 
             @pl.when(i < n)
             def _(u=u, i=i):
-                row = read[u]
-                if before is not None or after is not None:
-                    row = (row.astype(jnp.float32) * (first[u] * then[u])).astype(y.dtype)
-
-                x[b, i, :] = jnp.where(jnp.broadcast_to(inside[u], (d,)), row, jnp.zeros_like(row))
+                plain = before is None and after is None
+                scaled = lambda row: row if plain else row.astype(jnp.float32) * (first[u] * then[u])
+                mgpu.write_row(x, b, i, mgpu.per_part(lambda row: or_zero(inside[u], scaled(row)), read[u]))
 
     return mgpu.kernel(
         unmerge_rows, (ids, y, before, after), {},
         out=(jax.ShapeDtypeStruct((B, n, d), y.dtype),),
         grid=dict(row=B, block=-(-n // (THREADS * at_once))), threads=THREADS, interpret=interpret,
     )[0]  # fmt: skip
+
+
+def or_zero(there: Array, row: Array) -> Array:
+    """The row, or zeros where it is not there."""
+    return jnp.where(jnp.broadcast_to(there, row.shape), row, jnp.zeros_like(row))
 
 
 device_refusals = mgpu.device_refusals

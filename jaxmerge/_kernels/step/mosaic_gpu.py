@@ -291,17 +291,18 @@ def _chains(c: SimpleNamespace) -> None:
 def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: Any, ids: Any) -> None:
     """This block's tokens: written where they stay, with what joins them."""
     weight = (lambda p: sizes[c.row, p]) if sizes is not None else (lambda p: jnp.float32(1))
+    whole = lambda row, *more: mgpu.per_part(added, row, *more) if more else row
 
     def ask(i):
         """Some tokens, in pairs, all asked for before any is waited for."""
         pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
         at = [2 * jnp.minimum(p, c.na - 1) for p in pairs] + [2 * jnp.minimum(p, c.nb - 1) + 1 for p in pairs]
-        more = () if residual is None else tuple(residual[c.row, p, :] for p in at)
-        return tuple(x[c.row, p, :] for p in at), more, tuple(weight(p) for p in at)
+        more = () if residual is None else tuple(mgpu.read_row(residual, c.row, p) for p in at)
+        return tuple(mgpu.read_row(x, c.row, p) for p in at), more, tuple(weight(p) for p in at)
 
     def write(i, rows, more, weights):
         pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
-        rows = [added(row, other) for row, other in zip(rows, more or (None,) * len(rows), strict=True)]
+        rows = [whole(row, *other) for row, *other in zip(rows, *([more] if more else []), strict=True)]
 
         def source(p, row, own):
             stays = c.rank[c.t, p] >= c.r
@@ -309,7 +310,7 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
             @pl.when(stays)
             def _():
                 at = c.stay[0, p] - 1 + p
-                y[c.row, at, :] = row
+                mgpu.write_row(y, c.row, at, row)
                 mass[c.row, at] = own
                 ids[c.row, 2 * p] = at
 
@@ -324,7 +325,7 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
 
             @pl.when(edge >= c.r)
             def _():
-                y[c.row, at, :] = row
+                mgpu.write_row(y, c.row, at, row)
                 mass[c.row, at] = own
 
             @pl.when(edge < c.r)
@@ -332,12 +333,13 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
                 def add(state):
                     edge, total, sum = state
                     q = 2 * c.source[c.t, edge]
-                    w, row = weight(q), added(x[c.row, q, :], None if residual is None else residual[c.row, q, :])
-                    return c.next[0, edge], total + w, sum + row.astype(jnp.float32) * w
+                    w, more = weight(q), () if residual is None else (mgpu.read_row(residual, c.row, q),)
+                    joined = lambda sum, row: sum + row.astype(jnp.float32) * w
+                    return c.next[0, edge], total + w, mgpu.per_part(joined, sum, whole(mgpu.read_row(x, c.row, q), *more))
 
-                state = edge, own, row.astype(jnp.float32) * own
-                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, state)
-                y[c.row, at, :] = (sum * (1 / total)).astype(x.dtype)
+                begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
+                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, (edge, own, begin))
+                mgpu.write_row(y, c.row, at, mgpu.per_part(lambda row: row * (1 / total), sum))
                 mass[c.row, at] = total
 
         for u, p in enumerate(pairs):
@@ -345,6 +347,7 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
             pl.when(p < c.nb)(lambda p=p, u=u: destination(p, rows[c.pairs + u], weights[c.pairs + u]))
 
     turns = c.share // (c.threads * c.pairs)
+
     def turn(i, asked):
         more = ask(jnp.minimum(i + 1, turns - 1))
         write(i, *asked)
