@@ -65,6 +65,17 @@ def test_match(spec, dtype):
 
 
 @both
+@pytest.mark.parametrize("kernel", ["shifted", "gaussian"])
+def test_energy(dtype, kernel):
+    x = cases.tokens(np.random.default_rng(0), 2, LONG_ROW.n, LONG_ROW.k, dtype)
+    found, wanted = (
+        jax.jit(lambda x, which=which: jm.tokens.energy(x, 0.45, kernel=kernel, implementation=which))(x)
+        for which in ("mosaic_gpu", "xla")
+    )
+    cases.close(found, wanted, terms=LONG_ROW.n * (LONG_ROW.k + 8), largest=2.0 / LONG_ROW.n)
+
+
+@both
 @pytest.mark.parametrize("ordered, d", [(False, 1536), (True, BYTES[0].d), (False, LONG[1].d)])
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_merge_and_unmerge(dtype, ordered, d, reduce):

@@ -61,6 +61,14 @@ def test_match(interpret, dtype, options):
 
 
 @both
+@pytest.mark.parametrize("kernel", ["shifted", "gaussian"])
+def test_energy(interpret, dtype, kernel):
+    x = cases.tokens(np.random.default_rng(0), 2, 200, 64, dtype)
+    found = matching.energy(x, x, margin=0.45, kernel=kernel, interpret=interpret)
+    cases.close(found, match_ref.energy(x, x, margin=0.45, kernel=kernel), terms=200 * (64 + 8), largest=2.0)
+
+
+@both
 @pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
 def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70

@@ -50,10 +50,12 @@ def test_a_row_whose_metric_does_not_fit_is_three_launches(spec, dtype):
     assert lowered(partial(step, spec), *shapes) == 3
 
 
-def test_match_is_two_launches():
+def test_match_and_energy_are_two_launches():
     spec = LONG[1]
     near = partial(jm.tokens.nearest, implementation="mosaic_gpu")
     assert lowered(near, shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
+    energy = partial(jm.tokens.energy, margin=0.5, implementation="mosaic_gpu")
+    assert lowered(energy, shape(2, spec.n, spec.k)) == 2
 
 
 @pytest.mark.parametrize("spec", [BYTES[1], LONG[1]], ids=lambda s: s.name)  # neither width is a multiple of 128
