@@ -91,3 +91,16 @@ def test_merge_and_unmerge(dtype, ordered, d, reduce):
         return y, back(y)[0], jm.unmerge(plan, y, implementation=which)
 
     same(both_ways, ids, weight, x)
+
+
+@both
+def test_pack(dtype):
+    spec, rng = BYTES[0], np.random.default_rng(0)
+    keep = jnp.asarray(rng.random((3, spec.n)) < np.array([[0.1], [0.25], [0.6]]))
+
+    def packed(which, x):
+        pack = lambda x: jm.tokens.pack(keep, x, spec.n - spec.r, implementation=which)
+        y, back = jax.vjp(lambda x: pack(x).x, x)
+        return pack(x), back(y)
+
+    same(packed, cases.tokens(rng, 3, spec.n, spec.d, dtype))

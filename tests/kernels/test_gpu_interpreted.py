@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
+from jaxmerge._kernels.pack import mosaic_gpu as packing, ref as pack_ref
 from jaxmerge._kernels.step import mosaic_gpu as stepping, ref as step_ref
 from tests.kernels import cases
 
@@ -80,3 +81,12 @@ def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     cases.close(y, y_ref, terms=n, largest=333.0 * float(jnp.abs(x).max()))
     found = merging.unmerge(ids, y_ref, None, weight, interpret=interpret)
     cases.close(found, merge_ref.unmerge(ids, y_ref, None, weight), terms=1, largest=333.0 * float(jnp.abs(y_ref).max()))
+
+
+@both
+def test_pack(interpret, dtype):
+    rng, n = np.random.default_rng(0), 100
+    keep = jnp.asarray(rng.random((2, n)) < np.array([[0.1], [0.6]]))  # one row with empty slots, one that overflows
+    x = cases.tokens(rng, 2, n, 200, dtype)
+    found = packing.pack(keep, x, capacity=40, interpret=interpret)
+    assert all((a == b).all() for a, b in zip(found, pack_ref.pack(keep, x, capacity=40), strict=True))

@@ -69,6 +69,15 @@ def test_merge_and_its_gradient_are_one_launch_each(spec):
     assert lowered(jax.value_and_grad(loss), *shapes) == 2
 
 
+def test_packing_and_its_gradient_are_one_launch_each():
+    n, d, capacity = BYTES[0].n, BYTES[0].d, 256
+
+    def loss(x, mask):
+        return jm.tokens.pack(mask, x, capacity, implementation="mosaic_gpu").x.astype(jnp.float32).sum()
+
+    assert lowered(jax.value_and_grad(loss), shape(2, n, d), shape(2, n, dtype=bool)) == 2
+
+
 def test_reasons_against_a_kernel():
     spec = BYTES[0]
     arrays = jnp.zeros((1, spec.n), jnp.int32), jnp.zeros((1, spec.n, spec.d + 1))
