@@ -1,7 +1,7 @@
 """The executor of merges that end in files: by ranges of bytes, in bounded memory, reading, computing and writing at once.
 
 A leaf whose entries are merged one by one streams through in blocks. One whose threshold must be found first is held while
-numpy finds it, or, where it does not fit, read again. One that a method must see whole (norms, rows, singular vectors) is held,
+numpy finds it, or, where it does not fit, read again. One that a method must see whole (singular vectors, say) is held,
 and counts against the memory. Every process has units of its own; only counts travel.
 """
 

@@ -13,7 +13,7 @@ from jaxmerge.params._transform import Step
 from jaxmerge.params.order._quantile import row_size
 
 HOLD = 1 << 30
-GROUP = 1 << 25
+GROUP = 1 << 26
 """Bytes of blocks that become one file, at most."""
 
 
