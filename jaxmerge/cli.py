@@ -198,7 +198,7 @@ NEED_NO_BASE = (
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, or gs:// and the like."""
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://, gs://, s3://."""
     base: str | None = None
     """The checkpoint that they were trained from."""
     format: Literal["orbax", "safetensors"] | None = None

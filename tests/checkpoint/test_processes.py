@@ -55,7 +55,7 @@ def test_who_does_what():
 def models_at(root: pathlib.Path, kind: str, large: bool) -> None:
     """A base and two models: 24 leaves of one size; or one of three times the memory that a process is given."""
     rng = np.random.default_rng(0)
-    shapes = {"large": (48_000, 1000)} if large else {f"layers.{i}.w": (1024, 1000) for i in range(24)}
+    shapes = {"large": (48_000, 1000)} if large else {f"layers.{i}.w": (2048, 1000) for i in range(24)}
     base = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()} | {"step": np.arange(3)}
     for seed, n in enumerate(("base", "a", "b")):
         noise = np.random.default_rng(seed)
