@@ -134,7 +134,12 @@ def _arguments(
     found: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
     if recipe.own.get("layout") == "hf":
         found = {"format": "safetensors"} | found
-    found |= {k: v for k, v in options.items() if v is not None}
+    return _with_options(found, options)
+
+
+def _with_options(found: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, options above them; a sharding in words as a rule."""
+    found = found | {k: v for k, v in options.items() if v is not None}
     if isinstance(found.get("sharding"), str):
         found["sharding"] = of_mesh(found["sharding"], "sharding")
     return found
@@ -187,15 +192,16 @@ def _adapters(
         if exact:
             source, config = concatenated(adapters, _shares(rows))
         else:
-            todo = work(recipe.method, rows, lambda model, there, name: (updates[model], there), recipe.own["seed"])
-            made = low_rank(adapters, todo, recipe.own.get("rank"), recipe.out_dtype or recipe.dtype)
+            dense_work = work(recipe.method, rows, lambda model, there, name: (updates[model], there), recipe.own["seed"])
+            made = low_rank(adapters, dense_work, recipe.own.get("rank"), recipe.out_dtype or recipe.dtype)
             source, config = made.source, made.config
+        arguments: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own}
+        arguments |= {"out_dtype": recipe.out_dtype or recipe.dtype, "stem": "adapter_model"}
+        arguments = _with_options(arguments, options)
+        todo = Work(params.passthrough(), None, (source,))
+        headers = _headers(todo, arguments)
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
-    arguments = {k: recipe.own[k] for k in ("memory", "nonfinite") if k in recipe.own}
-    arguments |= {"out_dtype": recipe.out_dtype or recipe.dtype, "stem": "adapter_model"}
-    arguments |= {k: v for k, v in options.items() if v is not None}
-    headers = _headers(Work(params.passthrough(), None, (source,)), arguments)
     problems = list(headers.problems)
     if made is not None:
         allowed = arguments.get("memory")
@@ -209,7 +215,6 @@ def _adapters(
     files["README.md"] = card(recipe, sources, title, False).replace("library_name: transformers", "library_name: peft")
     mistakes = [Mistake(None, problem.strip()) for problem in problems]
     after = None if made is None else lambda out: said(lost(made, out))
-    todo = Work(params.passthrough(), None, (source,))
     return RecipePlan(recipe, rows, todo, headers, arguments, files, {}, (*recipe.notes, *notes, *more), after), mistakes
 
 
