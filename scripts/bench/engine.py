@@ -178,9 +178,10 @@ def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass
 class Taken:
-    """What a process took."""
+    """What a process took; `first` until a megabyte of output was written."""
 
     wall: float
+    first: float
     cpu: float
     anonymous: float
     filed: float
@@ -196,6 +197,7 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
         process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
     peaks = {"RssAnon": 0, "RssFile": 0}
     io = {"read_bytes": 0, "write_bytes": 0}
+    first: list[float] = []
 
     def watch() -> None:
         while process.returncode is None:
@@ -208,6 +210,8 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
                     key, value = line.split(": ")
                     if key in io:
                         io[key] = int(value)
+                if not first and io["write_bytes"] >= 1e6:
+                    first.append(time.monotonic() - began)
             except OSError:
                 return
             time.sleep(0.02)
@@ -221,9 +225,9 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
     if process.returncode:
         raise RuntimeError(f"{command[:3]} failed:\n{log.read_text()[-2000:]}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Taken(
-        wall, cpu, peaks["RssAnon"] / 1e3, peaks["RssFile"] / 1e3, usage.ru_minflt, io["read_bytes"], io["write_bytes"]
-    )
+    began_writing = first[0] if first else wall
+    memory = peaks["RssAnon"] / 1e3, peaks["RssFile"] / 1e3
+    return Taken(wall, began_writing, cpu, *memory, usage.ru_minflt, io["read_bytes"], io["write_bytes"])
 
 
 def drop(files: list[pathlib.Path]) -> None:
@@ -251,7 +255,7 @@ def run(
 
     models = root.absolute() / str(size)
     env = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    rows, console = {}, Console()
+    rows, console = {}, Console(width=140)
     for method in methods:
         names = INPUTS.get(method, ("base", *EXPERTS))
         target = root.absolute() / "out"
@@ -282,7 +286,7 @@ def run(
         shutil.rmtree(target, ignore_errors=True)
         rows[method] = {name: [dataclasses.asdict(t) for t in ts] for name, ts in taken.items()}
         table = Table(title=f"{method}, {size} B, {'warm' if warm else 'cold'}, {rounds} rounds: medians (min to max)")
-        columns = ("", "wall s", "to floor", "CPU s", "anonymous MB", "file MB", "faults", "read GB", "written GB")
+        columns = ("", "wall s", "to floor", "first s", "CPU s", "anonymous MB", "file MB", "faults", "read GB", "written GB")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         floor = statistics.median(t.wall for t in taken["floor"])
@@ -293,6 +297,7 @@ def run(
                 name,
                 f"{m['wall']:.2f} ({min(walls):.2f} to {max(walls):.2f})",
                 f"{m['wall'] / floor:.2f}",
+                f"{m['first']:.2f}",
                 f"{m['cpu']:.2f} ({min(cpus):.2f} to {max(cpus):.2f})",
                 f"{m['anonymous']:.0f}",
                 f"{m['filed']:.0f}",
