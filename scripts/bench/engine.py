@@ -3,10 +3,10 @@
     python -m scripts.bench.engine build --root runs/bench --sizes 0.13 0.5 2
     python -m scripts.bench.engine run   --root runs/bench --size 0.5 --methods linear ties [--mergekit PYTHON] [--warm]
 
-Models are Llama-shaped, bfloat16, random: a base and three experts (base + N(0, 0.002^2)). Every run is a process of its own;
-what it takes is what the operating system says: wall, processor seconds (its own and the system's for it), the peak of its
-anonymous and file-backed memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before
-each run.
+Both tools run their commands on one recipe. Models are Llama-shaped, bfloat16, random: a base and three experts (base +
+N(0, 0.002^2)). Every run is a process of its own; what it takes is what the operating system says: wall, the time until a
+megabyte of output is written, processor seconds (its own and the system's for it), the peak of its anonymous and file-backed
+memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before each run.
 """
 
 import dataclasses
@@ -109,20 +109,6 @@ def build(root: pathlib.Path, size: float) -> None:
 
 # --- who runs --------------------------------------------------------------------------------------------------------
 
-OURS = """
-import sys, time
-from jaxmerge import checkpoint, params
-method, root, out, names = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-tx = {
-    "linear": lambda: params.linear(), "task_arithmetic": lambda: params.task_arithmetic(),
-    "ties": lambda: params.ties(0.5, scope="tensor", reduce="mean"),
-    "dare_ties": lambda: params.dare_ties(0.5, seed=0, rescale="l1"),
-    "model_stock": lambda: params.model_stock(), "slerp": lambda: params.slerp(0.5),
-}[method]()
-base = f"{root}/base" if "base" in names else None
-checkpoint.merge(tx, base, [f"{root}/{n}" for n in names if n != "base"], out, overwrite=True)
-"""
-
 FLOOR = """
 import mmap, os, queue, struct, sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +142,7 @@ thread.join(); os.fsync(target)
 
 
 def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
-    """mergekit's YAML of the same merge."""
+    """The merge as mergekit's YAML, for both."""
     experts = [n for n in names if n != "base"]
     if method == "slerp":
         return json.dumps(
@@ -263,7 +249,7 @@ def run(
         yaml.write_text(recipe(method, models, names))
         commands = {
             "floor": [sys.executable, "-c", FLOOR, str(models), str(target), *names],
-            "ours": [sys.executable, "-c", OURS, method, str(models), str(target), *names],
+            "ours": [sys.executable, "-m", "jaxmerge.cli", "merge", str(yaml), str(target)],
         }
         if mergekit:
             tool = str(pathlib.Path(mergekit).parent / "mergekit-yaml")
