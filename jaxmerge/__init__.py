@@ -13,7 +13,7 @@ Each of these rooms is loaded on first use.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+import typing
 
 from jaxmerge._plan import (
     Plan as Plan,
@@ -28,9 +28,9 @@ from jaxmerge._plan import (
 __version__ = "0.1.0"
 
 
-ROOMS = ("attention", "checkpoint", "params", "recipe", "testing", "tokens", "virtual", "words")
+_ROOMS = ("attention", "checkpoint", "params", "recipe", "testing", "tokens", "virtual", "words")
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from jaxmerge import (
         attention as attention,
         checkpoint as checkpoint,
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name in ROOMS:
+    if name in _ROOMS:
         return importlib.import_module(f"jaxmerge.{name}")
     raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *ROOMS})
+    return sorted({*globals(), *_ROOMS})
