@@ -60,8 +60,7 @@ class Flags:
     target_deletion: float = 0.5
     controller_p: float = 0.02
     controller_i: float = 5e-5
-    controller_lowest: float = -0.1
-    """Below 0: so small a model would by itself delete more than half of what it reads."""
+    controller_lowest: float = 0.0
     data: int | None = None
     fsdp: int | None = None
     """The mesh: by default parameters are split in two, and batches over all devices."""

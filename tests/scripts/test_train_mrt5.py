@@ -88,9 +88,7 @@ def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
 
 
 def test_evaluation(trained):
-    flags = evaluate.Flags(
-        (f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, length=32, rows=8
-    )
+    flags = evaluate.Flags((f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, length=32, rows=8)
     evaluate.main(flags)
     result = json.loads((trained / "evaluation.json").read_text())
     assert set(result["rows"]) == {"base", "code"} and set(result["baselines"]) == {"byte frequency", "order-2 bytes"}
