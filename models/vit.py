@@ -222,7 +222,8 @@ class ViT(nnx.Module):
       >>> from flax import nnx
       >>> from models.vit import ViT, ViTConfig
       >>> config = ViTConfig(width=32, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)
-      >>> x, plan = ViT(config, rngs=nnx.Rngs(0)).features(jnp.ones((1, 16, 16, 3)), r=4)
+      >>> model, features = ViT(config, rngs=nnx.Rngs(0)), nnx.jit(ViT.features, static_argnames="r")
+      >>> x, plan = features(model, jnp.ones((1, 16, 16, 3)), r=4)
       >>> x.shape, plan.num_positions, plan.num_segments
       ((1, 9, 32), 17, 9)
 
