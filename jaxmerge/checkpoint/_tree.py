@@ -146,8 +146,8 @@ class Blocks:
         self._keys = {"/".join(keys): keys for e in self._described["tree_metadata"].values() if (keys := array_keys(e))}
         self._context: Any = None
         self._own = base / f"ocdbt.process_{jax.process_index()}"
-        self._made: list[Any] = []
-        self._under_way: list[Any] = []
+        self._made: Any = None
+        self._under_way: Any = None
         self._size = 0
         self._name, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
@@ -195,9 +195,11 @@ class Blocks:
     def abandon(self) -> None:
         """Leave off, when what is under way is there or has failed."""
         self._room, self._array = None, None
-        for write in (*self._under_way, *self._made):
-            write.exception()
-        self._under_way, self._made = [], []
+        if self._made is not None:
+            self._made.abort()
+        if self._under_way is not None:
+            self._under_way.exception()
+        self._under_way, self._made = None, None
 
     def _left(self, at: int) -> int:
         """Bytes from here to the end of a block."""
@@ -223,8 +225,12 @@ class Blocks:
         self._add(self._array[index], values.reshape(shape))
 
     def _add(self, target: Any, values: np.ndarray) -> None:
-        """Hand over a block; it is compressed now, and waits for the others of its group."""
-        self._made.append(target.write(values))
+        """Hand over a block; it waits for the others of its group."""
+        import tensorstore as ts
+
+        if self._made is None:
+            self._made = ts.Transaction(atomic=True)  # else every block may become a file
+        target.with_transaction(self._made).write(values).copy.result()
         self._size += values.nbytes
         if self._size >= self._group:
             self._send()
@@ -232,16 +238,15 @@ class Blocks:
     def _send(self) -> None:
         """What is made goes to the disk together."""
         self._wait()
-        for write in self._made:
-            write.commit.force()
-        self._under_way, self._made, self._size = self._made, [], 0
+        if self._made is not None:
+            self._under_way = self._made.commit_async()
+        self._made, self._size = None, 0
 
     def _wait(self) -> None:
-        for write in self._under_way:
-            error = write.exception()
-            if error is not None:
-                raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
-        self._under_way = []
+        error = None if self._under_way is None else self._under_way.exception()
+        self._under_way = None
+        if error is not None:
+            raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
 
     def _open(self, name: str) -> Any:
         """The array in this process's own store, which has its blocks only: it is described in the whole."""
