@@ -99,8 +99,8 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
 
     def divergence(x, start):
         base, p = (jax.nn.softmax(jnp.atleast_1d(v), axis=-1) + floor for v in models(x))
-        # not negative but for rounding, which is as good as 0
-        return jnp.maximum(jnp.sum(p * jnp.log(p / base), axis=-1, keepdims=True), 0)
+        # p - base sums to 0; with it every term is of the size of the sum, and none is negative but for rounding
+        return jnp.maximum(jnp.sum(p * jnp.log(p / base) - (p - base), axis=-1, keepdims=True), 0)
 
     def match(settings, x):
         moved = by_rows(x, divergence)
