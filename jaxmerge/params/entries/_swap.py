@@ -64,7 +64,13 @@ def nearswap(t: Hyperparameter) -> MergeTransform:
         return {"t": float32(resolve(t, name, shape[0], "nearswap: t"))}
 
     def merge(plan, x):
-        return each(lambda x, t: x * jnp.clip(t / jnp.maximum(jnp.abs(x), 1e-6), 0, 1), x, plan["t"])
+        def near(x, t):
+            t = jnp.maximum(t, 0)
+            small = x * jnp.minimum(t / 1e-6, 1)
+            small = jnp.where(small < -t, -t, small)
+            return jnp.where(jnp.isinf(x), x, jnp.where(small > t, t, small))  # an infinity stays, to be seen
+
+        return each(near, x, plan["t"])
 
     return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge, blocks=True)))
 

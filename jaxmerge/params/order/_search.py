@@ -4,9 +4,10 @@ On many devices a pass should cost one number per model, which bisection does (`
 memory. XLA writes an array for every single reduction on the CPU, but makes several at once one loop, in which further pivots
 cost two operations each: those of all the order statistics that are wanted. They follow from the counts: the rank that is
 wanted, give or take what a sample would scatter, on the line between the ends of the bracket. Once few are left in the bracket,
-hardly a run of a hundred neighbours holds more than two that differ: one more pass notes the least and the greatest of each run,
-and the rest is found among those. Where counting gets on slowly, many tie: the same pass draws the ends of the bracket in to
-patterns that occur, and next these are counted by themselves; then the bracket is cut in equal parts.
+hardly a run of a hundred neighbours holds more than two that differ: one more pass notes the least and the greatest of each,
+and the rest is found among those. Where counting is slow to narrow the bracket, entries come in lumps, and it reaches further;
+then many tie: the same pass draws the ends of the bracket in to patterns that occur, and next these are counted by themselves;
+then the bracket is cut in equal parts.
 """
 
 import functools
@@ -104,15 +105,15 @@ def kth_largest(
             closer = ~w.at_least(n, k) & (pivot < hi)
             hi, above = jnp.where(closer, pivot, hi), _choose(closer, n, above)
         inside = w.subtract(below, above)
-        slow = jnp.where((lo < hi) & (w.number(inside) * PIVOTS > before), (slow + 1) % 4, 0)
         left = (lo == hi) | ((inside[0] == 0) & (inside[1] <= few))
+        slow = jnp.where(~left & (w.number(inside) * PIVOTS > before), jnp.minimum(slow + 1, 3), 0)
         return lo, hi, below, above, slow, jnp.all(left) | jnp.any(slow == 2)
 
     def collect(entries, bracket, slow, pivots):
         lo, hi, below, above = bracket
         found = [_ends(x, lo, hi, order) for x in entries]
         n, least, greatest = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        crowded = jnp.any((n > 2) & (least < greatest), axis=1)
+        crowded = jnp.any((n > 2) & (least < greatest), axis=1) | (w.subtract(below, above)[0] > 0)  # one word counts the rest
         low = jnp.min(jnp.where(n > 0, least, TOP), axis=1)
         least, greatest = jnp.where(n > 0, least, 0), jnp.where(n > 0, greatest, 0)
         high = jnp.max(greatest, axis=1)
@@ -138,7 +139,7 @@ def kth_largest(
     high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
     everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
     bracket = lo, hi, everything, (nothing, nothing)
-    slow = jnp.full(nothing.shape, 3, jnp.int32)
+    slow = jnp.full(nothing.shape, 3 if start is None else 0, jnp.int32)
     start = _pivots(*bracket, k=k, slow=slow) if start is None else jnp.minimum(start, (hi - 1)[None])
     state = (*bracket, slow, jnp.bool_(False), start)
     found, _, below, above, *_ = lax.while_loop(lambda state: jnp.any(state[0] < state[1]), step, state)
@@ -158,8 +159,8 @@ def _ends(x: Entries, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array,
     for k in range(models):
         one, operands = bits[k].reshape(*bits.shape[1:-1], -1, run(x)), []
         for i in range(k, lo.shape[0], models):
-            inside = _signed(one - lo[i]) <= _signed(hi[i] - lo[i])
             from_lo = _signed(one - lo[i])
+            inside = from_lo <= _signed(hi[i] - lo[i])
             least = jnp.where(inside, from_lo, np.int32(2**31 - 1))
             greatest = jnp.where(inside, from_lo, np.int32(-(2**31)))
             operands += [inside.astype(jnp.int32), least, greatest]
@@ -177,9 +178,9 @@ def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
 def _pivots(
     lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, slow: Int32[Array, "_"]
 ) -> UInt32[Array, "pivots _"]:
-    """Where to count next, from lo to under hi: about the k-th, give or take what a sample of as many scatters, on a line of the
-    logarithm of the rank, as tails are. Where that was slow, the ends by themselves and the roundest pattern between, at which
-    coarse data tie; and where that was slow as well, equal parts."""
+    """Where to count next, from lo to under hi: about the k-th, give or take what a sample of as many scatters, on a line of
+    the logarithm of the rank, as tails are. Where that was slow, four times as far; then the ends by themselves and the
+    roundest pattern between, at which coarse data tie; then equal parts."""
     inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
     deviation = jnp.sqrt(rank / inside * (inside - rank)) * jnp.where(slow == 1, 4, 1)
     near, far = 1.5 * deviation + 1, 4.5 * deviation + 3
@@ -198,7 +199,7 @@ def _pivots(
     for i, r in enumerate(ranks):
         place = jnp.log1p(r / (inside - r + start)) / whole
         step = jnp.clip(place * wide.astype(jnp.float32), 0, 2.0**32 - 256).astype(jnp.uint32)
-        part = wide // (PIVOTS + 1) * np.uint32(i + 1)
+        part = wide // (PIVOTS + 1) * np.uint32(i + 1) + wide % (PIVOTS + 1) * np.uint32(i + 1) // (PIVOTS + 1)
         pivot = jnp.where(slow < 2, lo + step, jnp.where(slow == 2, coarse[i], lo + part))
         pivots.append(jnp.minimum(pivot, lo + wide - 1))
     return jnp.stack(pivots)
