@@ -12,8 +12,9 @@ at a threshold, and takes arcee_fusion's quartiles from a sample where a tensor 
 differ there, and the table says how many; and in arcee_fusion's divergence of a row, of which 32 bits keep one digit or two.
 
 The floor is the bytes of all inputs and of the output, in their dtype, at the better of two speeds in the same rounds: that of
-numpy's copy, and that of one XLA loop which reads as many arrays as the merge and writes one over the first. These models fit
-the last-level cache of a large server (84 MB, float32, with three beside the base): there the floor is that of the cache.
+numpy's copy, and that of one XLA loop which reads as many arrays as the merge and writes one over the first. Inputs count twice
+where a norm or a threshold must be known before the first entry is merged. These models fit the last-level cache of a large
+server (84 MB, float32, with three beside the base): there the floor is that of the cache.
 Throughput counts entries of the output times models (beside a base). Writes params.json and params.png.
 """
 
@@ -172,8 +173,8 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     base, models = draw(case.shapes, case.models)
     size = sum(x.size for x in base.values())
     inputs = case.models + (case.base != "none")
-    moved = size * (inputs + 1) * (4 if dtype == "float32" else 2)
-    call, before, merged = ours(case, base, models, dtype)
+    call, before, merged, looks = ours(case, base, models, dtype)
+    moved = size * (looks * inputs + 1) * (4 if dtype == "float32" else 2)
     calls: dict[str, Callable[[], object]] = {OURS: call}
     differ = ""
     if case.peer is not None and (peer := mergekit(case, base, models, dtype)) is not None:
@@ -208,8 +209,9 @@ def draw(shapes: dict[str, Shape], models: int) -> tuple[Tensors, list[Tensors]]
 
 def ours(
     case: Case, base: Tensors, models: list[Tensors], dtype: str
-) -> tuple[Callable[[], object], Callable[[], None], Tensors]:
-    """What to time, what to do before each time (the input that is donated must be there again), and the result."""
+) -> tuple[Callable[[], object], Callable[[], None], Tensors, int]:
+    """What to time, what to do before each time (the input that is donated must be there again), the result, and how often the
+    inputs must be read."""
     import jax
     import jax.numpy as jnp
 
@@ -233,7 +235,8 @@ def ours(
 
     before()
     merged = {n: np.asarray(x, np.float32) for n, x in program(donated.pop("first"), rest).items()}
-    return lambda: jax.block_until_ready(program(donated.pop("first"), rest)), before, merged
+    looks = 2 if any(need.statistic in ("sum", "order") for need in params.needs(tx)) else 1
+    return lambda: jax.block_until_ready(program(donated.pop("first"), rest)), before, merged, looks
 
 
 def mergekit(case: Case, base: Tensors, models: list[Tensors], dtype: str) -> tuple[Callable[[], object], Tensors] | None:
