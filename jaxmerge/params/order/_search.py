@@ -41,7 +41,7 @@ def counts(x: Entries, tests: list[tuple[Callable, Array]], order: Order) -> lis
     for k in range(models):  # each in a loop of its own
         one = _signed(bits[k : k + 1])
         passed = [compare(one, _signed(t[i])) for compare, t in tests for i in range(k, t.shape[0], models)]
-        found.append(_reduce([p.astype(jnp.uint32) for p in passed], [jnp.add] * len(passed), inner))
+        found.append(_reduce([p.astype(jnp.uint32) for p in passed], [lax.add] * len(passed), inner))
     by_test = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
     many = tests[0][1].shape[0]
     small = [jnp.concatenate(by_test[i : i + many]) for i in range(0, len(by_test), many)]
@@ -60,11 +60,11 @@ def _unsigned(bits: Int32[Array, "..."]) -> UInt32[Array, "..."]:
 def _reduce(operands: list[Array], by: list[Callable], axes: tuple[int, ...]) -> list[Array]:
     """Each reduced over the axes by its own sum, minimum or maximum, in one loop."""
     start = {
-        jnp.add: lambda v: v.dtype.type(0),
-        jnp.minimum: lambda v: jnp.iinfo(v.dtype).max,
-        jnp.maximum: lambda v: jnp.iinfo(v.dtype).min,
+        lax.add: lambda dtype: 0,
+        lax.min: lambda dtype: np.iinfo(dtype).max,
+        lax.max: lambda dtype: np.iinfo(dtype).min,
     }
-    first = [np.asarray(start[f](v), v.dtype) for f, v in zip(by, operands, strict=True)]
+    first = [np.asarray(start[f](v.dtype), v.dtype) for f, v in zip(by, operands, strict=True)]
     return lax.reduce(operands, first, lambda a, b: [f(p, q) for f, p, q in zip(by, a, b, strict=True)], axes)
 
 
@@ -121,7 +121,7 @@ def kth_largest(
 
         def at_least(t):  # from 1
             one, others = (least >= t[:, None]).astype(jnp.uint32), jnp.where(greatest >= t[:, None], n - 1, 0)
-            return functools.reduce(jnp.add, _reduce([one, others], [jnp.add] * 2, (1,)))
+            return functools.reduce(jnp.add, _reduce([one, others], [lax.add] * 2, (1,)))
 
         wide = 32 - lax.clz(jnp.max(jnp.where(crowded, 0, high))).astype(jnp.int32)
 
@@ -164,7 +164,7 @@ def _ends(x: Entries, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array,
             least = jnp.where(inside, from_lo, np.int32(2**31 - 1))
             greatest = jnp.where(inside, from_lo, np.int32(-(2**31)))
             operands += [inside.astype(jnp.int32), least, greatest]
-        by = [jnp.add, jnp.minimum, jnp.maximum] * (len(operands) // 3)
+        by = [lax.add, lax.min, lax.max] * (len(operands) // 3)
         found.append([v.reshape(-1) for v in _reduce(operands, by, (one.ndim - 1,))])
     by_bracket = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
     n, least, greatest = (jnp.stack([v for i, v in enumerate(by_bracket) if i // models % 3 == which]) for which in range(3))
