@@ -7,12 +7,14 @@ A plan is computed from data by a pure function and is small. It is applied by a
     identity, from_parents            plans to start from
     tokens, words, params             the planners: which tokens, bytes, weights become one?
     attention, virtual                what a plan means to attention; attention as if nothing had merged
-    checkpoint, recipe, testing       merge checkpoints on disk, as YAML says; the laws, as tests (loaded on first use)
+    checkpoint, recipe, testing       merge checkpoints on disk, as YAML says; the laws, as tests
+
+Each of these rooms is loaded on first use.
 """
 
 import importlib
+import typing
 
-from jaxmerge import attention as attention, params as params, tokens as tokens, virtual as virtual, words as words
 from jaxmerge._plan import (
     Plan as Plan,
     SoftPlan as SoftPlan,
@@ -26,7 +28,26 @@ from jaxmerge._plan import (
 __version__ = "0.1.0"
 
 
+_ROOMS = ("attention", "checkpoint", "params", "recipe", "testing", "tokens", "virtual", "words")
+
+if typing.TYPE_CHECKING:
+    from jaxmerge import (
+        attention as attention,
+        checkpoint as checkpoint,
+        params as params,
+        recipe as recipe,
+        testing as testing,
+        tokens as tokens,
+        virtual as virtual,
+        words as words,
+    )
+
+
 def __getattr__(name: str):
-    if name in ("checkpoint", "recipe", "testing"):  # these need more than jax and numpy
+    if name in _ROOMS:
         return importlib.import_module(f"jaxmerge.{name}")
     raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -28,6 +28,8 @@ class Options:
     """Safetensors files larger than this are split."""
     sharding: str | None = None
     """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes."""
+    on_devices: bool | None = None
+    """Merge into Orbax leaf by leaf on those devices, or by ranges in the host's memory; None: on accelerators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,12 @@ def _engine(options: Options) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
 
 
+def say_once(out: str) -> None:
+    """What a merge into a bucket should know before it begins."""
+    if "://" in out:
+        print("into a bucket, leaf by leaf: if this merge is killed it begins anew; one into a local directory goes on.")
+
+
 # --- plan and merge --------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +211,7 @@ def _merge(files: Any, options: Merge) -> None:
     from jaxmerge import recipe
     from jaxmerge.cli import _size
 
+    say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("planning", total=None, figures="")

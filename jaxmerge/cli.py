@@ -9,7 +9,9 @@ jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 jaxmerge doctor
 """
 
+import atexit
 import dataclasses
+import gc
 import inspect
 import os
 import pathlib
@@ -198,7 +200,7 @@ NEED_NO_BASE = (
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, or gs:// and the like."""
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://, gs://, s3://."""
     base: str | None = None
     """The checkpoint that they were trained from."""
     format: Literal["orbax", "safetensors"] | None = None
@@ -214,11 +216,13 @@ class Inputs:
     """Of the output; None: --dtype, or what each leaf of the base has."""
     max_shard_bytes: str = "5GB"
     """Safetensors files larger than this are split."""
+    on_devices: bool | None = None
+    """Merge into Orbax leaf by leaf on the mesh, or by ranges in the host's memory; None: on accelerators."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InputsAndOutput(Inputs):
-    out: pathlib.Path = dataclasses.field(kw_only=True)
+    out: str = dataclasses.field(kw_only=True)
     """Where the merged checkpoint appears."""
     overwrite: bool = False
     """Replace what is there."""
@@ -227,7 +231,7 @@ class InputsAndOutput(Inputs):
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
     resume: bool = True
-    """Go on where the same merge was cut off (safetensors)."""
+    """Go on where the same merge was cut off."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
@@ -242,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if argv is None:
         _keep_compiled()
+        atexit.register(gc.freeze)  # the process ends: to look through all that is loaded takes a quarter of a second
         argv = sys.argv[1:]
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
@@ -315,6 +320,7 @@ def _arguments(files: Inputs) -> dict[str, Any]:
         "dtype": files.dtype,
         "out_dtype": files.out_dtype,
         "max_shard_bytes": files.max_shard_bytes,
+        "on_devices": files.on_devices,
     }
 
 
@@ -364,6 +370,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     from jaxmerge import checkpoint
 
     _checked(tx, files).check()
+    _verbs.say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("merging", total=None, figures="")

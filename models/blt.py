@@ -125,7 +125,8 @@ class BLT(nnx.Module):
       >>> local = DecoderConfig(16, 1, 2, 32, window=8)
       >>> config = BLTConfig(local, DecoderConfig(24, 1, 2, 32), local, cross_heads=2, ngrams=(3,), rows=100)
       >>> model = BLT(config, rngs=nnx.Rngs(0))
-      >>> model(jnp.arange(6)[None], jnp.array([[1, 0, 0, 1, 0, 0]], bool), capacity=4).shape
+      >>> run = nnx.jit(BLT.__call__, static_argnames="capacity")
+      >>> run(model, jnp.arange(6)[None], jnp.array([[1, 0, 0, 1, 0, 0]], bool), capacity=4).shape
       (1, 6, 260)
     """
 

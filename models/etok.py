@@ -55,7 +55,7 @@ class ETok(nnx.Module):
       >>> model = ETok(ETokConfig(small, DecoderConfig(24, 1, 2, 48), small, tokens=2), rngs=nnx.Rngs(0))
       >>> text = "Hello wide world"
       >>> ids, starts = jnp.array([list(text.encode())]), jnp.asarray(jm.words.starts(text, rule="whitespace"))[None]
-      >>> total, metrics = loss(model, ids, starts, capacity=4)
+      >>> total, metrics = nnx.jit(loss, static_argnames="capacity")(model, ids, starts, capacity=4)
       >>> round(float(metrics["rate"]), 3)  # 3 words, 2 tokens each, for 16 bytes
       0.625
     """

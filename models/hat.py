@@ -233,7 +233,7 @@ class HAT(nnx.Module):
       >>> model = HAT(HATConfig(small, large, small, max_word=16), rngs=nnx.Rngs(0))
       >>> text = "Hello wide world"
       >>> ids, starts = jnp.array([list(text.encode())]), jnp.asarray(jm.words.starts(text, rule="whitespace"))[None]
-      >>> total, metrics = loss(model, ids, starts, capacity=4)
+      >>> total, metrics = nnx.jit(loss, static_argnames="capacity")(model, ids, starts, capacity=4)
       >>> round(float(metrics["rate"]), 3)
       0.812
     """

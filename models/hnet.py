@@ -249,7 +249,8 @@ class HNet(nnx.Module):
       >>> from flax import nnx
       >>> from models.hnet import HNet, HNetConfig
       >>> config = HNetConfig(("t1", ("T1",), "t1"), width=(16, 24), d_ff=(0, 32), num_heads=(2, 2), ratios=(3.0,))
-      >>> logits, routed = HNet(config, rngs=nnx.Rngs(0))(jnp.arange(6)[None], capacities=(4,))
+      >>> model, run = HNet(config, rngs=nnx.Rngs(0)), nnx.jit(HNet.__call__, static_argnames="capacities")
+      >>> logits, routed = run(model, jnp.arange(6)[None], capacities=(4,))
       >>> logits.shape, routed[0].plan.num_segments
       ((1, 6, 256), 4)
     """

@@ -93,8 +93,8 @@ class MergeDNA(nnx.Module):
       >>> small = DecoderConfig(16, 1, 2, 32)
       >>> config = MergeDNAConfig(small, small, window=4, rates=((2,),), vocab_size=4)
       >>> model = MergeDNA(config, rngs=nnx.Rngs(0))
-      >>> read = model.encode(jnp.array([[0, 1, 2, 3, 0, 0, 1, 1]]))
-      >>> read.plan.num_segments, model.decode(read).shape
+      >>> read = nnx.jit(MergeDNA.encode)(model, jnp.array([[0, 1, 2, 3, 0, 0, 1, 1]]))
+      >>> read.plan.num_segments, nnx.jit(MergeDNA.decode)(model, read).shape
       (4, (1, 8, 4))
     """
 

@@ -79,7 +79,8 @@ class MrT5(nnx.Module):
       >>> tiny = T5Config(d_model=16, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=1, softmax1=True)
       >>> model = MrT5(MrT5Config(tiny, gate_layer=1), rngs=nnx.Rngs(0))
       >>> ids = jnp.asarray(jm.words.to_ids("Hello, world!"))[None]
-      >>> model.encode(ids).states.shape, model.encode(ids, capacity=8).states.shape
+      >>> encode = nnx.jit(MrT5.encode, static_argnames="capacity")
+      >>> encode(model, ids).states.shape, encode(model, ids, capacity=8).states.shape
       ((1, 13, 16), (1, 8, 16))
     """
 

@@ -313,8 +313,8 @@ class T5(nnx.Module):
       >>> from flax import nnx
       >>> from models.t5 import T5, T5Config
       >>> model = T5(T5Config(d_model=16, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=1), rngs=nnx.Rngs(0))
-      >>> encoded = model.encode(jnp.asarray(jm.words.to_ids("Hello"))[None])
-      >>> model.decode(jnp.zeros((1, 1), int), encoded.states, encoded.key_bias).logits.shape
+      >>> encoded = nnx.jit(T5.encode)(model, jnp.asarray(jm.words.to_ids("Hello"))[None])
+      >>> nnx.jit(T5.decode)(model, jnp.zeros((1, 1), int), encoded.states, encoded.key_bias).logits.shape
       (1, 1, 384)
     """
 

@@ -105,8 +105,8 @@ class Seen:
 
     @property
     def keys(self) -> Float[Array, "b n f"]:
-        """The mean over heads of the keys, float32: Token Merging's metric."""
-        return self.k.astype(jnp.float32).mean(axis=-2)
+        """The mean over heads of the keys, summed in float32, in their own dtype: Token Merging's metric."""
+        return self.k.mean(axis=-2, dtype=jnp.float32).astype(self.k.dtype)
 
     @property
     def attention(self) -> Float[Array, "b h n n"]:
@@ -222,7 +222,8 @@ class ViT(nnx.Module):
       >>> from flax import nnx
       >>> from models.vit import ViT, ViTConfig
       >>> config = ViTConfig(width=32, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)
-      >>> x, plan = ViT(config, rngs=nnx.Rngs(0)).features(jnp.ones((1, 16, 16, 3)), r=4)
+      >>> model, features = ViT(config, rngs=nnx.Rngs(0)), nnx.jit(ViT.features, static_argnames="r")
+      >>> x, plan = features(model, jnp.ones((1, 16, 16, 3)), r=4)
       >>> x.shape, plan.num_positions, plan.num_segments
       ((1, 9, 32), 17, 9)
 
@@ -283,18 +284,22 @@ class ViT(nnx.Module):
 
         `jm.unmerge(plan, x)` gives dense features back; `plan.segment_ids[:, config.num_prefix:]` is the picture.
         """
-        expected = (self.config.image_size, self.config.image_size, self.config.channels)
-        if images.shape[1:] != expected:
-            raise ValueError(f"ViT: images must have shape (batch, {', '.join(map(str, expected))}), got {images.shape}.")
-        x = self.patch_embed(images).astype(jnp.float32)
-        prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
-        x = jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
+        x = self.tokens(images)
         plan = sizes = None
         clamp = {} if isinstance(r, list) else dict(n=x.shape[1], protected=self.config.num_prefix)
         layers = jm.tokens.schedule(len(self.blocks), r, **clamp)
         for block, r_block in zip(self.blocks, layers, strict=False):
             x, plan, sizes = block(x, plan, sizes, r_block, planner=planner, proportional=proportional, reduce=reduce)
         return x, jm.identity(x.shape[1], like=x) if plan is None else plan
+
+    def tokens(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        """What the first block reads: the prefix and the patches, with their positions."""
+        expected = (self.config.image_size, self.config.image_size, self.config.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(f"ViT: images must have shape (batch, {', '.join(map(str, expected))}), got {images.shape}.")
+        x = self.patch_embed(images).astype(jnp.float32)
+        prefix = [getattr(self, t)[...] for t in ("cls_token", "dist_token") if hasattr(self, t)]
+        return jnp.concatenate([token + jnp.zeros_like(x[:, :1]) for token in prefix] + [x], axis=1) + self.pos_embed[...]
 
     def classify(self, x: Float[Array, "b m d"], plan: AnyPlan) -> Float[Array, "b classes"]:
         """Logits from `features`. The mean over patches weighs each token by the patches it stands for."""

@@ -7,9 +7,11 @@ domains = languages(path)           13 languages, held out on the same sentences
 import csv
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxmerge import words
 from scripts import data
 
 
@@ -55,6 +57,20 @@ def draw(domains: list[Domain], step: int, *, batch: int, length: int, seed: int
     rng = np.random.default_rng((seed, step))
     of = [domains[(step * batch + i) % len(domains)] for i in range(batch)]
     return np.concatenate([data.draw(d.train, rng, 1, length) for d in of])
+
+
+class Hidden(NamedTuple):
+    """Windows with spans hidden: where, what an encoder reads and what a decoder spells, as ids."""
+
+    mask: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def hide(windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> Hidden:
+    """Hide a share of (b, length) bytes, in spans of that mean length: as many bytes in every window."""
+    mask = words.span_mask(rng, *windows.shape, density=noise, mean=span)
+    return Hidden(mask, *words.corrupt(windows.astype(np.int32) + words.OFFSET, mask))
 
 
 def tile(text: np.ndarray, length: int, at_most: int | None = None) -> np.ndarray:

@@ -23,7 +23,7 @@ from models.hat import HAT, HATConfig
 from models.hnet import HNet, HNetConfig
 from models.mrt5 import MrT5, MrT5Config
 from models.t5 import T5, T5Config
-from scripts import state
+from scripts import bytes_data, state
 
 Task = Literal["hidden spans", "next byte"]
 Params = dict[str, Any]
@@ -83,8 +83,8 @@ class Contestant:
     def batch(self, windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: float) -> Batch:
         """What the model reads, from (b, length) bytes."""
         if self.task == "hidden spans":
-            mask = words.span_mask(rng, *windows.shape, density=noise, mean=span)
-            return tuple(map(jnp.asarray, words.corrupt(windows.astype(np.int32) + words.OFFSET, mask)))
+            hidden = bytes_data.hide(windows, rng, noise=noise, span=span)
+            return jnp.asarray(hidden.inputs), jnp.asarray(hidden.targets)
         if isinstance(self.config, HATConfig):
             return jnp.asarray(windows.astype(np.int32)), jnp.asarray(word_starts(windows, self.config.max_word))
         return (jnp.asarray(windows.astype(np.int32)),)

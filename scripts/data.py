@@ -60,19 +60,22 @@ def tile(text: np.ndarray, count: int, length: int) -> np.ndarray:
     return text[at[:, None] + np.arange(length)]
 
 
-def byte_frequency_bits(train: np.ndarray, context_and_target: np.ndarray, targets: int) -> float:
-    """Bits per byte of the last `targets` bytes of each window under the training text's byte frequencies."""
+def byte_frequency_bits(train: np.ndarray, windows: np.ndarray, scored: np.ndarray) -> float:
+    """Bits per byte that is scored, of windows, under the training text's byte frequencies."""
     p = (np.bincount(train, minlength=256) + 1.0) / (len(train) + 256)
-    return float(-np.log2(p[context_and_target[:, -targets:]]).mean())
+    return float(-np.log2(p[windows[scored]]).mean())
 
 
-def order_2_bits(train: np.ndarray, context_and_target: np.ndarray, targets: int) -> float:
-    """Bits per byte under an order-2 byte model: trigram counts, backed off to bigrams and bytes (Witten and Bell, 1991)."""
+def order_2_bits(train: np.ndarray, windows: np.ndarray, scored: np.ndarray) -> float:
+    """The same under an order-2 byte model, the two bytes before a byte hidden or not: trigram counts, backed off to bigrams
+    and bytes (Witten and Bell, 1991)."""
     a, b, c = train[:-2].astype(np.int64), train[1:-1].astype(np.int64), train[2:].astype(np.int64)
     tri = np.bincount((a << 16) | (b << 8) | c, minlength=1 << 24).reshape(256, 256, 256)
     bi, uni = tri.sum(0), tri.sum((0, 1))
-    w = context_and_target.astype(np.int64)
-    x, y, z = w[:, -targets - 2 : -2].ravel(), w[:, -targets - 1 : -1].ravel(), w[:, -targets:].ravel()
+    if scored[:, :2].any():
+        raise ValueError("order_2_bits: the first two bytes of a window have no two bytes before them; score later ones.")
+    w, after = windows.astype(np.int64), scored[:, 2:]
+    x, y, z = w[:, :-2][after], w[:, 1:-1][after], w[:, 2:][after]
     p = (uni[z] + 1.0) / (uni.sum() + 256)
     for counts, total, kinds in (
         (bi[y, z], bi.sum(1)[y], (bi > 0).sum(1)[y]),

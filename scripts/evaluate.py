@@ -1,9 +1,10 @@
-"""Held-out bits per byte of any number of checkpoints, prose and code, deletion soft and hard, in one table.
+"""Held-out bits per hidden byte of any number of checkpoints, prose and code, deletion soft and hard, in one table.
 
     python -m scripts.evaluate --out runs/quickstart --checkpoints base=runs/quickstart/base ties=runs/quickstart/ties
 
 Two programs are compiled, whatever the number of rows: soft deletion, and hard deletion with room for the longest row.
-Beside the models stand what the byte frequencies and an order-2 byte model of the same training text give on the same bytes.
+What the decoder owes to its encoder is told beside: how many bits more it needs when it reads another window's input.
+Below the models stand what the byte frequencies and an order-2 byte model of the same training text give on the same bytes.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from jax.sharding import Mesh
 
 from jaxmerge import words
 from models import mrt5, t5
-from scripts import data, state
+from scripts import bytes_data, data, state
+from scripts.bytes_models import nats
 
 
 @dataclasses.dataclass
@@ -32,10 +34,12 @@ class Flags:
     """Where evaluation.json goes, and where training left model.json."""
     windows: int = 256
     """Held-out windows per domain."""
-    inputs: int = 128
-    """Bytes that the encoder reads."""
-    targets: int = 128
-    """Bytes that the decoder predicts."""
+    length: int = 128
+    """Bytes of a window."""
+    noise: float = 0.3
+    """The share of them that is hidden, as in training."""
+    span: float = 6.0
+    """The mean length of a hidden span."""
     rows: int = 64
     """Windows per forward pass."""
     data: int | None = None
@@ -44,15 +48,20 @@ class Flags:
 
 
 def score(
-    params: state.Params, windows: jax.Array, *, config: mrt5.MrT5Config, mesh: Mesh, inputs: int, capacity: int | None
+    params: state.Params,
+    ids: jax.Array,
+    labels: jax.Array,
+    *,
+    config: mrt5.MrT5Config,
+    mesh: Mesh,
+    hidden: int,
+    capacity: int | None,
 ) -> dict[str, jax.Array]:
-    """Per window: bits per target byte, bytes kept, and bytes that found no room."""
+    """Per window: bits per hidden byte, bytes kept, and bytes that found no room."""
     model = state.to_model(config, state.gathered(mesh, params))
-    ids, labels = windows[:, :inputs], windows[:, inputs:]
     encoded = model.encode(ids, capacity=capacity)
     logits = model.decode(t5.shift_right(labels), encoded).logits
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    bits = (jax.nn.logsumexp(logits, axis=-1) - picked).mean(-1) / jnp.log(2.0)
+    bits = nats(logits, labels).sum(-1) / (hidden * jnp.log(2.0))
     kept = words.kept(encoded.gate, mask=encoded.mask, threshold=config.threshold).sum(-1)
     return {"bits": bits, "kept": kept, "overflow": jnp.zeros_like(kept) if encoded.plan is None else encoded.plan.overflow}
 
@@ -60,33 +69,46 @@ def score(
 class Scorer:
     """Held-out windows on the mesh and the compiled programs that read them."""
 
-    def __init__(self, config: mrt5.MrT5Config, mesh: Mesh, windows: dict[str, np.ndarray], inputs: int, rows: int):
+    def __init__(self, config: mrt5.MrT5Config, mesh: Mesh, windows: dict[str, bytes_data.Hidden], rows: int):
         if rows % mesh.size:
             raise ValueError(f"Scorer: rows must be a multiple of the {mesh.size} devices, got {rows}.")
-        put = lambda w: jax.device_put(w.astype(np.int32) + words.OFFSET, state.batched(mesh))
-        self.batches = {k: [put(w[i : i + rows]) for i in range(0, len(w), rows)] for k, w in windows.items()}
-        score_here = functools.partial(score, config=config, mesh=mesh, inputs=inputs)
-        self.step = jax.jit(score_here, static_argnames="capacity")
+        self.windows, self.rows, self.place = windows, rows, state.batched(mesh)
+        hidden = int(next(iter(windows.values())).mask[0].sum())
+        self.step = jax.jit(functools.partial(score, config=config, mesh=mesh, hidden=hidden), static_argnames="capacity")
 
-    def __call__(self, params: state.Params, domain: str, capacity: int | None = None) -> dict[str, np.ndarray]:
-        parts = []
-        for batch in self.batches[domain]:
-            parts.append(jax.device_get(self.step(params, batch, capacity=capacity)))
+    def __call__(
+        self, params: state.Params, domain: str, capacity: int | None = None, *, of_others: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Scores by window; `of_others`: the encoder reads the window before instead."""
+        _, inputs, targets = self.windows[domain]
+        inputs, parts = np.roll(inputs, 1, axis=0) if of_others else inputs, []
+        for i in range(0, len(inputs), self.rows):
+            batch = jax.device_put((inputs[i : i + self.rows], targets[i : i + self.rows]), self.place)
+            parts.append(jax.device_get(self.step(params, *batch, capacity=capacity)))
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+BEFORE = 2
+"""Bytes before each held-out window, which only the order-2 model sees."""
+
+
 def heldout(count: int, length: int) -> dict[str, np.ndarray]:
-    """The windows of every domain."""
-    return {domain: data.tile(data.load(domain).heldout, count, length) for domain in data.DOMAINS}
+    """The windows of every domain, (count, BEFORE + length)."""
+    return {domain: data.tile(data.load(domain).heldout, count, BEFORE + length) for domain in data.DOMAINS}
 
 
-def baselines(windows: dict[str, np.ndarray], targets: int) -> dict[str, dict[str, float]]:
-    """What simple statistics of each domain's training text give on its held-out target bytes."""
+def hide(windows: dict[str, np.ndarray], noise: float, span: float) -> dict[str, bytes_data.Hidden]:
+    """Spans hidden in them, the same in every evaluation."""
+    return {d: bytes_data.hide(w[:, BEFORE:], np.random.default_rng(1), noise=noise, span=span) for d, w in windows.items()}
+
+
+def baselines(windows: dict[str, np.ndarray], hidden: dict[str, bytes_data.Hidden]) -> dict[str, dict[str, float]]:
+    """What simple statistics of each domain's training text give on its hidden bytes."""
     rows: dict[str, dict[str, float]] = {"byte frequency": {}, "order-2 bytes": {}}
     for domain, w in windows.items():
-        train = data.load(domain).train
-        rows["byte frequency"][domain] = data.byte_frequency_bits(train, w, targets)
-        rows["order-2 bytes"][domain] = data.order_2_bits(train, w, targets)
+        train, scored = data.load(domain).train, np.pad(hidden[domain].mask, ((0, 0), (BEFORE, 0)))
+        rows["byte frequency"][domain] = data.byte_frequency_bits(train, w, scored)
+        rows["order-2 bytes"][domain] = data.order_2_bits(train, w, scored)
     return rows
 
 
@@ -97,12 +119,14 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         raise ValueError(f"evaluate: checkpoints are given as NAME=PATH; got {bad}.")
     config = state.load_config(flags.out / "model.json")
     mesh = state.make_mesh(flags.data, flags.fsdp)
-    windows = heldout(flags.windows, flags.inputs + flags.targets)
-    scorer = Scorer(config, mesh, windows, flags.inputs, min(flags.rows, flags.windows))
+    windows = heldout(flags.windows, flags.length)
+    hidden = hide(windows, flags.noise, flags.span)
+    reads = next(iter(hidden.values())).inputs.shape[1]
+    scorer = Scorer(config, mesh, hidden, min(flags.rows, flags.windows))
     params = {name: state.load_params(pathlib.Path(path), mesh, config) for name, _, path in named}
     soft = {(name, domain): scorer(p, domain) for name, p in params.items() for domain in windows}
-    capacity = words.capacity_for(np.concatenate([s["kept"] for s in soft.values()]), multiple_of=8, at_most=flags.inputs)
-    result: dict[str, Any] = {"capacity": capacity, "inputs": flags.inputs, "targets": flags.targets, "rows": {}}
+    capacity = words.capacity_for(np.concatenate([s["kept"] for s in soft.values()]), multiple_of=8, at_most=reads)
+    result: dict[str, Any] = {"capacity": capacity, "reads": reads, "rows": {}}
     for name, p in params.items():
         row = {}
         for domain in windows:
@@ -110,38 +134,44 @@ def evaluate(flags: Flags) -> dict[str, Any]:
             row[domain] = {
                 "soft": float(soft[name, domain]["bits"].mean()),
                 "hard": float(hard["bits"].mean()),
-                "deleted": float(1 - hard["kept"].mean() / flags.inputs),
+                "deleted": float(1 - hard["kept"].mean() / reads),
+                "input": float((scorer(p, domain, of_others=True)["bits"] - soft[name, domain]["bits"]).mean()),
                 "overflow": int(hard["overflow"].sum()),
             }
         result["rows"][name] = row
-    result["baselines"] = baselines(windows, flags.targets)
+    result["baselines"] = baselines(windows, hidden)
     return result
 
 
+COLUMNS = {"soft": "{:.3f}", "hard": "{:.3f}", "deleted": "{:.1%}", "input": "{:+.2f}"}
+
+
 def table(result: dict[str, Any]):
-    """The figures as a rich table; the best of each column is bold."""
+    """The figures as a rich table; the best of each column of bits is bold."""
     from rich import box
     from rich.table import Table
 
     rows = result["rows"]
-    title = f"Held-out bits per byte (the next {result['targets']} bytes after {result['inputs']})"
-    out = Table(title=title, box=box.SIMPLE)
+    out = Table(
+        title="Held-out bits per hidden byte; input: bits more with another window's input",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     out.add_column("", no_wrap=True)
     for domain in data.DOMAINS:
-        for column in ("soft", "hard", "deleted"):
+        for column in COLUMNS:
             out.add_column(f"{domain}\n{column}", justify="right", no_wrap=True)
     best = {(d, c): min(r[d][c] for r in rows.values()) for d in data.DOMAINS for c in ("soft", "hard")}
     for name, row in rows.items():
         cells = []
         for d in data.DOMAINS:
-            for c in ("soft", "hard"):
-                text = f"{row[d][c]:.3f}"
-                cells.append(f"[bold]{text}[/bold]" if row[d][c] == best[d, c] else text)
-            cells.append(f"{row[d]['deleted']:.1%}")
+            for c, form in COLUMNS.items():
+                text = form.format(row[d][c])
+                cells.append(f"[bold]{text}[/bold]" if row[d][c] == best.get((d, c)) else text)
         out.add_row(name, *cells)
     out.add_section()
     for name, row in result["baselines"].items():
-        out.add_row(f"[dim]{name}[/dim]", *(c for d in data.DOMAINS for c in (f"{row[d]:.3f}", "", "")))
+        out.add_row(f"[dim]{name}[/dim]", *(c for d in data.DOMAINS for c in (f"{row[d]:.3f}", "", "", "")))
     return out
 
 

@@ -23,7 +23,7 @@ merge task-arithmetic --scale 0.6
 merge ties --density 0.5 --scale 0.7
 merge dare-linear --density 0.5 --scale 0.5 --seed 0
 
-step "3. Held-out bits per byte, with soft and with hard deletion"
+step "3. Held-out bits per hidden byte, with soft and with hard deletion"
 python -m scripts.evaluate --out "$out" --checkpoints \
   base="$out/base" prose="$out/prose" code="$out/code" \
   linear="$out/linear" task-arithmetic="$out/task-arithmetic" ties="$out/ties" dare="$out/dare-linear"

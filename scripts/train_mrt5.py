@@ -2,9 +2,9 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m scripts.train_mrt5 --out runs/quickstart
 
-The encoder reads 128 bytes, the decoder predicts the 128 that follow. Bytes are deleted after the first encoder block. At
-first the gate is fixed and mostly open (the paper starts from a trained ByT5); then the controller steers deletion to its
-target. Parameters and optimiser state are split over the mesh axis `fsdp`, batches over both axes.
+The encoder reads 128 bytes with spans hidden, the decoder spells the spans. Bytes are deleted after the first encoder block.
+At first the gate is held open, and the model is a ByT5 (the paper starts from a trained one); then the controller steers
+deletion to its target. Parameters and optimiser state are split over the mesh axis `fsdp`, batches over both axes.
 
 Writes OUT/base, OUT/prose, OUT/code (Orbax, parameters alone), OUT/model.json, OUT/metrics.jsonl, OUT/loss.png, and
 OUT/resume (everything that `--resume` needs to go on as if nothing had happened).
@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 from jaxmerge import words
 from models import mrt5
 from models.t5 import T5Config
-from scripts import data, evaluate, state
+from scripts import bytes_data, data, evaluate, state
+from scripts.bytes_models import SURE, head_start
+from scripts.bytes_train import optimiser
 
 PHASES = ("base", "prose", "code")
 TINY = mrt5.MrT5Config(T5Config(128, 32, 256, 4, 3, 2, softmax1=True, dropout=0.0), gate_layer=1)
@@ -40,22 +42,25 @@ class Flags:
     resume: bool = False
     """Go on from OUT/resume."""
     model: mrt5.MrT5Config = TINY
-    inputs: int = 128
-    targets: int = 128
-    batch: int = 8
+    length: int = 128
+    """Bytes of a window."""
+    noise: float = 0.3
+    """The share of them that is hidden (ByT5: 0.15)."""
+    span: float = 6.0
+    """The mean length of a hidden span (ByT5: 20)."""
+    batch: int = 16
     experts: bool = True
     """Whether the two experts follow the base."""
-    steps: int = 750
+    steps: int = 1400
     expert_steps: int = 200
     lr: float = 3e-3
     expert_lr: float = 1e-3
-    gate_start: int = 200
-    """The step from which the gate learns; before it, little is deleted."""
+    gate_start: int = 900
+    """The step from which the gate learns; before it, nothing is deleted."""
     target_deletion: float = 0.5
     controller_p: float = 0.02
     controller_i: float = 5e-5
-    controller_lowest: float = -0.1
-    """Below 0: so small a model would by itself delete more than half of what it reads."""
+    controller_lowest: float = 0.0
     data: int | None = None
     fsdp: int | None = None
     """The mesh: by default parameters are split in two, and batches over all devices."""
@@ -75,34 +80,22 @@ class TrainState(NamedTuple):
 
 
 def initial_params(flags: Flags, mesh: Mesh) -> state.Params:
-    """Fresh parameters with a head start: near bytes weigh more, each head has a slope of its own, and the gate is open."""
+    """Fresh parameters with a head start, the gate held open."""
     params = state.init(flags.model, mesh, flags.seed)
-    heads = flags.model.base.num_heads
-    slope = 3.0 * 0.5 ** np.arange(heads)
-    for stack, per_side in (("encoder", flags.model.base.num_buckets // 2), ("decoder", flags.model.base.num_buckets)):
-        bucket = np.arange(flags.model.base.num_buckets) % per_side
-        bias = -np.log1p(bucket)[:, None] * slope[None]
-        params["t5"][stack]["position"] = params["t5"][stack]["position"] + jnp.asarray(bias, jnp.float32)
-    # The gate's kernel stays random: from zero, all bytes cross the threshold together and the controller never settles.
-    params["gate"]["out"]["bias"] = jnp.full_like(params["gate"]["out"]["bias"], 3.0)
-    return params
+    head_start(params["t5"])
+    return jax.device_put(gated(params, SURE), state.sharded(mesh, params))
 
 
-def optimiser(flags: Flags, phase: str) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay.
+def gated(params: state.Params, bias: float) -> state.Params:
+    """The parameters with this bias of the gate: at `SURE` it deletes nothing, at 1, where the paper starts, it learns."""
+    out = params["gate"]["out"]
+    return params | {"gate": params["gate"] | {"out": out | {"bias": jnp.full_like(out["bias"], bias)}}}
 
-    The position bias, a few large numbers, moves ten times as fast; the gate at a fifth, so that the controller can follow it.
-    """
-    steps, lr = (flags.steps, flags.lr) if phase == "base" else (flags.expert_steps, flags.expert_lr)
-    warmup = min(50, steps // 5 + 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps + 1, lr * 0.05)
 
-    def scale(updates, _):
-        factor = lambda path: 10.0 if path[-1].key == "position" else 0.2 if path[0].key == "gate" else 1.0
-        return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates)
-
-    adam = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam, optax.stateless(scale))
+def make_optimiser(flags: Flags, phase: str) -> optax.GradientTransformation:
+    """That of `scripts.compare_bytes`, down to 0 at the end of every phase."""
+    steps, rate = (flags.steps, flags.lr) if phase == "base" else (flags.expert_steps, flags.expert_lr)
+    return optimiser(rate, steps, begins=phase == "base", decays=True, queries=flags.model.base.d_kv**-0.5)
 
 
 def make_step(flags: Flags, mesh: Mesh, tx: optax.GradientTransformation, gate_start: int):
@@ -137,12 +130,12 @@ def fresh(params: state.Params, tx: optax.GradientTransformation, controller: wo
     return TrainState(params, opt, jax.tree.map(whole, controller), whole(jnp.zeros((), jnp.int32)))
 
 
-def batch(flags: Flags, corpora: dict[str, data.Corpus], phase: str, step: int) -> np.ndarray:
+def batch(flags: Flags, corpora: dict[str, data.Corpus], phase: str, step: int) -> bytes_data.Hidden:
     """The windows of a step: half prose and half code for the base, an expert's own domain for an expert."""
     rng = np.random.default_rng((flags.seed, PHASES.index(phase), step))
     domains = data.DOMAINS if phase == "base" else (phase,)
-    rows = [data.draw(corpora[d].train, rng, flags.batch // len(domains), flags.inputs + flags.targets) for d in domains]
-    return np.concatenate(rows).astype(np.int32) + words.OFFSET
+    rows = [data.draw(corpora[d].train, rng, flags.batch // len(domains), flags.length) for d in domains]
+    return bytes_data.hide(np.concatenate(rows), rng, noise=flags.noise, span=flags.span)
 
 
 class Log:
@@ -165,18 +158,21 @@ def run_phase(
     task = log.progress.add_task(f"{phase:5s}", total=steps, completed=first, text="compiling")
     began, bytes_seen = time.perf_counter(), 0
     for i in range(first, steps):
-        windows = jax.device_put(batch(flags, corpora, phase, i), state.batched(mesh))
-        s, metrics = step(s, windows[:, : flags.inputs], windows[:, flags.inputs :])
+        if phase == "base" and i == flags.gate_start:
+            s = s._replace(params=gated(s.params, 1.0))
+        hidden = batch(flags, corpora, phase, i)
+        s, metrics = step(s, *jax.device_put((hidden.inputs, hidden.targets), state.batched(mesh)))
         # One step in flight: more of them starve each other's collectives on virtual devices that share few threads.
         jax.block_until_ready(s)
-        bytes_seen += windows.size
+        bytes_seen += hidden.mask.size
         if (i + 1) % flags.log_every == 0 or i + 1 == steps:
             m = {k: float(v) for k, v in metrics.items()}
             if not np.isfinite(m["loss"]):
                 raise FloatingPointError(f"train_mrt5: the loss of {phase} at step {i} is {m['loss']}; lower --lr.")
             speed = bytes_seen / (time.perf_counter() - began)
             began, bytes_seen = time.perf_counter(), 0
-            row = {"phase": phase, "step": i + 1, **m, "bpb": m["ce"] / np.log(2), "bytes_per_s": round(speed)}
+            bits = m["ce"] / np.log(2) * hidden.targets.size / hidden.mask.sum()
+            row = {"phase": phase, "step": i + 1, **m, "bpb": float(bits), "bytes_per_s": round(speed)}
             log.write(row)
             log.progress.update(
                 task,
@@ -188,7 +184,7 @@ def run_phase(
             bits = {d: float(scorer(s.params, d)["bits"].mean()) for d in data.DOMAINS}
             log.write({"phase": phase, "step": i + 1, "heldout": bits})
             shown = ", ".join(f"{d} {b:.3f}" for d, b in bits.items())
-            log.progress.console.print(f"{phase:5s} step {i + 1:5d}: held-out bits per byte: {shown}", highlight=False)
+            log.progress.console.print(f"{phase:5s} step {i + 1:5d}: held-out bits per hidden byte: {shown}", highlight=False)
         if (i + 1) % flags.save_every == 0 and i + 1 < steps:
             keep_for_resume(flags.out, phase, s)
     if first < steps:
@@ -225,13 +221,14 @@ def train(flags: Flags) -> None:
         (flags.out / "metrics.jsonl").unlink(missing_ok=True)
     state.save_config(flags.out / "model.json", flags.model)
     corpora = {d: data.load(d) for d in data.DOMAINS}
-    scorer = evaluate.Scorer(flags.model, mesh, evaluate.heldout(32, flags.inputs + flags.targets), flags.inputs, 32)
+    heldout = evaluate.hide(evaluate.heldout(32, flags.length), flags.noise, flags.span)
+    scorer = evaluate.Scorer(flags.model, mesh, heldout, 32)
     columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TimeElapsedColumn()) as progress:
         log = Log(flags.out / "metrics.jsonl", progress)
         base, step = None, None
         for phase in PHASES if flags.experts else ("base",):
-            tx = optimiser(flags, phase)
+            tx = make_optimiser(flags, phase)
             if base is None:
                 no_alpha = words.pi_controller(target=flags.target_deletion).init()
                 s = fresh(initial_params(flags, mesh), tx, no_alpha, mesh)
@@ -272,7 +269,9 @@ def draw(flags: Flags) -> None:
             axes[0].plot(x, [r["heldout"][domain] for r in tested], label=f"{phase}, held-out {domain}", **style)
     axes[1].axhline(flags.target_deletion, color="black", linestyle=":", label="target")
     axes[1].set_ylim(0, 1)
-    for axis, title in zip(axes, ("bits per byte", "bytes deleted", "alpha, the gate's weight in the loss"), strict=True):
+    for axis, title in zip(
+        axes, ("bits per hidden byte", "bytes deleted", "alpha, the gate's weight in the loss"), strict=True
+    ):
         axis.set_title(title)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=6, ncols=2)

@@ -2,9 +2,13 @@
 
 import os
 
-# Hundreds of small programs are compiled and run once: LLVM's optimiser costs more than it saves, and HLO, which is
-# what tests look at, is the same without it.
+from jaxlib.version import __version_info__
+
+# Thousands of small programs are compiled and run once: LLVM's optimiser, and the code generator for fusions that goes through
+# MLIR, cost more than they save. HLO, which is what tests look at, is the same without them.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if __version_info__ < (0, 11):  # later ones have no other generator
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu, where installed, compiles ahead of time and must not look for a TPU host.

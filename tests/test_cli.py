@@ -37,7 +37,7 @@ METHODS = {
     "dare-ties": ("dare-ties", ["--seed", "1", "--mesh", "saved"], params.dare_ties(seed=1)),
     "slerp": ("slerp", ["--t", "0.3"], params.slerp(0.3)),
     "breadcrumbs-ties": ("breadcrumbs-ties", ["--density", "0.5", "0.3"], params.breadcrumbs_ties([0.5, 0.3])),
-    "pcb": ("pcb", ["--density", "0.3", "--memory", "1KB"], params.pcb(0.3)),
+    "pcb": ("pcb", ["--density", "0.3", "--on-devices", "True"], params.pcb(0.3)),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmerge._kernels._dispatch import target
@@ -19,6 +20,8 @@ LANES = 128
 """Of a warpgroup, which is one thread in Pallas."""
 SHARED = 200 * 1024
 """Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
+BLOCKS = 132
+"""That an H100 or H200 runs at a time, at least: its multiprocessors."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -33,8 +36,8 @@ def row_refusals(x: Any) -> list[str]:
     why = []
     if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float16):
         why.append(f"rows are {x.dtype}: bfloat16, float16 or float32")
-    if x.shape[2] % LANES or not x.shape[2]:
-        why.append(f"rows have {x.shape[2]} features: a multiple of {LANES}, the lanes of a thread")
+    if x.shape[2] < LANES or x.shape[2] * x.dtype.itemsize % 16:
+        why.append(f"rows have {x.shape[2]} features: at least {LANES}, the lanes of a thread, and whole 16 bytes")
     if math.prod(x.shape) >= 2**31:
         why.append(f"{math.prod(x.shape)} numbers: fewer than 2^31")
     return why
@@ -92,6 +95,35 @@ def tiled(width: int) -> tuple[Any, ...]:
     """The transforms under which bfloat16 rows of this width are operands of wgmma."""
     swizzle = plgpu.find_swizzle(width * 16)
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+
+Row = tuple[Array, ...]
+"""The features of a token in registers, as `spans` cuts them."""
+
+
+def spans(d: int) -> tuple[Any, ...]:
+    """d features as spans that fill whole registers of all lanes: one, or two that overlap and hold the same there."""
+    if d % LANES == 0:
+        return (slice(None),)
+    first = d - d % (2 * LANES) if d > 2 * LANES else LANES
+    rest = -(-(d - first) // LANES) * LANES
+    return pl.ds(0, first), pl.ds(d - rest, rest)
+
+
+def read_row(ref: Any, b: Any, p: Any) -> Row:
+    """Row p of batch row b."""
+    return tuple(ref[b, p, span] for span in spans(ref.shape[2]))
+
+
+def write_row(ref: Any, b: Any, p: Any, row: Row) -> None:
+    """The same, the other way."""
+    for span, part in zip(spans(ref.shape[2]), row, strict=True):
+        ref[b, p, span] = part.astype(ref.dtype)
+
+
+def per_part(f: Callable[..., Array], *rows: Row) -> Row:
+    """f of every part of a row, or of several rows' together."""
+    return tuple(map(f, *rows))
 
 
 def load(ref: Any, layout: Any = None) -> Array:

@@ -3,7 +3,7 @@
 plan(tx, base, models)              headers only: bytes, batches, passes, every mismatch
 merge(tx, base, models, out)        refuses what plan refuses; the output appears whole or not at all
 fsdp(mesh)                          a sharding rule: split the largest dimension
-receipt(out)                        what a merge into safetensors says it was made of
+receipt(out)                        what a merge says it was made of
 verify(out, tx)                     files, parents and a sample of the tensors against the receipt of a merge
 open(path)                          a source: one checkpoint, lazily; headers alone are read
 renamed subset derived              views of a source, which are sources again

@@ -4,7 +4,7 @@ import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -144,14 +144,34 @@ class _Rooms:
 
 
 def flat_range(source: Source, unit: Unit) -> np.ndarray:
-    """A unit's entries from a source that is not a local file: whole rows are read and cut to size."""
+    """A unit's entries from a source that is not a local file: rows of the axis along which it goes, cut to size."""
     leaf = source.leaves[unit.name]
-    if unit.size == leaf.size:
-        return np.ascontiguousarray(source.read(unit.name)).reshape(-1)
-    row = leaf.size // leaf.shape[0]
-    first, last = unit.start // row, -(-unit.stop // row)
-    rows = np.ascontiguousarray(source.read(unit.name, (slice(first, last),))).reshape(-1)
-    return rows[unit.start - first * row : unit.stop - first * row]
+    inner, start, stop = leaf.size, unit.start, unit.stop
+    index: list[slice] = []
+    for n in leaf.shape:
+        inner //= n
+        first, last = start // inner, -(-stop // inner)
+        index.append(slice(first, last))
+        start, stop = start - first * inner, stop - first * inner
+        if last - first > 1:
+            break
+    block = source.read(unit.name, () if unit.size == leaf.size else tuple(index))
+    return np.ascontiguousarray(block).reshape(-1)[start:stop]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """What takes an output's bytes."""
+
+    buffered: set[str]
+
+    def write(self, file: str, offset: int, data: np.ndarray) -> None: ...
+
+    def mark(self, note: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 class WriteBehind:

@@ -1,7 +1,7 @@
 """A merge that can be killed: where it works, what it has finished, and how its output appears.
 
 out.merging/            locked while someone works there
-  *.safetensors         of their final sizes from the start
+  *.safetensors         of their final sizes from the start; or a tree of Orbax, whose arrays have their shapes
   journal-0.jsonl       one line for what is safely on disk; one file per process
 """
 
@@ -60,7 +60,7 @@ class Workplace:
 
         Args:
           identity: tells one merge from another.
-          prepare: makes the files.
+          prepare: makes the files; called on all processes.
         """
         lines = self._lines() if resume else []
         known = bool(lines) and lines[0].get("merge") == identity
@@ -70,7 +70,8 @@ class Workplace:
                 for path in self.directory.iterdir():
                     if path.name != "lock":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
-                prepare()
+            _processes.wait("place cleared")
+            prepare()
             _processes.wait("place prepared")
             lines = [{"merge": identity}]
             self.note(lines[0])

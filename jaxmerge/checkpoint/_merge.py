@@ -1,6 +1,7 @@
 """Merge checkpoints: what is refused, which executor, and what is reported.
 
-An Orbax output is made leaf by leaf on its shardings (`_sharded`); a safetensors output by ranges of bytes (`_ranges`).
+An output in a local directory is made by ranges (`_ranges`); Orbax on accelerators, or into a bucket, leaf by leaf on its
+shardings (`_sharded`).
 """
 
 import pathlib
@@ -13,6 +14,7 @@ from jax.sharding import Sharding
 from jaxmerge.checkpoint import _ranges
 from jaxmerge.checkpoint._budget import peak_rss
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
+from jaxmerge.checkpoint._remote import is_remote
 from jaxmerge.checkpoint._sharding import Rule
 from jaxmerge.checkpoint._source import Format
 from jaxmerge.params._stack import Integers
@@ -90,6 +92,8 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     max_shard_bytes: int | str = "5GB",
+    stem: str = "model",
+    on_devices: bool | None = None,
     recipe: Any = None,
     beside: Mapping[str, str | bytes] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -104,14 +108,15 @@ def merge(
       base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
       models: checkpoints, paths or sources; formats may be mixed.
       out: the directory where the output appears, when it is whole.
-      format, sharding, memory, dtype, out_dtype, max_shard_bytes: see `plan`.
+      format, sharding, memory, dtype, out_dtype, max_shard_bytes, stem, on_devices: see `plan`; Orbax into a bucket is made on
+        devices.
       integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what is at `out`.
-      resume: go on where the same merge was cut off (safetensors); False begins anew.
+      resume: go on where the same merge was cut off (not in a bucket); False begins anew.
       recipe: what the receipt says was asked for, as JSON.
-      beside: files that appear with a safetensors output, {name: contents}: configurations, tokenizers, a card.
+      beside: files that appear with the output, {name: contents}: configurations, tokenizers, a card.
       on_progress: called as the merge goes on.
 
     Law:
@@ -125,6 +130,7 @@ def merge(
       another merge writes to `out`, the disk is full, a file cannot be read or written.
     """
     began = time.monotonic()
+    bucket = is_remote(out)
     headers = make_plan(
         tx,
         base,
@@ -135,23 +141,27 @@ def merge(
         dtype=dtype,
         out_dtype=out_dtype,
         max_shard_bytes=max_shard_bytes,
+        stem=stem,
+        on_devices=True if bucket else on_devices,
     )
     headers.check()
     if integers not in ("agree", "base"):
         raise MergeError(f'integers must be "agree" or "base", got {integers!r}.')
     if nonfinite not in ("refuse", "allow"):
         raise MergeError(f'nonfinite must be "refuse" or "allow", got {nonfinite!r}.')
+    if bucket and headers.format == "safetensors":
+        raise MergeError(f"safetensors are written to local directories, not to {out}; merge, then copy, or write Orbax.")
     if pathlib.Path(str(out)).absolute() in [pathlib.Path(str(c.path)) for c in headers.inputs]:
         raise MergeError(f"out is one of the inputs, {out}; choose another place.")
-    common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite}
+    common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite, "resume": resume}
+    common |= {"recipe": recipe, "beside": beside}
 
     def tell(stage: int, stages: int, done: int, total: int, resumed: int = 0) -> None:
         if on_progress is not None:
             on_progress(Progress(stage, stages, done, total, time.monotonic() - began, resumed))
 
-    if headers.format == "safetensors":
-        more = {"memory": memory, "resume": resume, "recipe": recipe, "beside": beside}
-        found = _ranges.run(tx, headers, out, cast=dtype, tell=tell, **more, **common)
+    if headers.layout is not None:
+        found = _ranges.run(tx, headers, out, cast=dtype, memory=memory, tell=tell, **common)
     else:
         from jaxmerge.checkpoint import _sharded  # brings Orbax
 

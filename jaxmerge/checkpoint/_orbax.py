@@ -1,9 +1,8 @@
-"""The only file that knows Orbax: headers, some leaves in, some leaves out, an output that appears whole."""
+"""Orbax: headers, some leaves in, some leaves out from the devices that hold them, an output that appears whole."""
 
 import contextlib
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import Place, is_remote
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
 
@@ -29,7 +28,9 @@ class Orbax:
 
     def __init__(self, path: epath.Path, tree: Any):
         """From the tree of Orbax's descriptions."""
-        self.path, self.name, self._tree = path, path.name, tree
+        self.path: Place = path
+        self._path = path
+        self.name, self._tree = path.name, tree
         self.metadata: dict[str, str] = {}
         self.files = _files(path)
         self.leaves = {leaf_name(p): _leaf(p, meta) for p, meta in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -50,7 +51,7 @@ class Orbax:
                 return meta
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
 
-        loaded = ocp.load(self.path, jax.tree_util.tree_map_with_path(target, self._tree))
+        loaded = ocp.load(self._path, jax.tree_util.tree_map_with_path(target, self._tree))
         flat, _ = jax.tree_util.tree_flatten_with_path(loaded)
         return {name: leaf for path, leaf in flat if (name := leaf_name(path)) in shardings}
 
@@ -63,7 +64,7 @@ class Orbax:
         return int(_arrays(self.path)[name].chunk_layout.read_chunk.shape[0])
 
     def identity(self) -> str:
-        where = _base(self.path) / "_METADATA"
+        where = base_of(self.path) / "_METADATA"
         return digest(str(self.path), where.read_text(), int(where.stat().mtime))
 
 
@@ -73,9 +74,13 @@ def open_checkpoint(path: PathLike) -> Orbax:
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is not an Orbax checkpoint.
     """
-    path = epath.Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}.")
+    path = epath.Path(path)
+    path = path if is_remote(path) else path.absolute()
+    try:
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {path}.")
+    except ImportError as e:  # of what Orbax reads buckets with
+        raise ValueError(f"{path}: Orbax reads it with a package that is not here: {e} (pip).") from e
     try:
         return Orbax(path, ocp.metadata(path).metadata)
     except Exception as e:  # Orbax raises many kinds
@@ -96,7 +101,7 @@ def _files(path: epath.Path) -> tuple[str, ...]:
     """All files of a local checkpoint; of a remote one those that name the others."""
     if is_remote(path):
         names = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
-        return tuple(str(p) for d in dict.fromkeys((path, _base(path))) for n in names if (p := d / n).exists())
+        return tuple(str(p) for d in dict.fromkeys((path, base_of(path))) for n in names if (p := d / n).exists())
     return tuple(sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.is_file()))
 
 
@@ -104,7 +109,7 @@ def _here() -> Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _base(path: epath.Path) -> epath.Path:
+def base_of(path: PathLike) -> PathLike:
     """The directory of the arrays: that of the tree's description, at the top (older layouts) or one below."""
     if (path / "_METADATA").exists():
         return path
@@ -119,22 +124,22 @@ def _arrays(path: epath.Path) -> dict[str, Any]:
     """Every array as tensorstore sees it: slices of it can be read."""
     import tensorstore as ts
 
-    base = _base(path)
+    base = base_of(path)
     described = json.loads((base / "_METADATA").read_text())
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opened = {}
     for entry in described["tree_metadata"].values():
         if entry["value_metadata"].get("value_type") not in ("string", "None"):
-            keys = _keys(entry)
-            opened["/".join(keys)] = ts.open(_spec(base, described, keys), open=True, read=True, context=context)
+            keys = array_keys(entry)
+            opened["/".join(keys)] = ts.open(spec_of(base, described, keys), open=True, read=True, context=context)
     return {name: future.result() for name, future in opened.items()}
 
 
-def _keys(entry: dict[str, Any]) -> list[str]:
+def array_keys(entry: dict[str, Any]) -> list[str]:
     return [str(k["key"]) for k in entry["key_metadata"]]
 
 
-def _spec(base: epath.Path, described: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+def spec_of(base: PathLike, described: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     """Where tensorstore finds an array."""
     root = str(base) if is_remote(base) else f"file://{base}"
     at = ".".join(keys)
@@ -155,7 +160,9 @@ def groups(leaves: Mapping[str, Leaf]) -> list[list[str]]:
 
 
 class Writer:
-    """An output that appears whole or not at all: written aside, renamed at the end."""
+    """An output of whole leaves from devices, into a bucket: written aside by Orbax, renamed at the end. It begins anew."""
+
+    lines: tuple[dict[str, Any], ...] = ()
 
     def __init__(self, out: PathLike, leaves: Mapping[str, Leaf], *, overwrite: bool):
         self.out, self.leaves = epath.Path(out).absolute(), leaves
@@ -167,20 +174,22 @@ class Writer:
 
     def write(self, leaves: dict[str, Any]) -> None:
         """Add some leaves, whole groups."""
-        ocp.partial.save(self.aside, _tree(leaves, self.leaves))
+        ocp.partial.save(self.aside, tree_of(leaves, self.leaves))
 
-    def finalize(self) -> None:
-        """Everything but the rows of large leaves is there."""
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
+    def finalize(self) -> dict[str, str]:
+        """Everything is there: {name in the output: where it lies now}, of the files that name the others."""
         ocp.partial.finalize(self.aside)
+        return {f.removeprefix(f"{self.aside}/"): f for f in _files(self.aside)}
 
-    def rows_of(self, name: str, rows: int) -> Any:
-        """A leaf of which a `stand_in` was written, as a tensorstore array of its own shape, to be filled `rows` at a time."""
-        return _replaced(self.aside, name, self.leaves[name].shape, rows)
-
-    def finish(self) -> None:
-        """Make the output appear."""
+    def finish(self, beside: Mapping[str, str | bytes]) -> None:
+        """Write what goes beside the arrays, and make the output appear."""
 
         def swap():
+            for name, content in beside.items():
+                (self.aside / name).write_bytes(content.encode() if isinstance(content, str) else content)
             old = self.out.parent / f"{self.out.name}.replaced"
             if self.out.exists():
                 if old.exists():  # killed between two renames, some other time
@@ -192,8 +201,8 @@ class Writer:
 
         self._once(swap)
 
-    def discard(self, *, wait: bool = True) -> None:
-        """Remove what a merge that failed, or was killed, left aside."""
+    def discard(self, error: BaseException | None = None) -> None:
+        """Remove what a merge that failed, or was killed, left aside; after an error without waiting for the others."""
 
         def remove():
             if self.out.parent.exists():
@@ -201,7 +210,7 @@ class Writer:
                     if path.exists():
                         path.rmtree()
 
-        self._once(remove, wait)
+        self._once(remove, wait=error is None)
 
     def _once(self, action, wait: bool = True) -> None:
         """Do something on one process while the others wait."""
@@ -213,45 +222,7 @@ class Writer:
             multihost_utils.sync_global_devices(f"jaxmerge: {self.out.name}")
 
 
-def stand_in(leaf: Leaf, sharding: Sharding) -> jax.Array:
-    """As many zeros as the sharding has shards: what is written of a leaf that is filled later."""
-    counts = [1] * len(leaf.shape)
-    if isinstance(sharding, NamedSharding):
-        for dimension, axes in enumerate(sharding.spec):
-            axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-            counts[dimension] = math.prod(sharding.mesh.shape[a] for a in axes)
-    return jax.device_put(np.zeros(counts, leaf.dtype), sharding)
-
-
-def _replaced(path: epath.Path, name: str, shape: tuple[int, ...], rows: int) -> Any:
-    """The array of this name anew, with another shape, in chunks of so many rows."""
-    import tensorstore as ts
-
-    base = _base(path)
-    described = json.loads((base / "_METADATA").read_text())
-    keys = next(k for k in map(_keys, described["tree_metadata"].values()) if "/".join(k) == name)
-    chunk = [min(rows, shape[0]), *shape[1:]]
-    spec = _spec(base, described, keys)
-    metadata = ts.open(spec, open=True).result().spec().to_json()["metadata"]
-    metadata |= {"shape": list(shape)}
-    metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":
-            codec["configuration"]["chunk_shape"] = chunk
-    array = ts.open({**spec, "metadata": metadata}, create=True, delete_existing=True).result()
-    entry = next(e for e in described["tree_metadata"].values() if _keys(e) == keys)
-    entry["value_metadata"]["write_shape"] = chunk
-    (base / "_METADATA").write_text(json.dumps(described))
-    for file in (base / "array_metadatas").glob("*"):
-        arrays = json.loads(file.read_text())
-        for one in arrays["array_metadatas"]:
-            if one["array_metadata"]["param_name"] == ".".join(keys):
-                one["array_metadata"] |= {"write_shape": chunk, "chunk_shape": chunk}
-        file.write_text(json.dumps(arrays))
-    return array
-
-
-def _tree(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
+def tree_of(values: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Any:
     """The tree that holds these values: along the leaves' key paths, or along the "/" in their names."""
     root: dict = {}
     for name in sorted(values):

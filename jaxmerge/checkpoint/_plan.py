@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding, Sharding
 
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
-from jaxmerge.checkpoint._layout import Layout
-from jaxmerge.checkpoint._sharding import Rule, all_devices, split_evenly
+from jaxmerge.checkpoint._layout import Layout, layout
+from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
-from jaxmerge.checkpoint._units import by_ranges, in_rows
+from jaxmerge.checkpoint._units import by_ranges
 from jaxmerge.params._transform import Match, MergeTransform, Step
 
 MEMORY = 1 << 30
@@ -31,18 +31,17 @@ class CheckpointPlan(NamedTuple):
       format: of the output.
       floating, exact: names of the leaves that are merged, and of those that must agree; sorted.
       out: {leaf: shape and dtype of the output}, in the order in which they are written.
-      shardings: where each leaf of an Orbax output goes; nothing where files are written by ranges.
-      batches: names of the leaves of an Orbax output that are in memory together.
-      units: parts of leaves of a safetensors output that are in memory together; of all processes, in groups of one process. Of
-        an Orbax output, the parts of leaves that are larger than the memory.
+      shardings: where each leaf of an Orbax output goes; nothing for safetensors.
+      batches: names of the leaves that are in memory together where they are merged on devices.
+      units: else the parts of leaves that are in memory together; of all processes, in groups of one process.
       entire: leaves that a method must see whole, and that therefore count against the memory.
       room_bytes: what the units of a process that are in memory at once may take.
-      layout: the files of a safetensors output; None for Orbax.
+      layout: the output's files, or its tree, by ranges; None on devices.
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
       bytes_read, bytes_written: over all passes and all processes.
-      peak_bytes: estimate of what buffers and arrays take at their most: of an Orbax output over all devices, else on one
-        process; the runtime itself takes some 300 MB.
+      peak_bytes: estimate of what buffers and arrays take at their most: over all devices where it is merged on them, else on
+        one process; the runtime itself takes some 300 MB.
       problems: every reason to refuse; empty if there is none.
     """
 
@@ -57,7 +56,7 @@ class CheckpointPlan(NamedTuple):
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     room_bytes: int
-    layout: Layout | None
+    layout: Layout | Any | None
     settings: tuple[dict[str, Any], ...]
     passes: int
     bytes_read: int
@@ -97,6 +96,8 @@ def plan(
     dtype: Any = None,
     out_dtype: Any = None,
     max_shard_bytes: int | str = "5GB",
+    stem: str = "model",
+    on_devices: bool | None = None,
 ) -> CheckpointPlan:
     """Find out what a merge will do, and everything that speaks against it, before a tensor byte is read.
 
@@ -112,6 +113,10 @@ def plan(
       dtype: cast inputs to it before anything else; arithmetic is float32 all the same.
       out_dtype: of the output's floating-point leaves; None: `dtype`, or what each leaf of the base has.
       max_shard_bytes: safetensors files larger than this are split.
+      stem: what safetensors files are called, before .safetensors.
+      on_devices: how an Orbax output is made: leaf by leaf on its shardings, several leaves in memory at once, which is for
+        devices whose memory holds them; or by ranges like safetensors, which is for hosts: bounded by `memory`, each process a
+        part. None: on accelerators.
 
     Raises:
       FileNotFoundError, ValueError: a path is not a checkpoint, or is damaged. All else is listed in `problems`.
@@ -157,58 +162,65 @@ def plan(
         "settings": settings,
         "bytes_written": sum(leaf.bytes for leaf in result.values()),
     }
-    if format == "safetensors":
-        if sharding is not None:
-            problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
-        ways = by_ranges(
-            inputs=inputs,
-            out=result,
-            floating=floating,
-            steps=steps,
-            settings=settings,
-            memory=memory,
-            max_shard_bytes=parse_size(max_shard_bytes, "max_shard_bytes"),
-        )
-        again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
-        return CheckpointPlan(
-            **common,
-            shardings={},
-            batches=(),
-            units=ways.units,
-            entire=ways.entire,
-            room_bytes=ways.room_bytes,
-            layout=ways.layout,
-            passes=looks,
-            bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
-            peak_bytes=ways.peak,
-            problems=(*problems, *ways.problems),
-        )
-    from jaxmerge.checkpoint import _orbax
-
-    shardings = _shardings(leaves, sharding)
+    if format == "safetensors" and sharding is not None:
+        problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
+    shardings = _shardings(leaves, sharding) if format == "orbax" else {}
     for name, target in shardings.items():
         problems += split_evenly(name, leaves[name].shape, target)
-    budget = parse_size(memory, "memory") if memory is not None else MEMORY
-    small = memory is None and jax.default_backend() != "cpu"  # the devices' memory is not what is asked about
-    rows = {} if small else in_rows(inputs, floating, steps, budget)
-    held = {n: h for n, h in leaves.items() if n not in rows}
-    batches = _batches(_orbax.groups(leaves), held, max(budget // (2 * len(inputs)), 1))
-    passes = 1 if len(batches) == 1 and not rows else looks
-    peak = 0
-    for batch in batches:
-        work = max((leaves[n].size for n in batch if _is_floating(leaves[n]) and n not in rows), default=0)
-        peak = max(peak, sum(leaves[n].bytes for n in batch if n not in rows) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
+    if format == "orbax" and (jax.default_backend() != "cpu" if on_devices is None else on_devices):
+        from jaxmerge.checkpoint import _orbax
+
+        budget = parse_size(memory, "memory") if memory is not None else MEMORY
+        batches = _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
+        passes = 1 if len(batches) == 1 else looks
+        peak = 0
+        for batch in batches:
+            work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
+            peak = max(peak, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
+        return CheckpointPlan(
+            **common,
+            shardings=shardings,
+            batches=tuple(map(tuple, batches)),
+            units=(),
+            entire=frozenset(),
+            room_bytes=budget,
+            layout=None,
+            passes=passes,
+            bytes_read=size * passes + rest * (len(inputs) + 1),
+            peak_bytes=peak,
+            problems=tuple(problems),
+        )
+    ways = by_ranges(
+        inputs=inputs,
+        floating=floating,
+        steps=steps,
+        settings=settings,
+        memory=memory,
+        shards=None if format == "safetensors" else {n: shards_of(s, len(leaves[n].shape)) for n, s in shardings.items()},
+    )
+    problems += ways.problems
+    again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
+    files = None
+    if format == "orbax":
+        from jaxmerge.checkpoint._tree import Tree
+
+        files = Tree(result, shardings, ways.spans, reference, ways.group)
+    else:
+        try:
+            files = layout(result, parse_size(max_shard_bytes, "max_shard_bytes"), stem)
+        except ValueError as e:
+            problems.append(f"  {e}")
     return CheckpointPlan(
         **common,
         shardings=shardings,
-        batches=tuple(map(tuple, batches)),
-        units=tuple(rows.values()),
-        entire=frozenset(),
-        room_bytes=budget,
-        layout=None,
-        passes=passes,
-        bytes_read=size * passes + rest * (len(inputs) + 1),
-        peak_bytes=peak,
+        batches=(),
+        units=ways.units,
+        entire=ways.entire,
+        room_bytes=ways.room_bytes,
+        layout=files,
+        passes=looks,
+        bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
+        peak_bytes=ways.peak,
         problems=tuple(problems),
     )
 

@@ -111,16 +111,12 @@ def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Array:
 
 
 def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array | None, Entries]:
-    """The base (or None) and the models less the base, float32, deferred."""
-    wide = [(jnp.asarray(a) if cast is None else jnp.asarray(a).astype(cast)).astype(jnp.float32) for a in arrays]
+    """The base (or None) and the models less the base, float32, deferred: it starts from the arrays as they are."""
+    wide = lambda a: (jnp.asarray(a) if cast is None else jnp.asarray(a).astype(cast)).astype(jnp.float32)
     if not has_base:
-        return None, defer(jnp.stack, wide)
-    zero, *rest = wide
-    return zero, defer(_task_vectors, zero, rest)
-
-
-def _task_vectors(zero: Array, models: Sequence[Array]) -> Array:
-    return jnp.stack([m - zero for m in models])
+        return None, defer(lambda models: jnp.stack([wide(m) for m in models]), list(arrays))
+    zero, *models = arrays
+    return wide(zero), defer(lambda zero, models: jnp.stack([wide(m) - wide(zero) for m in models]), zero, models)
 
 
 def _largest(arrays: Sequence[Array]) -> list[Array]:

@@ -1,4 +1,4 @@
-"""A merge into safetensors, from the first byte to the output that appears: workplace, journal, surveys, blocks, receipt."""
+"""A merge by ranges, from the first byte to the output that appears: workplace, journal, surveys, blocks, receipt."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -8,11 +8,10 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _journal, _processes, _receipt
-from jaxmerge.checkpoint._feed import WriteBehind, read_ahead
-from jaxmerge.checkpoint._layout import INDEX, prepare
+from jaxmerge.checkpoint._feed import read_ahead
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._refusals import differing, strange
-from jaxmerge.checkpoint._source import Extent, digest
+from jaxmerge.checkpoint._source import digest
 from jaxmerge.checkpoint._stream import Stream
 from jaxmerge.checkpoint._task import make_task, unit_bytes
 from jaxmerge.params._transform import MergeTransform
@@ -36,7 +35,7 @@ def run(
     beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
-    """Merge into safetensors; fields of the report."""
+    """Merge into a local directory; fields of the report."""
     layout = headers.layout
     assert layout is not None
     place = _journal.Workplace(pathlib.Path(out).absolute(), rank=jax.process_index(), overwrite=overwrite)
@@ -48,10 +47,10 @@ def run(
             _journal.fingerprint(tx.match.steps),  # type: ignore[attr-defined]
             _journal.pack(list(headers.settings)),
             [s.identity() for s in headers.inputs],
-            [headers.base is not None, options, jax.process_count(), headers.layout, task.units],
+            [headers.base is not None, options, jax.process_count(), headers.format, layout.identity(), task.units],
             _receipt.versions(),
         )
-        lines = place.begin(identity, lambda: prepare(str(place.directory), layout), resume=resume)
+        lines = place.begin(identity, lambda: layout.prepare(place.directory), resume=resume)
         keep = bool(lines)
         stream = Stream(task, headers.settings, _Teller(headers, tell))
         if integers == "agree":
@@ -73,9 +72,13 @@ def run(
             raise strange(bad, headers)
         settings = [surveyed.get(i, s) for i, s in enumerate(headers.settings)]
         stream.advance.finish()
-        receipt = _receipt.write(headers, place.directory, settings, options, recipe)
-        files = dict(beside or {}) | {_receipt.NAME: receipt}
-        place.finish(files | ({INDEX: layout.index} if layout.index else {}))
+        files = dict(beside or {}) | layout.beside()
+        names = _processes.everyone(layout.finish(place.directory) if jax.process_index() == 0 else [])[0]
+        made = {name: place.directory / name for name in names}
+        hashes = _receipt.hashes(headers.inputs, list(made.values()))
+        if jax.process_index() == 0:
+            files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
+        place.finish(files)
     except BaseException as e:
         place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))
         raise
@@ -140,8 +143,7 @@ def _recall(stream: Stream, lines: list[dict[str, Any]]) -> int:
 def _write(stream: Stream, place: _journal.Workplace, headers: CheckpointPlan, done: int) -> set[str]:
     """The merge itself; files that were not written past the page cache."""
     assert headers.layout is not None
-    where = {n: Extent(str(place.directory / e.file), e.offset, e.bytes) for n, e in headers.layout.extents.items()}
-    sink = WriteBehind()
+    sink, where = headers.layout.sink(place.directory)
     noted, since = set(stream.found), 0
     units = stream.task.units
 
@@ -170,7 +172,8 @@ def _write(stream: Stream, place: _journal.Workplace, headers: CheckpointPlan, d
 def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
     exact = frozenset(headers.exact)
     units = [u for u in stream.task.units if u.name in exact]
-    differ = set()
+    others = [n for n in headers.exact if headers.reference.leaves[n].dtype is None]
+    differ = {n for n in others if any(s.read(n) != headers.reference.read(n) for s in headers.inputs)}
     for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, limit=headers.room_bytes):
         stream.advance(first.nbytes * len(headers.inputs), 0)
         if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):

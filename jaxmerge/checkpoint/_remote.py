@@ -1,4 +1,4 @@
-"""Ranges of bytes of a file, local or remote: gs:// and s3:// through tensorstore."""
+"""Files that are not on this machine: https:// and http:// by ranges; gs://, s3:// and file:// through tensorstore."""
 
 import functools
 import os
@@ -6,16 +6,87 @@ from typing import Any
 
 from etils import epath
 
+from jaxmerge.checkpoint import _http
+
+WEB = ("http://", "https://")
+STORES = ("gs://", "s3://", "file://")
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
+"""What is looked for where a folder cannot be listed."""
+
 
 def is_remote(path: Any) -> bool:
     """Whether a path is not on this machine's file systems."""
     return "://" in str(path)
 
 
+def on_web(path: Any) -> bool:
+    return str(path).startswith(WEB)
+
+
+class Url:
+    """A remote file or folder, as far as readers use it like a path. One that ends in .safetensors or .json is a file."""
+
+    def __init__(self, url: Any):
+        self._url = str(url).rstrip("/")
+
+    def __str__(self) -> str:
+        return self._url
+
+    __repr__ = __fspath__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Url) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    def __truediv__(self, name: str) -> "Url":
+        return Url(f"{self._url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self._url.rpartition("/")[2].partition("?")[0]
+
+    @property
+    def parent(self) -> "Url":
+        return Url(self._url.rpartition("/")[0])
+
+    def is_dir(self) -> bool:
+        return not self.name.endswith((".safetensors", ".json"))
+
+    def exists(self) -> bool:
+        """Whether a file is there."""
+        if on_web(self):
+            return _http.exists(self._url)
+        directory, name = self._url.rsplit("/", 1)
+        return _store(directory + "/").read(name, byte_range=slice(0, 0)).result().state == "value"
+
+    def read_bytes(self) -> bytes:
+        if on_web(self):
+            return _http.whole(self._url)
+        directory, name = self._url.rsplit("/", 1)
+        found = _store(directory + "/").read(name).result()
+        if found.state != "value":
+            raise FileNotFoundError(f"there is nothing at {self}.")
+        return found.value
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def names(self) -> list[str]:
+        """The files in a folder; of one on the web, which cannot be listed, those that a model may have."""
+        if not on_web(self):
+            return sorted({str(k, "utf-8").split("/")[0] for k in _store(self._url + "/").list().result()})
+        found = [n for n in SAFETENSORS if (self / n).exists()]
+        return found[:1]
+
+
 def stat(path: Any) -> tuple[int, int]:
-    """A file's size, and when it last changed, in nanoseconds (0 where that is not known)."""
+    """A file's size, and when it last changed, in nanoseconds, or another number that changes with it (0: none is known)."""
+    if on_web(path):
+        return _http.file(str(path))
     if is_remote(path):
-        return int(epath.Path(path).stat().length), 0
+        return _size(str(path)), 0
     s = os.stat(path)
     return s.st_size, s.st_mtime_ns
 
@@ -26,7 +97,9 @@ def read(path: Any, offset: int, length: int) -> bytes:
     Raises:
       OSError: fewer are there.
     """
-    if is_remote(path):
+    if on_web(path):
+        data = _http.read(str(path), offset, length)
+    elif is_remote(path):
         directory, _, name = str(path).rpartition("/")
         data = _bytes(directory + "/", name, offset, length)
     else:
@@ -51,8 +124,28 @@ def _bytes(directory: str, name: str, offset: int, length: int) -> bytes:
         raise OSError(f"{directory}{name}: asked for {length} bytes from {offset} on, got an error: {e}") from e
 
 
+def _size(url: str) -> int:
+    """A file's size, of a store that only says whether a range is there: a search, sixteen questions at a time."""
+    directory, _, name = url.rpartition("/")
+    if not Url(url).exists():
+        raise FileNotFoundError(f"there is nothing at {url}.")
+    ask = lambda size: _store(directory + "/").read(name, byte_range=slice(size - 1, size))
+    low, high, sizes = 0, 1 << 50, [1 << k for k in range(50)]
+    while high - low > 1:
+        asked = [(size, ask(size)) for size in sizes]
+        there = [size for size, answer in asked if answer.exception() is None]
+        low = max([low, *there])
+        high = min([high, *(size for size in sizes if size > low)])
+        sizes = list(range(low + 1, high, max((high - low) // 16, 1)))
+    return low
+
+
 @functools.lru_cache(maxsize=64)
 def _store(directory: str) -> Any:
     import tensorstore as ts
 
     return ts.KvStore.open(directory if "://" in directory else f"file://{directory}").result()
+
+
+Place = epath.Path | Url
+"""Where a checkpoint lies."""

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Sharding
 
 from jaxmerge.checkpoint import _remote
+from jaxmerge.checkpoint._remote import Place
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest, place
 
 DTYPES: dict[str, np.dtype] = {
@@ -56,7 +56,7 @@ class Header(NamedTuple):
     stamp: tuple[int, int]
 
 
-def read_header(path: epath.Path) -> Header:
+def read_header(path: Place) -> Header:
     """Read a file's header and check it against the file.
 
     Raises:
@@ -105,7 +105,7 @@ def read_header(path: epath.Path) -> Header:
     return Header({n: leaves[n] for n in ordered}, extents, {str(k): str(v) for k, v in metadata.items()}, (size, changed))
 
 
-def _entry(path: epath.Path, name: str, entry: Any) -> tuple[Leaf, tuple[int, int]]:
+def _entry(path: Place, name: str, entry: Any) -> tuple[Leaf, tuple[int, int]]:
     """One tensor's description, checked for itself."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -126,7 +126,7 @@ class Safetensors:
 
     format: Format = "safetensors"
 
-    def __init__(self, path: epath.Path, headers: Mapping[str, Header]):
+    def __init__(self, path: Place, headers: Mapping[str, Header]):
         """From the headers of its files by file name, whose tensors all have different names."""
         self.path, self.name = path, path.name
         self.leaves = {n: leaf for header in headers.values() for n, leaf in header.leaves.items()}
@@ -139,24 +139,27 @@ class Safetensors:
         leaf, extent = self.leaves[name], self._extents[name]
         if leaf.dtype is None or leaf.size == 0:
             return np.zeros(leaf.shape, leaf.dtype)[index]
-        lead = index[0].indices(leaf.shape[0])[:2] if index else (0, leaf.shape[0] if leaf.shape else 1)
-        row = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-        rest = (slice(None), *index[1:])
-        columns = any(s.indices(n)[:2] != (0, n) for s, n in zip(index[1:], leaf.shape[1:], strict=False))
-        path = epath.Path(extent.file)
-        if columns and not _remote.is_remote(path):  # the rows' parts, and not the rows
-            whole = np.memmap(extent.file, leaf.dtype, "r", extent.offset, leaf.shape)
+        bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=False)]
+        bounds += [(0, n) for n in leaf.shape[len(bounds) :]]
+        axis = next((i for i, (start, stop) in enumerate(bounds) if stop - start != 1), max(len(bounds) - 1, 0))
+        rest = tuple(slice(*b) for b in bounds[axis + 1 :])
+        if [s.stop - s.start for s in rest] != list(leaf.shape[axis + 1 :]) and not _remote.is_remote(extent.file):
+            whole = np.memmap(extent.file, leaf.dtype, "r", extent.offset, leaf.shape)  # the rows' parts, and not the rows
             return np.array(whole[index])
-        data = _remote.read(path, extent.offset + lead[0] * row, (lead[1] - lead[0]) * row)
-        rows = np.frombuffer(data, leaf.dtype).reshape((lead[1] - lead[0], *leaf.shape[1:]) if leaf.shape else ())
-        return rows[rest] if columns else rows
+        strides = [math.prod(leaf.shape[i + 1 :]) * leaf.dtype.itemsize for i in range(len(leaf.shape))]  # one run of rows
+        begin = sum(start * stride for (start, _), stride in zip(bounds[: axis + 1], strides, strict=False))
+        rows = [stop - start for start, stop in bounds[: axis + 1]]
+        size = math.prod(rows) * (strides[axis] if strides else leaf.dtype.itemsize)
+        data = np.frombuffer(_remote.read(extent.file, extent.offset + begin, size), leaf.dtype)
+        block = data.reshape((*rows, *leaf.shape[axis + 1 :]))
+        return block[(*(slice(None),) * len(rows), *rest)] if rest else block
 
     def load(self, shardings: Mapping[str, Sharding]) -> dict[str, Any]:
         return place({n: self.leaves[n] for n in shardings}, shardings, self.read)
 
     def extent(self, name: str) -> Extent | None:
         extent = self._extents[name]
-        return None if _remote.is_remote(epath.Path(extent.file)) else extent
+        return None if _remote.is_remote(extent.file) else extent
 
     def granule(self, name: str) -> int | None:
         return 1 if self.leaves[name].shape else None
@@ -166,12 +169,12 @@ class Safetensors:
         return digest(str(self.path), self._stamps, sorted(tensors))
 
 
-def open_file(path: epath.Path) -> Safetensors:
+def open_file(path: Place) -> Safetensors:
     """One file."""
     return Safetensors(path, {path.name: read_header(path)})
 
 
-def open_directory(path: epath.Path, found: list[str]) -> Safetensors:
+def open_directory(path: Place, found: list[str]) -> Safetensors:
     """A directory as on the Hub: files and, where there are several, an index.
 
     Args:
@@ -195,13 +198,13 @@ def open_directory(path: epath.Path, found: list[str]) -> Safetensors:
     return Safetensors(path, headers)
 
 
-def _open_indexed(path: epath.Path, index: str, found: list[str]) -> Safetensors:
+def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
     try:
         where = json.loads((path / index).read_text())["weight_map"]
         files = sorted(set(where.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path / index} cannot be read as an index ({type(e).__name__}: {e}); fetch it again.") from e
-    missing = [n for n in files if n not in found]
+    missing = [n for n in files if n not in found and not (_remote.on_web(path) and (path / n).exists())]
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}."
@@ -217,7 +220,7 @@ def _open_indexed(path: epath.Path, index: str, found: list[str]) -> Safetensors
     return Safetensors(path, headers)
 
 
-def _no_name_twice(path: epath.Path, headers: Mapping[str, Header]) -> None:
+def _no_name_twice(path: Place, headers: Mapping[str, Header]) -> None:
     held: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.leaves:

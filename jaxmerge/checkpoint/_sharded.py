@@ -1,4 +1,4 @@
-"""The executor of merges that end in Orbax: leaves on their shardings, in as many passes as the statistics need.
+"""The executor of merges on devices, which end in Orbax: leaves on their shardings, in as many passes as statistics need.
 
 A statistic of one tensor is computed when the tensor is at hand. A statistic of the whole model (TIES' threshold) takes passes
 of its own over the files: 3 for an exact threshold, 1 for a majority sign; then one pass merges. Where all leaves fit into one
@@ -6,7 +6,7 @@ batch they are read once.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 
-from jaxmerge.checkpoint import _orbax
+from jaxmerge.checkpoint import _orbax, _receipt
+from jaxmerge.checkpoint._journal import fingerprint, pack, unpack
 from jaxmerge.checkpoint._plan import CheckpointPlan
+from jaxmerge.checkpoint._processes import everyone
 from jaxmerge.checkpoint._programs import after, stacked
 from jaxmerge.checkpoint._refusals import differing, strange
-from jaxmerge.checkpoint._stream import Stream
-from jaxmerge.checkpoint._task import make_task
+from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._sharding import shards_of
+from jaxmerge.checkpoint._source import digest
+from jaxmerge.checkpoint._tree import Leafwise, Tree
+from jaxmerge.checkpoint._units import GROUP, Span
 from jaxmerge.params._deferred import last
 from jaxmerge.params._stack import Integers, reduced
 from jaxmerge.params._transform import MergeTransform, Step, left, settled
@@ -34,105 +39,120 @@ def run(
     integers: Integers,
     nonfinite: str,
     overwrite: bool,
+    resume: bool,
+    recipe: Any,
+    beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
     """Merge into an Orbax checkpoint; fields of the report."""
-    inputs = headers.inputs
-    writer = _orbax.Writer(out, headers.out, overwrite=overwrite)
+    inputs, steps = headers.inputs, tx.match.steps  # type: ignore[attr-defined]
+    dtype = None if cast is None else jnp.dtype(cast).name
+    options = {"integers": integers, "nonfinite": nonfinite, "dtype": dtype, "memory": None, "on_devices": True}
     if integers == "agree":
         _check_exact(headers)
-
-    steps = tx.match.steps  # type: ignore[attr-defined]
+    if is_remote(out):
+        writer: Any = _orbax.Writer(out, headers.out, overwrite=overwrite)
+    else:
+        tree = Tree(headers.out, headers.shardings, _shards(headers), headers.reference, GROUP)
+        identity = digest(
+            fingerprint(steps),
+            pack(list(headers.settings)),
+            [s.identity() for s in inputs],
+            [headers.base is not None, options, jax.process_count(), headers.batches, tree.identity()],
+            _receipt.versions(),
+        )
+        writer = Leafwise(out, tree, identity, overwrite=overwrite, resume=resume)
     surveys = [i for i, step in enumerate(steps) if step.survey is not None]
     stages = 1 + sum(steps[i].survey.rounds for i in surveys)
     stage_bytes = sum(headers.reference.leaves[n].bytes for n in headers.floating) * len(inputs)
     held: dict[str, list[Any]] = {}
     stage = done = 0
+    floating = frozenset(headers.floating)
+    has_base = headers.base is not None
 
-    def stream():
-        """(batch, {leaf: inputs}) for each batch; a single batch stays in memory between passes."""
+    def stream(first: int = 0):
+        """(number, batch, {leaf: inputs}) for each batch from the first on; a single one stays in memory between passes."""
         nonlocal done, stage, held
         stage += 1
-        for batch in headers.batches:
-            names = [n for n in batch if n in floating and n not in large]
-            if held:
-                arrays = held
-            else:
-                targets = {n: headers.shardings[n] for n in names}
-                parts = [c.load(targets) for c in inputs] if names else []
-                arrays = {n: [part[n] for part in parts] for n in names}
-                if len(headers.batches) == 1:
-                    held = arrays
-            yield batch, arrays
+        for number, batch in enumerate(headers.batches):
+            names = [n for n in batch if n in floating]
+            if number >= first:
+                if held:
+                    arrays = held
+                else:
+                    targets = {n: headers.shardings[n] for n in names}
+                    parts = [c.load(targets) for c in inputs] if names else []
+                    arrays = {n: [part[n] for part in parts] for n in names}
+                    if len(headers.batches) == 1:
+                        held = arrays
+                yield number, batch, arrays
             done += sum(headers.reference.leaves[n].bytes for n in names) * len(inputs)
             tell(stage, stages, done, stage_bytes * stages)
 
-    floating = frozenset(headers.floating)
-    rows = Stream(make_task(tx, headers, cast), headers.settings, lambda read, written: None)
-    large = frozenset(u.name for u in rows.task.units)
-    settings = list(headers.settings)
-    has_base = headers.base is not None
-    for i in surveys:
-        survey = steps[i].survey
-        query, notes = survey.start(settings[i])
-        for _ in range(survey.rounds):
-            counts = {}
-            for _, arrays in stream():
-                for n, leaves in arrays.items():
-                    read = _reader(steps[:i], survey.read, headers.shardings[n], has_base, cast)
-                    counts[n] = settled(read(query, [s[n] for s in settings[:i]], leaves))
-                counts = {n: c if isinstance(c, np.ndarray) else _from_halves(c) for n, c in counts.items()}
-            counts |= rows.counts(i, survey, query)
-            query, notes = survey.step(query, notes, {n: counts[n] for n in sorted(counts)})
-        settings[i] = survey.finish(notes, settings[i])
-        rows.settings[i] = dict(settings[i])
-
-    found: dict[str, Any] = {}
-    bad: dict[str, list[int]] = {}
     try:
-        for batch, arrays in stream():
+        batches, rounds, found, bad = _recall(writer.lines)
+        settings = list(headers.settings)
+        for i in surveys:
+            survey = steps[i].survey
+            over, query, notes = rounds.get(i) or [0, *survey.start(settings[i])]
+            done, stage = done + int(over) * stage_bytes, stage + int(over)
+            for n in range(int(over), survey.rounds):
+                counts = {}
+                for _, _, arrays in stream():
+                    for name, leaves in arrays.items():
+                        read = _reader(steps[:i], survey.read, headers.shardings[name], has_base, cast)
+                        counts[name] = settled(read(query, [s[name] for s in settings[:i]], leaves))
+                    counts = {name: c if isinstance(c, np.ndarray) else _from_halves(c) for name, c in counts.items()}
+                query, notes = survey.step(query, notes, {name: counts[name] for name in sorted(counts)})
+                writer.note({"round": i, "state": pack([n + 1, query, notes])})
+            settings[i] = survey.finish(notes, settings[i])
+        for number, batch, arrays in stream(batches):
             written, small = {}, {}
             for n, leaves in arrays.items():
                 work = _merger(steps, headers.shardings[n], has_base, cast, headers.out[n].dtype)
                 written[n], *small[n] = settled(work([s[n] for s in settings], leaves))
-            for n, (plans, counts) in small.items():
-                found[n] = jax.tree.map(np.asarray, plans)
-                if np.any(counts):
-                    bad[n] = np.asarray(counts).tolist()
+            new = {n: jax.tree.map(np.asarray, plans) for n, (plans, _) in small.items()}
+            strangers = {n: np.asarray(counts).tolist() for n, (_, counts) in small.items() if np.any(counts)}
+            found, bad = found | new, bad | strangers
             if bad and nonfinite == "refuse":
                 continue  # look through all of them, so that one message names every leaf
-            rest = [n for n in batch if n not in floating]
-            if rest:
-                written |= headers.reference.load({n: headers.shardings[n] for n in rest})
-            written |= {n: _orbax.stand_in(headers.out[n], headers.shardings[n]) for n in batch if n in large}
-            writer.write(written)
+            writer.write(written | {n: headers.reference.read(n) for n in batch if n not in floating})
+            writer.note({"batch": number + 1, "found": pack(new), "bad": strangers})
         held = {}
-        if not (bad and nonfinite == "refuse"):
-            writer.finalize()
-        _fill(rows, writer)
-        found |= rows.found
-        bad |= rows.bad
         if bad and nonfinite == "refuse":
             raise strange(bad, headers)
-        writer.finish()
-    except BaseException:
-        writer.discard(wait=False)
+        made = writer.finalize()
+        files, hashes = dict(beside or {}), _receipt.hashes(inputs, list(made.values()))
+        if jax.process_index() == 0:
+            files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
+        writer.finish(files)
+    except BaseException as e:
+        writer.discard(e)
         raise
+    resumed = sum(headers.out[n].bytes for batch in headers.batches[:batches] for n in batch)
     by_step = tuple({n: found[n][i] for n in headers.floating} for i in range(len(steps)))
-    return {"plan": by_step, "nonfinite": bad}
+    return {"plan": by_step, "nonfinite": bad, "resumed": resumed}
 
 
-def _fill(rows: Stream, writer: _orbax.Writer) -> None:
-    """Merge the leaves that are larger than the memory, some rows at a time."""
-    arrays: dict[str, Any] = {}
-    for unit, inputs in rows.units(rows.task.units, len(rows.task.steps)):
-        leaf = writer.leaves[unit.name]
-        row = leaf.size // leaf.shape[0]
-        if unit.name not in arrays:
-            arrays[unit.name] = writer.rows_of(unit.name, unit.size // row)
-        block = np.concatenate([part for _, part in rows.merged(unit, inputs)])
-        first, last = unit.start // row, unit.stop // row
-        arrays[unit.name][first:last].write(block.reshape(last - first, *leaf.shape[1:])).result()
+def _recall(lines: Sequence[Mapping[str, Any]]) -> tuple[int, dict[int, Any], dict[str, Any], dict[str, Any]]:
+    """What an earlier run did: batches, {step: the state of its statistic}, plans by leaf, counts of what is not finite.
+
+    Only what all processes have noted counts.
+    """
+    rounds, batches = ([line for line in lines if kind in line] for kind in ("round", "batch"))
+    counts = everyone([len(rounds), len(batches)])
+    rounds, batches = rounds[: min(n for n, _ in counts)], batches[: min(n for _, n in counts)]
+    found: dict[str, Any] = {}
+    bad: dict[str, Any] = {}
+    for line in batches:
+        found, bad = found | unpack(line["found"]), bad | line["bad"]
+    return len(batches), {line["round"]: unpack(line["state"]) for line in rounds}, found, bad
+
+
+def _shards(headers: CheckpointPlan) -> dict[str, Span]:
+    """What is written at once: a device's part."""
+    shards = {n: shards_of(headers.shardings[n], len(leaf.shape)) for n, leaf in headers.out.items()}
+    return {n: Span(0, max(leaf.shape[0] // shards[n][0], 1) if leaf.shape else 1) for n, leaf in headers.out.items()}
 
 
 # --- one leaf on its devices -----------------------------------------------------------------------------------------
@@ -193,10 +213,7 @@ def _from_halves(counts: jax.Array) -> np.ndarray:
 
 
 def _check_exact(headers: CheckpointPlan) -> None:
-    targets = {n: headers.shardings[n] for n in headers.exact}
-    if not targets:
-        return
-    parts = [c.load(targets) for c in headers.inputs]
-    differ = [n for n in headers.exact if not _orbax.same([part[n] for part in parts])]
+    """As they are in the files: on devices without 64 bits they would be others."""
+    differ = [n for n in headers.exact if not _orbax.same([c.read(n) for c in headers.inputs])]
     if differ:
         raise differing(differ)

@@ -68,6 +68,16 @@ def split_evenly(name: str, shape: tuple[int, ...], sharding: Sharding) -> list[
     return problems
 
 
+def shards_of(sharding: Sharding, dimensions: int) -> tuple[int, ...]:
+    """Into how many parts each axis is split."""
+    counts = [1] * dimensions
+    if isinstance(sharding, NamedSharding):
+        for dimension, axes in enumerate(sharding.spec[:dimensions]):
+            axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+            counts[dimension] = math.prod(sharding.mesh.shape[a] for a in axes)
+    return tuple(counts)
+
+
 def of_mesh(mesh: str, what: str) -> Rule | None:
     """The rule that words such as data=2,fsdp=4 mean; every device on fsdp where there are none; None for "saved".
 

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import SAFETENSORS, STORES, WEB, Place, Url, is_remote, on_web
 
 Format = Literal["orbax", "safetensors"]
 Index = tuple[slice, ...]
@@ -70,7 +70,7 @@ class Source(Protocol):
     """
 
     name: str
-    path: epath.Path
+    path: Place
     format: Format
     leaves: dict[str, Leaf]
     metadata: dict[str, str]
@@ -101,34 +101,33 @@ def open(path: Any) -> Source:
     """Look at a checkpoint: Orbax (v1 or the older PyTree layout), a safetensors file, or a directory of them as on the Hub.
 
     Args:
-      path: a file or directory, local or remote; or a source, which is handed back.
+      path: a file or directory, local, https://, gs:// or s3:// (Orbax: not https); or a source, which is handed back.
 
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is none of these, or its headers are wrong.
     """
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
-    try:
-        path = epath.Path(path)
-    except KeyError:
-        raise ValueError(f"{path}: checkpoints are read from local paths, gs:// and s3://; download it first.") from None
-    path = path if is_remote(path) else path.absolute()
-    if not path.exists():
+    if is_remote(path) and not str(path).startswith((*WEB, *STORES)):
+        raise ValueError(f"{path}: checkpoints are read from local paths, https://, gs:// and s3://; download it first.")
+    path = Url(path) if is_remote(path) else epath.Path(path).absolute()
+    if isinstance(path, epath.Path) and not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     if path.is_dir():
-        found = sorted(p.name for p in path.iterdir())
-        index = any(n.endswith(".safetensors.index.json") for n in found)
-        files = [n for n in found if n.endswith(".safetensors")]
-        if index or files:
+        found = path.names() if isinstance(path, Url) else sorted(p.name for p in path.iterdir())
+        if any(n.endswith((".safetensors.index.json", ".safetensors")) for n in found):
             from jaxmerge.checkpoint import _safetensors
 
             return _safetensors.open_directory(path, found)
+        if isinstance(path, Url) and not found:
+            looked = f": it has none of {', '.join(SAFETENSORS)}, and only those are read over https" if on_web(path) else ""
+            raise FileNotFoundError(f"no checkpoint at {path}{looked}.")
         torch = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if torch:
             raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; convert it to safetensors.")
         from jaxmerge.checkpoint import _orbax
 
-        return _orbax.open_checkpoint(path)
+        return _orbax.open_checkpoint(str(path).removeprefix("file://"))
     if path.name.endswith(".safetensors"):
         from jaxmerge.checkpoint import _safetensors
 

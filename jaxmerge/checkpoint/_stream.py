@@ -1,7 +1,7 @@
 """The executor of merges that end in files: by ranges of bytes, in bounded memory, reading, computing and writing at once.
 
 A leaf whose entries are merged one by one streams through in blocks. One whose threshold must be found first is held while
-numpy finds it, or, where it does not fit, read again. One that a method must see whole (norms, rows, singular vectors) is held,
+numpy finds it, or, where it does not fit, read again. One that a method must see whole (singular vectors, say) is held,
 and counts against the memory. Every process has units of its own; only counts travel.
 """
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
-from jaxmerge.checkpoint._feed import Unit, WriteBehind, read_ahead
+from jaxmerge.checkpoint._feed import Sink, Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.params._transform import Step, Survey
 from jaxmerge.params.order._host import Streamed
@@ -104,14 +104,13 @@ class Stream:
                 total = total + survey.look(query, bits)
             return total
         look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
-        for start, stop, _ in programs.pieces(unit.size):
-            origin = self._origin(unit, start)
-            total = total + np.asarray(look(query, settings, origin, [a[start:stop] for a in arrays])).astype(np.uint64)
+        for start, _, parts in self._pieces(unit, arrays, programs.SIZES, fill=False):
+            total = total + np.asarray(look(query, settings, self._origin(unit, start), parts)).astype(np.uint64)
         return total
 
     # --- the merge ---
 
-    def merge(self, sink: WriteBehind, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
+    def merge(self, sink: Sink, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
         """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
         task = self.task
         for n, (unit, arrays) in enumerate(self.units(task.units[done:], len(task.steps)), done):
@@ -142,12 +141,20 @@ class Stream:
             yield 0, block.reshape(-1)
             return
         settings = self._placed(len(task.steps), name)
-        for start, stop, size in programs.pieces(unit.size):
-            parts = programs.padded(arrays, start, stop, size)
+        for start, stop, parts in self._pieces(unit, arrays, programs.SIZES):
             block, plans, largest = run(settings, self._origin(unit, start), parts)
-            block = np.asarray(block)
-            self._note(name, plans, largest, [p[: stop - start] for p in parts])
+            block = np.asarray(block).reshape(-1)
+            self._note(name, plans, largest, [p.reshape(-1)[: stop - start] for p in parts])
             yield start, block[: stop - start]
+
+    def _pieces(
+        self, unit: Unit, arrays: Sequence[np.ndarray], sizes: Sequence[int], *, fill: bool = True
+    ) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """(start, stop, that piece of each array), the last filled up with zeros; in rows where a step looks at those."""
+        row = row_of(self.task.steps, self._shape(unit.name))
+        for start, stop, size in programs.pieces(unit.size, [max(size // row, 1) * row for size in sizes]):
+            parts = programs.padded(arrays, start, stop, size if fill else stop - start)
+            yield start, stop, parts if row == 1 else [p.reshape(-1, row) for p in parts]
 
     def _note(self, name: str, plans: Any, largest: Any, arrays: Sequence[np.ndarray]) -> None:
         if name not in self.found:
@@ -161,16 +168,24 @@ class Stream:
     def _waits(self, name: str, before: int) -> bool:
         """Whether a step before this one must find something out about the leaf first."""
         steps = zip(self.task.steps[:before], self.settings, strict=False)
-        return any(step.resolve is not None and step.open(s[name]) for step, s in steps)
+        return any(self._finds(i) and step.open(s[name]) for i, (step, s) in enumerate(steps))
+
+    def _finds(self, i: int) -> bool:
+        """Whether step i finds something out, and the steps before it show it blocks."""
+        steps = self.task.steps
+        return steps[i].resolve is not None and all(step.blocks for step in steps[:i])
 
     def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
-            if step.resolve is not None and name in self.task.floating and step.open(s := self.settings[i][name]):
-                sample = None if arrays is None or unit.size < SAMPLED else functools.partial(self._sample, i, unit, arrays)
+            if self._finds(i) and name in self.task.floating and step.open(s := self.settings[i][name]):
+                sample = None
+                if arrays is not None and unit.size >= SAMPLED and row_of(self.task.steps[:i], self._shape(name)) == 1:
+                    sample = functools.partial(self._sample, i, unit, arrays)
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
                 total = functools.partial(self._total, i, unit, arrays)
+                assert step.resolve is not None
                 self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, sample, total))
             models = step.models or models
 
@@ -189,9 +204,9 @@ class Stream:
         if settings is None:
             settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
         for part, held in self._parts(unit, arrays):
-            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
-                bits = look(settings, self._origin(part, start), programs.padded(held, start, stop, size))
-                yield part.start - unit.start + start, np.asarray(bits)[:, : stop - start]
+            for start, stop, parts in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
+                bits = np.asarray(look(settings, self._origin(part, start), parts))
+                yield part.start - unit.start + start, bits.reshape(len(bits), -1)[:, : stop - start]
 
     def _total(self, i: int, unit: Unit, arrays: Any, f: Any, mine: Any, combine: np.ufunc) -> np.ndarray:  # noqa: PLR0917
         """What f comes to over a unit, of what the steps before i leave; added up alike whatever is in memory together."""
@@ -199,8 +214,8 @@ class Stream:
         mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
         total: Any = None
         for part, held in self._parts(unit, arrays):
-            for start, stop, size in programs.pieces(part.size, (LOOK, programs.SIZES[-1])):
-                found = look(mine, settings, self._origin(part, start), programs.padded(held, start, stop, size))
+            for start, _, parts in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
+                found = look(mine, settings, self._origin(part, start), parts)
                 found = np.asarray(found).astype(np.float64)
                 total = found if total is None else combine(total, found)
         return total
@@ -249,6 +264,11 @@ class Stream:
 
     def _size(self, name: str) -> int:
         return self.task.inputs[0].leaves[name].size
+
+
+def row_of(steps: Sequence[Step], shape: tuple[int, ...]) -> int:
+    """How many entries no block may cut through: a row of the last axis, where a step looks at those."""
+    return shape[-1] if len(shape) > 1 and any(step.blocks == "rows" for step in steps) else 1
 
 
 def split(unit: Unit, most: int, row: int = 0) -> Iterator[Unit]:

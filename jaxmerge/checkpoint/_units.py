@@ -1,28 +1,44 @@
-"""How the leaves of a safetensors output are cut into what is in memory together."""
+"""How the leaves of an output are cut into what is in memory together."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from jaxmerge.checkpoint import _programs as programs
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
 from jaxmerge.checkpoint._feed import FLUSH, ROOMS, Unit
-from jaxmerge.checkpoint._layout import Layout, layout
 from jaxmerge.checkpoint._source import Leaf, Source
-from jaxmerge.checkpoint._stream import LOOK, parts_of, split
+from jaxmerge.checkpoint._stream import LOOK, parts_of, row_of, split
 from jaxmerge.params._transform import Step
+from jaxmerge.params.order._quantile import row_size
 
 HOLD = 1 << 30
+GROUP = 1 << 26
+"""Bytes of blocks that become one file, at most."""
+
+
+class Span(NamedTuple):
+    """What is stored together of an array: so many rows along an axis, with all that follows; before it, one index."""
+
+    axis: int
+    rows: int
+
+    def entries(self, shape: tuple[int, ...]) -> int:
+        """How many that is: one run of the flat array."""
+        return self.rows * math.prod(shape[self.axis + 1 :])
 
 
 class Ways(NamedTuple):
-    """See `CheckpointPlan`; `again` are leaves that are too large to be held while their thresholds are found."""
+    """See `CheckpointPlan`; `again` are leaves that are too large to be held while their thresholds are found.
+
+    `spans` are those of an output in blocks, which no unit cuts through; `group` bytes of them are written at once.
+    """
 
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     room_bytes: int
-    layout: Layout | None
+    spans: dict[str, Span]
+    group: int
     again: tuple[str, ...]
     peak: int
     problems: tuple[str, ...]
@@ -31,14 +47,17 @@ class Ways(NamedTuple):
 def by_ranges(
     *,
     inputs: Sequence[Source],
-    out: Mapping[str, Leaf],
     floating: Sequence[str],
     steps: Sequence[Step],
     settings: Sequence[dict[str, Any]],
     memory: int | str | None,
-    max_shard_bytes: int,
+    shards: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Ways:
-    """Blocks for leaves that are merged entry by entry; a unit for each leaf that is held; problems where one does not fit."""
+    """Blocks for leaves that are merged entry by entry; a unit for each leaf that is held; problems where one does not fit.
+
+    Args:
+      shards: into how many parts each axis of a leaf is split on devices, of an output in blocks; None: files of plain bytes.
+    """
     problems = []
     hold = HOLD if memory is None else parse_size(memory, "memory")
     most = max(available() // 2, HOLD) if memory is None else hold
@@ -49,19 +68,33 @@ def by_ranges(
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
     largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
+    encoded = 0  # of inputs that are no runs of bytes: what is read, and what comes of it, until it is where it belongs
     units: list[tuple[Unit, ...]] = []
     entire, again = set(), []
+    spans: dict[str, Span] = {}
+
+    def cut(name: str, leaf: Leaf, most: int, together: int = 1) -> tuple[Unit, ...]:
+        row = row_of(steps, leaf.shape) if name in merged else 1
+        most = max(most // max(row, 1), 1) * row
+        if shards is None:
+            return tuple(parts_of(name, leaf.shape, most))
+        spans[name] = span(leaf.shape, most, shards.get(name, ()), together)
+        row = math.prod(leaf.shape[spans[name].axis :])
+        return tuple(split(Unit(name, 0, leaf.size), spans[name].entries(leaf.shape), row))
+
     for name, leaf in leaves.items():
+        if leaf.dtype is None:
+            continue
         whole = Unit(name, 0, leaf.size)
         there = [s.leaves[name] for s in inputs if name in s.leaves]
         held = sum(o.bytes for o in there)
+        parts = cut(name, leaf, block)
         if name not in merged:
-            units += [(part,) for part in parts_of(name, leaf.shape, block)]
+            units += [(part,) for part in parts]
             continue
         local = all(s.extent(name) is not None for s in inputs if name in s.leaves)
         large = 4 * held > 3 * hold
         rows = None if local or not large else _rows_together(inputs, name)
-        most_entries = block if rows is None else max(block // max(rows, 1), 1) * rows
         mine = zip(steps, settings, strict=False)
         look = any(step.resolve is not None and name in s and step.open(s[name]) for step, s in mine)
         if not blockwise:
@@ -75,41 +108,61 @@ def by_ranges(
             units.append((whole,))
             work = max(work, need - held)
         elif (local and not look) or (large and (local or rows)):
-            parts = tuple(parts_of(name, leaf.shape, most_entries))
+            if rows is not None:
+                parts = cut(name, leaf, max(block // max(rows, 1), 1) * rows, rows)
+                together = max(part.size for part in parts) * held // leaf.size
+                if memory is not None and together > hold:
+                    problems.append(
+                        f"  {name}: {rows * leaf.shape[0] // leaf.size} of its {leaf.shape[0]} rows are stored as one: "
+                        f"{show_size(together)} of memory of all inputs, {show_size(hold)} allowed; raise memory= (--memory)"
+                    )
+                largest, encoded = max(largest, together), max(encoded, together)
             units += [parts] if look else [(part,) for part in parts]
             if look:
                 again.append(name)
             continue
         else:
+            if memory is not None and held > hold:
+                problems.append(
+                    f"  {name}: it is stored so that only the whole of it can be read: {show_size(held)} of memory for "
+                    f"{list(leaf.shape)} of all inputs, {show_size(hold)} allowed; raise memory= (--memory)"
+                )
             units.append((whole,))
+            encoded = max(encoded, 0 if local else held)
         largest = max(largest, held)
-    try:
-        files = layout(out, {}, max_shard_bytes)
-    except ValueError as e:
-        files = None
-        problems.append(f"  {e}")
-    limit = hold if memory is None else max(hold - work, largest)
-    peak = min(ROOMS * largest, limit) + work + 4 * FLUSH
-    return Ways(tuple(units), frozenset(entire), limit, files, tuple(again), peak, tuple(problems))
+    group = 4 * FLUSH if shards is None else min(GROUP, hold // 8)
+    written = group if shards is None else 3 * group  # one group is on its way, compressed, while the next is made
+    limit = hold if memory is None else max(hold - work - 2 * encoded - (written if shards else 0), largest)
+    peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + written
+    return Ways(tuple(units), frozenset(entire), limit, spans, group, tuple(again), peak, tuple(problems))
 
 
-def in_rows(
-    inputs: Sequence[Source], floating: Sequence[str], steps: Sequence[Step], budget: int
-) -> dict[str, tuple[Unit, ...]]:
-    """Leaves of an Orbax output that do not fit into so many bytes, in parts of whole rows; on one process.
+def span(shape: tuple[int, ...], most: int, shards: Sequence[int] = (), together: int = 1) -> Span:
+    """The largest blocks of at most so many entries; where it costs little, a device's part is a whole number of them.
 
-    Where a leaf cannot be read by rows, or a step must see it whole, it is merged whole all the same.
+    Args:
+      shape: of the array.
+      most: entries.
+      shards: into how many parts each axis is split on devices.
+      together: entries, whole rows of the first axis, of which a block is a multiple; 1: any.
     """
-    if jax.process_count() > 1 or not all(step.blocks for step in steps):
-        return {}
-    found = {}
-    for name in floating:
-        leaf = inputs[0].leaves[name]
-        if leaf.bytes * (len(inputs) + 1) > budget and (together := _rows_together(inputs, name)):
-            per_entry = 4 * (len(inputs) + 1) * max(s.leaves[name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
-            most = max(budget // per_entry // together, 1) * together
-            found[name] = tuple(split(Unit(name, 0, leaf.size), most))
-    return found
+    if not shape:
+        return Span(0, 1)
+    after = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    axis = 0 if together > 1 and after[0] < 1 << 32 else next(i for i, inner in enumerate(after) if inner <= most)
+    n, inner = shape[axis], after[axis]
+    if row_size(shape) < n * inner:  # entries of a block are counted from the beginning of a row of `coordinates`
+        return Span(axis, 1)
+    rows = min(max(most // max(inner, 1), 1), max(n, 1))
+    per = n // (shards[axis] if axis < len(shards) else 1)
+    if together > 1:
+        rows = max(rows * inner // together, 1) * together // inner
+    elif 0 < per <= rows:
+        rows -= rows % per
+    elif per:
+        even = max(d for i in range(1, math.isqrt(per) + 1) if per % i == 0 for d in (i, per // i) if d <= rows)
+        rows = even if 2 * even > rows else rows
+    return Span(axis, rows)
 
 
 def _rows_together(inputs: Sequence[Source], name: str) -> int | None:

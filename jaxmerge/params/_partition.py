@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxmerge.params._deferred import Entries, entries, last
@@ -159,11 +160,17 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
             survey=survey,
             needs=needs,
             lazy=True,
-            blocks=all(step.blocks for step in steps.values()),
+            blocks=_blocks(steps.values()),
             resolve=resolve if any(step.resolve for step in steps.values()) else None,
             open=waits,
         )
     )
+
+
+def _blocks(steps: Iterable[Step]) -> bool | Literal["rows"]:
+    """What blocks all of them take."""
+    kinds = {step.blocks for step in steps}
+    return False if False in kinds else "rows" if "rows" in kinds else True
 
 
 def _of_labels(surveys: Mapping[str, Survey], lazy: Mapping[str, bool]) -> Survey:
@@ -209,7 +216,14 @@ def _of_labels(surveys: Mapping[str, Survey], lazy: Mapping[str, bool]) -> Surve
                 settings = back(key, settings, survey.finish(notes[key], own))
         return settings
 
-    return Survey(settle, sum(survey.rounds for survey in surveys.values()), start, read, step, finish)
+    def look(query, bits):
+        ((key, asked),) = query.items()
+        found = surveys[key].look
+        return np.zeros(1, np.uint64) if asked is None or found is None else found(asked, bits)
+
+    all_look = all(survey.look is not None for survey in surveys.values())
+    rounds = sum(survey.rounds for survey in surveys.values())
+    return Survey(settle, rounds, start, read, step, finish, look if all_look else None)
 
 
 # --- a chain inside an atom ------------------------------------------------------------------------------------------

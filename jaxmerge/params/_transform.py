@@ -76,8 +76,9 @@ class Step(NamedTuple):
       needs: what it looks at; nothing for an atom that is pointwise.
       lazy: `match`, `survey.settle`, and `merge` where it draws or factors, take leaves `Deferred` as they may be, and read
         them (`entries`) where they look; what they leave may be deferred too.
-      blocks: whether `match` and `merge` take any flat block of a leaf (K, n) for itself, given what `resolve` found; an entry
-        "origin" in the settings is then the index of the block's first entry in the leaf, as (row, column) of `coordinates`.
+      blocks: whether `match` and `merge` take any flat block of a leaf (K, n) for itself, given what `resolve` found, or any
+        whole "rows" of its last axis (K, r, n); an entry "origin" in the settings is then the index of the block's first entry
+        in the leaf, as (row, column) of `coordinates`.
       resolve: (settings, x as it streams through the host) -> settings with which `match` need not look at the tensor; None
         where nothing is to be found.
       open: settings -> whether `resolve` has still to find something.
@@ -90,7 +91,7 @@ class Step(NamedTuple):
     survey: Survey | None = None
     needs: tuple[Need, ...] = ()
     lazy: bool = False
-    blocks: bool = False
+    blocks: bool | Literal["rows"] = False
     resolve: Callable[[Any, Streamed], Any] | None = None
     open: Callable[[Any], bool] = lambda settings: True
 

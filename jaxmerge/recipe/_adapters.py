@@ -149,12 +149,22 @@ class Adapted:
 
 
 def as_weights(adapters: Mapping[Any, Source]) -> dict[Any, Source]:
-    """Adapters as models of the weights they update, so that a recipe's names, filters and gradients mean those."""
+    """Adapters as models of the weights they update, all zero: a recipe's names, filters and gradients mean those.
+
+    Raises:
+      ValueError: adapters that do not update the same model, or do more than update it.
+    """
     shapes: dict[str, Leaf] = {}
     for adapter in adapters.values():
+        whole = next((n for n in adapter.leaves if not FACTOR.match(n)), None)
+        if whole is not None:
+            raise ValueError(f"{adapter.name} has {whole} as a whole, which is no update; merge model+adapter instead.")
         for n, u in updates(adapter).items():
             shape = (adapter.leaves[u.b].shape[0], adapter.leaves[u.a].shape[1])
-            shapes.setdefault(n, Leaf(shape[::-1] if u.turned else shape, adapter.leaves[u.b].dtype))
+            shapes.setdefault(n, Leaf(shape[::-1] if u.turned else shape, np.dtype(np.float32)))
+            if shapes[n].shape != (shape[::-1] if u.turned else shape):
+                text = f"{adapter.name} updates {n} as {list(shape)}, another adapter as {list(shapes[n].shape)}"
+                raise ValueError(f"{text}; merge adapters of one model.")
     found = {}
     for key, adapter in adapters.items():
         zero = lambda leaf: lambda: np.zeros(leaf.shape, leaf.dtype)

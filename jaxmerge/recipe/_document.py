@@ -2,17 +2,19 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint import CheckpointPlan, Source
+from jaxmerge.checkpoint._budget import parse_size, show_size
 from jaxmerge.checkpoint._sharding import of_mesh
-from jaxmerge.recipe._adapters import adapted, as_weights, concatenated, is_adapter
+from jaxmerge.recipe._adapters import adapted, concatenated, is_adapter
 from jaxmerge.recipe._card import beside, card
 from jaxmerge.recipe._layouts import LAYOUTS, in_one_layout
+from jaxmerge.recipe._low_rank import BASE, dense, lost, low_rank, said
 from jaxmerge.recipe._mistakes import mismatched, stacked, strangers, weightless
 from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._open import open_model
@@ -39,6 +41,7 @@ class RecipePlan(NamedTuple):
       beside: files that go with the output: configuration, tokenizer, card, the recipe.
       vocabulary: how many rows of each model are its own, borrowed, averaged, zero; empty where vocabularies are as they are.
       notes: what should be known, but is no mistake.
+      after: what can be said of the output only when it is there; None: nothing.
     """
 
     recipe: Recipe
@@ -49,6 +52,7 @@ class RecipePlan(NamedTuple):
     beside: dict[str, str | bytes]
     vocabulary: dict[str, dict[str, int]]
     notes: tuple[Mistake, ...]
+    after: Callable[[Source], str] | None = None
 
 
 def plan_document(
@@ -130,7 +134,12 @@ def _arguments(
     found: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
     if recipe.own.get("layout") == "hf":
         found = {"format": "safetensors"} | found
-    found |= {k: v for k, v in options.items() if v is not None}
+    return _with_options(found, options)
+
+
+def _with_options(found: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, options above them; a sharding in words as a rule."""
+    found = found | {k: v for k, v in options.items() if v is not None}
     if isinstance(found.get("sharding"), str):
         found["sharding"] = of_mesh(found["sharding"], "sharding")
     return found
@@ -160,30 +169,59 @@ def _dtypes(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, S
 def _adapters(
     recipe: Recipe, sources: dict[Reference, Source], alone: list[Reference], options: Mapping[str, Any], title: str
 ) -> tuple[RecipePlan | None, list[Mistake]]:
-    """Adapters into one adapter: their updates, weighted and added up, side by side."""
-    marks = recipe.references()
-    if len(alone) < len(sources):
+    """Adapters into one adapter: their updates added up side by side, exactly; or by any method, to a rank."""
+    marks, models = recipe.references(), [i.model for module in recipe.modules for part in module.slices for i in part.inputs]
+    adapters = {m: sources[m] for m in alone}
+    notes: list[Mistake] = []
+    if recipe.method.base != "input" and recipe.base not in (None, *models, *alone) and len(adapters) + 1 == len(sources):
+        notes.append(Mistake(marks.get(recipe.base), f"merged are the adapters' updates; {recipe.base} is not read."))
+    elif len(adapters) < len(sources):
         text = "is an adapter and not a model; write it after the model it was trained on, as model+adapter."
         return None, [Mistake(marks.get(m), f"{m} {text}") for m in alone]
-    if recipe.method_name != "linear":
-        text = f"adapters alone merge by linear, which adds their updates up; for {recipe.method_name} write model+adapter."
-        return None, [Mistake(recipe.marks["merge_method"], text)]
+    exact = recipe.method_name == "linear" and "rank" not in recipe.own
+    based = recipe
+    if recipe.method.base == "required" and recipe.base not in alone:
+        based = recipe._replace(base=BASE, marks={"base_model": recipe.marks[""]} | recipe.marks)
     try:
-        rows, mistakes, notes = resolve(recipe, as_weights(sources))
+        updates = dense(adapters)
+        rows, mistakes, more = resolve(based, updates)
+        mistakes += weightless(based, rows)
+        if mistakes:
+            return None, mistakes
+        made = None
+        if exact:
+            source, config = concatenated(adapters, _shares(rows))
+        else:
+            dense_work = work(recipe.method, rows, lambda model, there, name: (updates[model], there), recipe.own["seed"])
+            made = low_rank(adapters, dense_work, recipe.own.get("rank"), recipe.out_dtype or recipe.dtype)
+            source, config = made.source, made.config
+        arguments: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own}
+        arguments |= {"out_dtype": recipe.out_dtype or recipe.dtype, "stem": "adapter_model"}
+        arguments = _with_options(arguments, options)
+        todo = Work(params.passthrough(), None, (source,))
+        headers = _headers(todo, arguments)
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
-    mistakes += weightless(recipe, rows)
-    if mistakes:
-        return None, mistakes
+    problems = list(headers.problems)
+    if made is not None:
+        allowed = arguments.get("memory")
+        if allowed is not None and made.bytes > parse_size(allowed, "memory"):
+            problems.append(f"a merged update takes {show_size(made.bytes)} of memory, {allowed} allowed; raise memory.")
+        headers = headers._replace(peak_bytes=headers.peak_bytes + made.bytes)
+        ranks = sorted({u.rank for u in made.low.values()})
+        text = f"updates are merged dense and kept at rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}"
+        notes.append(Mistake(recipe.marks.get("rank"), f"{text}; what is lost is measured when the adapter is there."))
+    files: dict[str, str | bytes] = {"adapter_config.json": dump(config), "mergekit_config.yml": recipe.text}
+    files["README.md"] = card(recipe, sources, title, False).replace("library_name: transformers", "library_name: peft")
+    mistakes = [Mistake(None, problem.strip()) for problem in problems]
+    after = None if made is None else lambda out: said(lost(made, out))
+    return RecipePlan(recipe, rows, todo, headers, arguments, files, {}, (*recipe.notes, *notes, *more), after), mistakes
+
+
+def _shares(rows: tuple[Row, ...]) -> dict[str, dict[Any, float]]:
+    """{weight: {adapter: its factor}} of a weighted sum."""
     weights = {}
     for row in rows:
         total = math.fsum(row.values["weight"]) if row.values["normalize"] else 1.0
         weights[row.name] = {m: w / total for (m, _), w in zip(row.inputs, row.values["weight"], strict=True)}
-    source, config = concatenated(sources, weights)
-    todo = Work(params.passthrough(), None, (source,))
-    arguments = {"out_dtype": recipe.out_dtype or recipe.dtype} | {k: v for k, v in options.items() if v is not None}
-    headers = _headers(todo, arguments)
-    files: dict[str, str | bytes] = {"adapter_config.json": dump(config), "mergekit_config.yml": recipe.text}
-    files["README.md"] = card(recipe, sources, title, False).replace("library_name: transformers", "library_name: peft")
-    mistakes = [Mistake(None, problem.strip()) for problem in headers.problems]
-    return RecipePlan(recipe, rows, todo, headers, arguments, files, {}, (*recipe.notes, *notes)), mistakes
+    return weights

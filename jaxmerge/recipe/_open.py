@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import Leaf, Source
+from jaxmerge.checkpoint._remote import Place
 from jaxmerge.checkpoint._source import Extent, Format, Index
 from jaxmerge.recipe._schema import Path
 
@@ -77,7 +78,8 @@ class Planned:
 
     def __init__(self, name: str, leaves: Mapping[str, Leaf], beside: Mapping[str, str | bytes]):
         self.beside = dict(beside)
-        self.name, self.path, self.metadata, self.files = name, epath.Path(name), {}, ()
+        self.path: Place = epath.Path(name)
+        self.name, self.metadata, self.files = name, {}, ()
         self.format: Format = "safetensors"
         self.leaves = dict(leaves)
 

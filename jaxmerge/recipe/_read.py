@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from jaxmerge.checkpoint._budget import parse_size
+from jaxmerge.checkpoint._remote import on_web
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
@@ -15,7 +16,7 @@ from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, n
 
 WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
-OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite")
+OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank")
 TOP = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "name", *OURS,
@@ -135,6 +136,9 @@ class _Reader:
             return [node]
         before, after = node.value[: found.start()], node.value[found.end() :]
         folder, _, prefix = before.rpartition("/")
+        if on_web(folder):
+            self.wrong(node.mark, f"{found[0]}: folders cannot be listed over https; name every checkpoint.")
+            return []
         parent = epath.Path(folder or ".")
         names = [p.name for p in parent.iterdir()] if parent.exists() else []
         steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
@@ -345,6 +349,11 @@ class _Reader:
         seed = fields["seed"].value if "seed" in fields else 0
         if type(seed) is not int:
             self.wrong(fields["seed"].mark, f"seed must be a whole number, got {seed!r}.")
+        rank = fields["rank"].value if self.there(fields, "rank") else 1
+        if type(rank) is not int or rank < 1:
+            self.wrong(
+                fields["rank"].mark, f"rank, of a merge of adapters alone, must be a whole number from 1 on, got {rank!r}."
+            )
         found = {"seed": seed, "integers": "agree", "nonfinite": "refuse"}
         return found | {k: fields[k].value for k in OURS if self.there(fields, k)}
 

@@ -1,15 +1,15 @@
 """Recipes planned and carried out: document by document, everything checked before a tensor is read."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
+from etils import epath
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
-from jaxmerge.checkpoint._receipt import describe
+from jaxmerge.checkpoint._receipt import hashes
+from jaxmerge.checkpoint._remote import is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
 from jaxmerge.recipe._open import Planned
 from jaxmerge.recipe._read import read
@@ -86,21 +86,21 @@ def merge(
     """
     planned = plan(recipe, **options)
     _, name = _text(recipe)
-    out = pathlib.Path(out)
-    parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
-    places = [*(parts / str(p.recipe.name) for p in planned[:-1]), out]
-    if out.exists() and not overwrite:
+    whole: Any = epath.Path(out) if is_remote(out) else pathlib.Path(out)
+    aside = pathlib.Path(parts) if parts is not None else whole.with_name(f"{whole.name}.parts")
+    places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
+    if whole.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
     for place in places:
         _no_parent(place, planned)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
     for document, place in zip([p.recipe for p in planned], places, strict=True):
-        last = place == out
+        last = place == whole
         todo, mistakes = plan_document(document, earlier, options, place.name)
         if todo is None or mistakes:  # what an earlier document made is not what was planned
             raise RecipeError(mistakes, name)
-        tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or out.name, p)
+        tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or whole.name, p)
         if not last and resume and _is_there(place, todo):
             earlier[str(document.name)] = checkpoint.open(place)
             done.append((todo, MergeReport((), todo.headers, {}, 0.0, resumed=todo.headers.bytes_written)))
@@ -113,12 +113,12 @@ def merge(
             overwrite=overwrite or not last,
             resume=resume,
             recipe=document.text,
-            beside=todo.beside if todo.headers.format == "safetensors" else None,
+            beside=todo.beside,
             on_progress=tell,
             **todo.options,
         )
-        if "adapter_config.json" in todo.beside:
-            _as_adapter(place)
+        if todo.after is not None:
+            todo = todo._replace(notes=(*todo.notes, Mistake(None, todo.after(checkpoint.open(place)))))
         done.append((todo, report))
         if document.name is not None:
             earlier[document.name] = checkpoint.open(place)
@@ -131,7 +131,7 @@ def verify(
     """Is a merge what its receipt says? Its recipe is planned again, and a sample of its tensors computed from the parents.
 
     Args:
-      out: a directory that `merge` wrote, of safetensors.
+      out: a directory that `merge` wrote.
       parts: where the results of documents lie that it was merged from; None is `out` with ".parts" after it.
       leaves, seed: see `checkpoint.verify`.
 
@@ -181,7 +181,7 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
     return found
 
 
-def _no_parent(place: pathlib.Path, plans: tuple[RecipePlan, ...]) -> None:
+def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
     """Refuse to write where something is read."""
     files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
     inside = next((f for f in files if place.absolute() in pathlib.Path(f).parents), None)
@@ -189,22 +189,11 @@ def _no_parent(place: pathlib.Path, plans: tuple[RecipePlan, ...]) -> None:
         raise FileExistsError(f"{place} holds {pathlib.Path(inside).name}, which is merged here; choose another place.")
 
 
-def _is_there(place: pathlib.Path, todo: RecipePlan) -> bool:
+def _is_there(place: Any, todo: RecipePlan) -> bool:
     """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
     if not (place / "jaxmerge.json").exists():
         return False
     receipt = checkpoint.receipt(place)
     parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
-    now = [describe(source)["files"] for source in todo.headers.inputs]
+    now = [hashes([source]) for source in todo.headers.inputs]
     return receipt["recipe"] == todo.recipe.text and [p["files"] for p in parents] == now
-
-
-def _as_adapter(place: pathlib.Path) -> None:
-    """The names that PEFT looks for."""
-    if jax.process_index() != 0:
-        return
-    old, new = "model.safetensors", "adapter_model.safetensors"
-    (place / old).rename(place / new)
-    receipt = json.loads((place / "jaxmerge.json").read_text())
-    receipt["files"] = {new if f == old else f: h for f, h in receipt["files"].items()}
-    (place / "jaxmerge.json").write_text(json.dumps(receipt, indent=1) + "\n")

@@ -3,10 +3,10 @@
     python -m scripts.bench.engine build --root runs/bench --sizes 0.13 0.5 2
     python -m scripts.bench.engine run   --root runs/bench --size 0.5 --methods linear ties [--mergekit PYTHON] [--warm]
 
-Models are Llama-shaped, bfloat16, random: a base and three experts (base + N(0, 0.002^2)). Every run is a process of its own;
-what it takes is what the operating system says: wall, processor seconds (its own and the system's for it), the peak of its
-anonymous and file-backed memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before
-each run.
+Both tools run their commands on one recipe. Models are Llama-shaped, bfloat16, random: a base and three experts (base +
+N(0, 0.002^2)). Every run is a process of its own; what it takes is what the operating system says: wall, the time until a
+megabyte of output is written, processor seconds (its own and the system's for it), the peak of its anonymous and file-backed
+memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before each run.
 """
 
 import dataclasses
@@ -109,20 +109,6 @@ def build(root: pathlib.Path, size: float) -> None:
 
 # --- who runs --------------------------------------------------------------------------------------------------------
 
-OURS = """
-import sys, time
-from jaxmerge import checkpoint, params
-method, root, out, names = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-tx = {
-    "linear": lambda: params.linear(), "task_arithmetic": lambda: params.task_arithmetic(),
-    "ties": lambda: params.ties(0.5, scope="tensor", reduce="mean"),
-    "dare_ties": lambda: params.dare_ties(0.5, seed=0, rescale="l1"),
-    "model_stock": lambda: params.model_stock(), "slerp": lambda: params.slerp(0.5),
-}[method]()
-base = f"{root}/base" if "base" in names else None
-checkpoint.merge(tx, base, [f"{root}/{n}" for n in names if n != "base"], out, overwrite=True)
-"""
-
 FLOOR = """
 import mmap, os, queue, struct, sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +142,7 @@ thread.join(); os.fsync(target)
 
 
 def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
-    """mergekit's YAML of the same merge."""
+    """The merge as mergekit's YAML, for both."""
     experts = [n for n in names if n != "base"]
     if method == "slerp":
         return json.dumps(
@@ -178,9 +164,10 @@ def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass
 class Taken:
-    """What a process took."""
+    """What a process took; `first` until a megabyte of output was written."""
 
     wall: float
+    first: float
     cpu: float
     anonymous: float
     filed: float
@@ -196,6 +183,7 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
         process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
     peaks = {"RssAnon": 0, "RssFile": 0}
     io = {"read_bytes": 0, "write_bytes": 0}
+    first: list[float] = []
 
     def watch() -> None:
         while process.returncode is None:
@@ -208,6 +196,8 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
                     key, value = line.split(": ")
                     if key in io:
                         io[key] = int(value)
+                if not first and io["write_bytes"] >= 1e6:
+                    first.append(time.monotonic() - began)
             except OSError:
                 return
             time.sleep(0.02)
@@ -221,9 +211,9 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
     if process.returncode:
         raise RuntimeError(f"{command[:3]} failed:\n{log.read_text()[-2000:]}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Taken(
-        wall, cpu, peaks["RssAnon"] / 1e3, peaks["RssFile"] / 1e3, usage.ru_minflt, io["read_bytes"], io["write_bytes"]
-    )
+    began_writing = first[0] if first else wall
+    memory = peaks["RssAnon"] / 1e3, peaks["RssFile"] / 1e3
+    return Taken(wall, began_writing, cpu, *memory, usage.ru_minflt, io["read_bytes"], io["write_bytes"])
 
 
 def drop(files: list[pathlib.Path]) -> None:
@@ -251,7 +241,7 @@ def run(
 
     models = root.absolute() / str(size)
     env = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    rows, console = {}, Console()
+    rows, console = {}, Console(width=140)
     for method in methods:
         names = INPUTS.get(method, ("base", *EXPERTS))
         target = root.absolute() / "out"
@@ -259,7 +249,7 @@ def run(
         yaml.write_text(recipe(method, models, names))
         commands = {
             "floor": [sys.executable, "-c", FLOOR, str(models), str(target), *names],
-            "ours": [sys.executable, "-c", OURS, method, str(models), str(target), *names],
+            "ours": [sys.executable, "-m", "jaxmerge.cli", "merge", str(yaml), str(target)],
         }
         if mergekit:
             tool = str(pathlib.Path(mergekit).parent / "mergekit-yaml")
@@ -282,7 +272,7 @@ def run(
         shutil.rmtree(target, ignore_errors=True)
         rows[method] = {name: [dataclasses.asdict(t) for t in ts] for name, ts in taken.items()}
         table = Table(title=f"{method}, {size} B, {'warm' if warm else 'cold'}, {rounds} rounds: medians (min to max)")
-        columns = ("", "wall s", "to floor", "CPU s", "anonymous MB", "file MB", "faults", "read GB", "written GB")
+        columns = ("", "wall s", "to floor", "first s", "CPU s", "anonymous MB", "file MB", "faults", "read GB", "written GB")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         floor = statistics.median(t.wall for t in taken["floor"])
@@ -293,6 +283,7 @@ def run(
                 name,
                 f"{m['wall']:.2f} ({min(walls):.2f} to {max(walls):.2f})",
                 f"{m['wall'] / floor:.2f}",
+                f"{m['first']:.2f}",
                 f"{m['cpu']:.2f} ({min(cpus):.2f} to {max(cpus):.2f})",
                 f"{m['anonymous']:.0f}",
                 f"{m['filed']:.0f}",

@@ -3,16 +3,19 @@
     python -m scripts.bench.vit --out runs/bench
     python -m scripts.bench.vit --variant L/16 --resolution 384 --batch 64 --rs 0 23 --attention cudnn      (on a GPU)
 
-Our own model against itself: the same weights, all r in turn; on one thread of a CPU, or in bfloat16 on an accelerator, there
-with and without our kernels. The arithmetic is counted by formula (matrix products and attention, for each block's own number
-of tokens), also with tokens padded to eights, and by `compiled.cost_analysis()`. The last column, the speed-up over the ratio
-of operations, is 100 % where merging costs nothing. Writes vit.json.
+Our own model against itself: the same weights, all r in turn; on one thread of a CPU, or in bfloat16 on an accelerator. There
+with our kernels, without them, and "cut": the last tokens of each block dropped by a slice, which is what a merge that costs
+nothing would take. A forward pass reads its matrices in bfloat16, as a served model holds them; training keeps float32. The
+arithmetic is counted by formula (matrix products and attention, for each block's own number of tokens), also with tokens padded
+to eights, and by `compiled.cost_analysis()`. The last column, the speed-up over the ratio of operations, is 100 % where merging
+costs nothing and time follows operations. Writes vit.json.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,19 +114,21 @@ def measure(config: ViTConfig, batch: int, rs: tuple[int, ...], rounds: int) -> 
 
 
 def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, attention: Flash) -> list[dict]:
-    """A row for each r, with our kernels and with XLA alone; ratios are to the first."""
+    """A row for each r and each way to lose tokens: our kernels, XLA alone, a slice. Ratios are to the first."""
     model = nnx.eval_shape(lambda: ViT(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    weights, tree = jax.tree.flatten(jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), state))
+    weights, tree = jax.tree.flatten_with_path(state)
+    weights = [jax.ShapeDtypeStruct(w.shape, w.dtype if train else held(path)) for path, w in weights]
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     here = jax.default_backend()
     rows = []
     for r in rs:
-        forward = lambda state, images, r=r: nnx.merge(graph, state)(images, r=r)
-        loss = lambda state, images, forward=forward: forward(state, images).var()
-        call = jax.grad(loss) if train else forward
-        flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
-        for merging in ("kernel", "XLA") if r else ("none",):
+        for merging in ("kernel", "XLA", "cut") if r else ("none",):
+            whole = (lambda model, images, r=r: cut(model, images, r)) if merging == "cut" else (lambda m, i, r=r: m(i, r=r))
+            forward = lambda state, images, whole=whole: whole(nnx.merge(graph, state), images)
+            loss = lambda state, images, forward=forward: forward(state, images).var()
+            call = jax.grad(loss) if train else forward
+            flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
             with dispatch.aim(here) if merging == "XLA" else contextlib.nullcontext():  # a device without a name has no kernels
                 seconds = device.seconds(flat, [*weights, images], draw=small, wall=True)
             rows.append(
@@ -137,6 +142,22 @@ def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, a
                 )
             )
     return rows
+
+
+def cut(model: ViT, images: jax.Array, r: int) -> jax.Array:
+    """The model's pass with the last r tokens of every block dropped where it would merge."""
+    x = model.tokens(images)
+    layers = jm.tokens.schedule(model.config.depth, r, n=x.shape[1], protected=model.config.num_prefix)
+    for block, fewer in zip(model.blocks, layers, strict=True):
+        x = (x + block.attn(block.norm1(x), None)[0])[:, : x.shape[1] - fewer]
+        x = x + block.mlp(block.norm2(x))
+    return model.classify(x, jm.identity(x.shape[1], like=x))
+
+
+def held(path: Any) -> Any:
+    """The dtype in which a served model holds a parameter: the blocks' matrices in bfloat16."""
+    name = jax.tree_util.keystr(path)
+    return jnp.bfloat16 if "kernel" in name and "head" not in name else jnp.float32
 
 
 def small(rng: np.random.Generator, shape: jax.ShapeDtypeStruct) -> jax.Array:

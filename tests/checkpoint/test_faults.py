@@ -17,15 +17,16 @@ from tests.checkpoint.conftest import save
 # Merges in forked children: each is killed at its k-th event, looked at, and run again to the end. An event is a range written
 # (before it, and after half of it), a line of the journal (before, after), a step of making the output appear, a unit done.
 KILLS = """
-import json, os, pathlib, random, shutil, signal, sys, warnings
+import hashlib, json, os, pathlib, random, shutil, signal, sys, warnings
 warnings.simplefilter("ignore")
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import _direct, _journal, _merge, _programs, _ranges
+from jaxmerge.checkpoint import _direct, _journal, _layout, _programs, _ranges, _tree
 import numpy as np
 root, out, count, seed = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 _programs.SIZES = (1 << 13, 1 << 12)
 _ranges.CHECKPOINT = 1 << 15
 tx = {"ties": params.ties(0.3), "dare": params.dare_linear(0.5, seed=1)}[sys.argv[5]]
+kind = sys.argv[6]
 happened, last = 0, 1 << 60
 
 def event(*_):
@@ -47,17 +48,17 @@ def torn(self, data, offset):
 
 write = _direct.Writer.write
 _direct.Writer.write = torn
-around(_journal.Workplace, "note"); around(_journal, "sync"); around(pathlib.Path, "rename"); around(_ranges, "prepare")
+around(_journal.Workplace, "note"); around(_journal, "sync"); around(pathlib.Path, "rename")
+for name in ("_flush", "_send", "put"):
+    around(_tree.Blocks, name)
+around(_tree.Tree, "_give_shapes"); around(_tree.Tree, "finish")
+around(_layout.Layout if kind == "safetensors" else _tree.Tree, "prepare")
 
-def run(kill):
+def child(work):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        global last
-        last = kill
-        report = checkpoint.merge(tx, root / "base", [root / n for n in "abc"], out, memory=300_000, overwrite=True,
-                                  on_progress=event)
-        os.write(write, json.dumps([happened, report.resumed]).encode())
+        os.write(write, json.dumps(work()).encode())
         os._exit(0)
     os.close(write)
     status = os.waitpid(pid, 0)[1]
@@ -65,10 +66,36 @@ def run(kill):
     os.close(read)
     return status, json.loads(text) if text else None
 
+def run(kill):
+    def work():
+        global last
+        last = kill
+        report = checkpoint.merge(tx, root / "base", [root / n for n in "abc"], out, memory=300_000, overwrite=True,
+                                  format=kind if kind == "safetensors" else "orbax", on_devices=kind == "devices",
+                                  on_progress=event, beside={"README.md": "a card"})
+        return [happened, report.resumed]
+    return child(work)
+
+def look(there):
+    '''Its bytes; of Orbax, whose files have names drawn at random, the values, and what lies beside them.'''
+    if kind == "safetensors":
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in there.iterdir()}
+    def work():
+        source = checkpoint.open(there)
+        found = {n: hashlib.sha256(np.ascontiguousarray(source.read(n)).tobytes()).hexdigest() for n in source.leaves}
+        receipt = checkpoint.receipt(there)
+        assert {f for f in receipt["files"]} == {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()} - beside
+        assert {p.name for p in there.iterdir()} == names, list(there.iterdir())
+        return found | {"settings": receipt["settings"]}
+    status, found = child(work)
+    assert status == 0
+    return found
+
+beside = {"jaxmerge.json", "README.md", "commit_success.txt", "orbax.checkpoint"}
 status, (events, resumed) = run(1 << 60)
 assert status == 0 and resumed == 0
-names = sorted(p.name for p in out.iterdir())
-want = {n: (out / n).read_bytes() for n in names}
+names = {p.name for p in out.iterdir()}
+want = look(out)
 rng, resumes = random.Random(seed), 0
 for trial in range(count):
     kept = trial % 2 == 0
@@ -81,23 +108,23 @@ for trial in range(count):
         there = out if out.exists() else replaced if replaced.exists() else None
         finished = not (out.parent / (out.name + ".merging")).exists()  # killed when all was done
         assert there is not None if kept else there is None or finished
-        if there is not None:
-            assert {n: (there / n).read_bytes() for n in names} == want, "what was there has changed"
+        if there is not None and not (there / "lock").exists():
+            assert look(there) == want, "what was there has changed"
     status, (_, resumed) = run(1 << 60)
     assert status == 0
     resumes += resumed > 0
     assert sorted(p.name for p in out.parent.iterdir()) == [out.name], sorted(out.parent.iterdir())
-    assert {n: (out / n).read_bytes() for n in names} == want, "not the bytes of an undisturbed merge"
+    assert look(out) == want, "not what an undisturbed merge makes"
 print(json.dumps([events, resumes]))
 """
 
 
-def kills(models, tmp_path, count, method):
+def kills(models, tmp_path, count, method, kind):
     root = models[0]["base"].parent
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     (tmp_path / "place").mkdir()
-    command = [sys.executable, "-c", KILLS, str(root), str(tmp_path / "place/out"), str(count), "7", method]
+    command = [sys.executable, "-c", KILLS, str(root), str(tmp_path / "place/out"), str(count), "7", method, kind]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     events, resumed = (int(v) for v in done.stdout.strip().strip("[]").split(","))
@@ -105,15 +132,25 @@ def kills(models, tmp_path, count, method):
     return resumed
 
 
-def test_killed_at_random_moments(models, tmp_path):
-    assert kills(models, tmp_path, 4, "dare") >= 1
+@pytest.mark.parametrize("kind", ["safetensors", "orbax", pytest.param("devices", marks=pytest.mark.slow)])
+def test_killed_at_random_moments(models, tmp_path, kind):
+    assert kills(models, tmp_path, 4 if kind == "safetensors" else 3, "dare", kind) >= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "resumed"), [("dare", 15), ("ties", 3)])
-def test_killed_at_fifty_random_moments(models, tmp_path, method, resumed):
+@pytest.mark.parametrize(
+    ("method", "kind", "resumed"),
+    [
+        ("dare", "safetensors", 15),
+        ("ties", "safetensors", 3),
+        ("dare", "orbax", 10),
+        ("ties", "orbax", 3),
+        ("ties", "devices", 3),
+    ],
+)
+def test_killed_at_fifty_random_moments(models, tmp_path, method, kind, resumed):
     """Of ties most moments are in the passes that find the threshold, which are done again if they were not whole."""
-    assert kills(models, tmp_path, 50, method) >= resumed
+    assert kills(models, tmp_path, 50, method, kind) >= resumed
 
 
 def merge(models, out, **kwargs):
@@ -158,6 +195,31 @@ def test_a_full_disk(models, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_under_a_tree(models, tmp_path, monkeypatch):
+    """Of a tree no room can be taken first, but what cannot fit is refused; when there is room again the merge goes on."""
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+    merge(models, tmp_path / "before")
+    with monkeypatch.context() as m:
+        m.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10_000}))
+        with pytest.raises(OSError, match=r"no room for .*out\.merging of up to 145 kB: 10 kB are free"):
+            merge(models, tmp_path / "out", format="orbax")
+    assert [p.name for p in tmp_path.iterdir()] == ["before"]
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"ocdbt\.process_0 cannot be written: .*File too large"):
+            merge(models, tmp_path / "out", format="orbax")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not (tmp_path / "out").exists()
+    merge(models, tmp_path / "out", format="orbax")
+    one, two = checkpoint.open(tmp_path / "before"), checkpoint.open(tmp_path / "out")
+    for n in one.leaves:
+        np.testing.assert_array_equal(one.read(n), two.read(n))
 
 
 def test_no_permission(models, tmp_path, monkeypatch):

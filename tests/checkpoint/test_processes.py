@@ -14,22 +14,29 @@ from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._processes import share
 from tests.checkpoint.conftest import save
 
+RUNTIME = 300 << 20
+"""What compiled programs and the libraries that write take."""
 METHODS = {"linear": params.linear(), "ties": params.ties(0.3), "stock": params.model_stock()}
 WORKER = """
 import pathlib, sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-rank, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, port, root, kind, names = int(sys.argv[1]), *sys.argv[2:5], sys.argv[5].split(",")
 jax.distributed.initialize(f"localhost:{port}", num_processes=4, process_id=rank)
 from jaxmerge import checkpoint, params
-import jaxmerge.checkpoint._ranges
+import jaxmerge.checkpoint._tree
 import jax.experimental.multihost_utils
+def lines(file):
+    return dict(line.split(":") for line in pathlib.Path(f"/proc/self/{file}").read_text().splitlines())
 def io():
-    lines = dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
-    return int(lines["rchar"]), int(lines["wchar"])
-for name, tx in {"linear": params.linear(), "ties": params.ties(0.3), "stock": params.model_stock()}.items():
-    before = io()
-    report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/four_{name}")
-    print(name, *(b - a for a, b in zip(before, io())), report.headers.bytes_read, report.headers.bytes_written, flush=True)
+    return int(lines("io")["rchar"]), int(lines("io")["wchar"])
+def memory(what):
+    return int(lines("status")[what].split()[0]) << 10
+for name in names:
+    tx = {"linear": params.linear(), "ties": params.ties(0.3), "stock": params.model_stock()}[name]
+    before, there = io(), memory("VmRSS")
+    report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/four_{name}", memory="64MB", format=kind)
+    found = (*(b - a for a, b in zip(before, io())), report.headers.bytes_read, report.headers.bytes_written)
+    print(name, *found, memory("VmHWM") - there, flush=True)
 """
 
 
@@ -45,23 +52,32 @@ def test_who_does_what():
         assert not small or small == list(range(small[0], small[-1] + 1))
 
 
-@pytest.mark.slow
-def test_four_processes(tmp_path):
-    """Counted by the operating system: at most 27 % of the bytes each; the output has the bytes of one process."""
+def models_at(root: pathlib.Path, kind: str, large: bool) -> None:
+    """A base and two models: 24 leaves of one size; or one of three times the memory that a process is given."""
     rng = np.random.default_rng(0)
-    base = {f"layers.{i}.w": rng.standard_normal((512, 1000), np.float32) for i in range(24)} | {"step": np.arange(3)}
-    save(tmp_path / "base", base)
-    for seed, n in enumerate("ab"):
-        noise = np.random.default_rng(seed + 1)
+    shapes = {"large": (48_000, 1000)} if large else {f"layers.{i}.w": (2048, 1000) for i in range(24)}
+    base = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()} | {"step": np.arange(3)}
+    for seed, n in enumerate(("base", "a", "b")):
+        noise = np.random.default_rng(seed)
         change = lambda v, noise=noise: v + np.float32(0.01) * noise.standard_normal(v.shape, np.float32)
-        save(tmp_path / n, {k: change(v) if k != "step" else v for k, v in base.items()})
+        save(root / f"{n}.files", {k: change(v) if k != "step" else v for k, v in base.items()})
+        checkpoint.merge(params.passthrough(), None, [root / f"{n}.files"], root / n, format=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "large"), [("safetensors", False), ("orbax", False), ("orbax", True)])
+def test_four_processes(tmp_path, kind, large):
+    """Counted by the operating system: at most 27 % of the bytes each, and no more memory than allowed, beside what programs
+    take; the output has the values of one process."""
+    methods = ["linear"] if large else list(METHODS)
+    models_at(tmp_path, kind, large)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "XLA_FLAGS": ""}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path), kind, ",".join(methods)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,11 +89,13 @@ def test_four_processes(tmp_path):
     assert [w.returncode for w in workers] == [0] * 4, "\n".join(e[-2000:] for _, e in outputs)
     for out, _ in outputs:
         counted = [line.split() for line in out.splitlines() if line.split()[0] in METHODS]
-        assert len(counted) == len(METHODS)
-        for name, read, written, all_read, all_written in counted:
+        assert len(counted) == len(methods)
+        for name, read, written, all_read, all_written, grown in counted:
+            print(kind, name, int(read) / int(all_read), int(written) / int(all_written), int(grown) >> 20)
             assert int(read) <= 0.27 * int(all_read) and int(written) <= 0.27 * int(all_written), (name, counted)
-    for name, tx in METHODS.items():
-        checkpoint.merge(tx, tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / f"one_{name}")
+            assert int(grown) <= 64_000_000 + RUNTIME
+    for name, tx in ((name, METHODS[name]) for name in methods):
+        checkpoint.merge(tx, tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / f"one_{name}", format=kind)
         one, four = (checkpoint.open(tmp_path / f"{n}_{name}") for n in ("one", "four"))
         # sums are made by programs that the flags of this process compile otherwise
         compare = np.testing.assert_array_equal if name == "ties" else lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7)

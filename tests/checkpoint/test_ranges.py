@@ -27,6 +27,15 @@ METHODS = {
         True,
     ),
     "stock": (params.model_stock(), False),
+    "della": (params.della(0.5, seed=3), True),
+    "della_l1": (
+        params.chain(params.rescale(params.rank_mask(0.5, seed=3), "l1"), params.weigh([1, 2, 1]), params.sum_experts()),
+        False,
+    ),
+    "trimmed della": (
+        params.chain(params.rank_mask(0.5, seed=3), params.trim(0.3, scope="model"), params.sum_experts()),
+        True,
+    ),
     "dare_l1": (params.dare_ties(0.5, seed=3, rescale="l1"), False),
 }
 IN_PARTS = 3 * 10**5
@@ -43,6 +52,7 @@ def test_equals_the_merge_in_memory(models, tmp_path, name):
         out = tmp_path / f"out{memory}"
         report = checkpoint.merge(tx, paths["base"], experts, out, memory=memory, on_progress=seen.append)
         assert memory is None or (len(report.headers.units) > 6 or not report.headers.entire)
+        assert not report.headers.entire
         got = load_file(out / "model.safetensors")
         assert got.keys() == expected.keys()
         for n, value in expected.items():

@@ -118,8 +118,8 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"PyTorch pickles.*convert it to safetensors"):
         checkpoint.open(tmp_path)
-    with pytest.raises(ValueError, match=r"local paths, gs:// and s3://; download it first"):
-        checkpoint.open("https://example.org/model.safetensors")
+    with pytest.raises(ValueError, match=r"local paths, https://, gs:// and s3://; download it first"):
+        checkpoint.open("ftp://example.org/model.safetensors")
     with pytest.raises(ValueError, match=r"name an Orbax directory, a \.safetensors file"):
         checkpoint.open(tmp_path / "pytorch_model.bin")
 

@@ -65,11 +65,22 @@ def test_match(spec, dtype):
 
 
 @both
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("kernel", ["shifted", "gaussian"])
+def test_energy(dtype, kernel):
+    x = cases.tokens(np.random.default_rng(0), 2, LONG_ROW.n, LONG_ROW.k, dtype)
+    found, wanted = (
+        jax.jit(lambda x, which=which: jm.tokens.energy(x, 0.45, kernel=kernel, implementation=which))(x)
+        for which in ("mosaic_gpu", "xla")
+    )
+    cases.close(found, wanted, terms=LONG_ROW.n * (LONG_ROW.k + 8), largest=2.0 / LONG_ROW.n)
+
+
+@both
+@pytest.mark.parametrize("ordered, d", [(False, 1536), (True, BYTES[0].d), (False, LONG[1].d)])
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_merge_and_unmerge(dtype, ordered, reduce):
+def test_merge_and_unmerge(dtype, ordered, d, reduce):
     rng = np.random.default_rng(0)
-    n, m, d = 1024, 300, 1536
+    n, m = 1024, 300
     ids, weight = cases.plan(rng, 2, n, m, ordered=ordered), cases.sizes(rng, 2, n) / 512
     x = cases.tokens(rng, 2, n, d, dtype)
 
@@ -82,8 +93,14 @@ def test_merge_and_unmerge(dtype, ordered, reduce):
     same(both_ways, ids, weight, x)
 
 
-def test_bytes_have_no_kernel_of_their_width():
-    spec = BYTES[0]
-    with pytest.raises(ValueError, match=f"{spec.d} features"):
-        x = jnp.zeros((1, spec.n, spec.d))
-        jm.merge(jm.Plan(jnp.zeros((1, spec.n), jnp.int32), 3), x, implementation="mosaic_gpu")
+@both
+def test_pack(dtype):
+    spec, rng = BYTES[0], np.random.default_rng(0)
+    keep = jnp.asarray(rng.random((3, spec.n)) < np.array([[0.1], [0.25], [0.6]]))
+
+    def packed(which, x):
+        pack = lambda x: jm.tokens.pack(keep, x, spec.n - spec.r, implementation=which)
+        y, back = jax.vjp(lambda x: pack(x).x, x)
+        return pack(x), back(y)
+
+    same(packed, cases.tokens(rng, 3, spec.n, spec.d, dtype))

@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
+from jaxmerge._kernels.pack import mosaic_gpu as packing, ref as pack_ref
 from jaxmerge._kernels.step import mosaic_gpu as stepping, ref as step_ref
 from tests.kernels import cases
 
@@ -40,7 +41,7 @@ def test_step(monkeypatch, interpret, dtype, at_once):
 
 def test_step_whose_tiles_are_shared_by_threads(interpret):
     rng, n, r = np.random.default_rng(0), 577, 40
-    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 128, jnp.bfloat16)
+    metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 136, jnp.bfloat16)
     protected = (True,) + (False,) * (n - 1)
     y, mass, ids = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
     y_ref, mass_ref, ids_ref = step_ref.step(metric, x, r=r, protected=protected)
@@ -61,14 +62,31 @@ def test_match(interpret, dtype, options):
 
 
 @both
-@pytest.mark.parametrize("weighted, mean", [(True, True), (False, True), (True, False)])
-def test_merge_and_unmerge(interpret, dtype, weighted, mean):
+@pytest.mark.parametrize("kernel", ["shifted", "gaussian"])
+def test_energy(interpret, dtype, kernel):
+    x = cases.tokens(np.random.default_rng(0), 2, 200, 64, dtype)
+    found = matching.energy(x, x, margin=0.45, kernel=kernel, interpret=interpret)
+    cases.close(found, match_ref.energy(x, x, margin=0.45, kernel=kernel), terms=200 * (64 + 8), largest=2.0)
+
+
+@both
+@pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
+def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70
-    ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 128, dtype)
+    ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 200, dtype)  # no multiple of 128
     weight = cases.sizes(rng, 2, n) if weighted else None
-    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, interpret=interpret)
+    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, threads=threads, interpret=interpret)
     y_ref, mass_ref = merge_ref.merge(ids, x, weight, m=m, mean=mean)
     assert (mass == mass_ref).all()
     cases.close(y, y_ref, terms=n, largest=333.0 * float(jnp.abs(x).max()))
     found = merging.unmerge(ids, y_ref, None, weight, interpret=interpret)
     cases.close(found, merge_ref.unmerge(ids, y_ref, None, weight), terms=1, largest=333.0 * float(jnp.abs(y_ref).max()))
+
+
+@both
+def test_pack(interpret, dtype):
+    rng, n = np.random.default_rng(0), 100
+    keep = jnp.asarray(rng.random((2, n)) < np.array([[0.1], [0.6]]))  # one row with empty slots, one that overflows
+    x = cases.tokens(rng, 2, n, 200, dtype)
+    found = packing.pack(keep, x, capacity=40, interpret=interpret)
+    assert all((a == b).all() for a, b in zip(found, pack_ref.pack(keep, x, capacity=40), strict=True))

@@ -50,20 +50,32 @@ def test_a_row_whose_metric_does_not_fit_is_three_launches(spec, dtype):
     assert lowered(partial(step, spec), *shapes) == 3
 
 
-def test_match_is_two_launches():
+def test_match_and_energy_are_two_launches():
     spec = LONG[1]
     near = partial(jm.tokens.nearest, implementation="mosaic_gpu")
     assert lowered(near, shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
+    energy = partial(jm.tokens.energy, margin=0.5, implementation="mosaic_gpu")
+    assert lowered(energy, shape(2, spec.n, spec.k)) == 2
 
 
-def test_merge_and_its_gradient_are_one_launch_each():
-    n, m, d = 4096, 1024, 1536
+@pytest.mark.parametrize("spec", [BYTES[1], LONG[1]], ids=lambda s: s.name)  # neither width is a multiple of 128
+def test_merge_and_its_gradient_are_one_launch_each(spec):
+    n, m, d = spec.n, spec.n - spec.r, spec.d
 
     def loss(x, ids, weight):
         return jm.merge(jm.Plan(ids, m), x, weight=weight, implementation="mosaic_gpu").astype(jnp.float32).sum()
 
     shapes = shape(2, n, d), shape(2, n, dtype=jnp.int32), shape(2, n, dtype=jnp.float32)
     assert lowered(jax.value_and_grad(loss), *shapes) == 2
+
+
+def test_packing_and_its_gradient_are_one_launch_each():
+    n, d, capacity = BYTES[0].n, BYTES[0].d, 256
+
+    def loss(x, mask):
+        return jm.tokens.pack(mask, x, capacity, implementation="mosaic_gpu").x.astype(jnp.float32).sum()
+
+    assert lowered(jax.value_and_grad(loss), shape(2, n, d), shape(2, n, dtype=bool)) == 2
 
 
 def test_reasons_against_a_kernel():

@@ -12,8 +12,8 @@ from tests.hlo import collectives, compile_for, tpu_mesh
 
 pytestmark = pytest.mark.tpu
 
-BASE = t5.T5Config(256, 32, 512, 8, num_layers=4, num_decoder_layers=2, softmax1=True, dropout=0.0)
-CONFIG = mrt5.MrT5Config(BASE, gate_layer=2)
+BASE = t5.T5Config(256, 32, 512, 8, num_layers=2, num_decoder_layers=1, softmax1=True, dropout=0.0)
+CONFIG = mrt5.MrT5Config(BASE, gate_layer=1)
 
 
 @pytest.mark.parametrize("topology, shape, capacity", [("v5e:4x4", (4, 4), None), ("v5p:4x4x4", (8, 8), 128)])

@@ -50,7 +50,7 @@ def test_from_files_as_in_memory(merged, tmp_path):
         ocp.save(tmp_path / n, tree)
     tx = params.partition(TRANSFORMS, LABEL)
     paths = [tmp_path / str(k) for k in range(3)]
-    checkpoint.merge(tx, tmp_path / "base", paths, tmp_path / "out", memory=800)
+    checkpoint.merge(tx, tmp_path / "base", paths, tmp_path / "out", memory=800, on_devices=True)
     got = ocp.load(tmp_path / "out")
     for name, expected in merged.items():
         np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)

@@ -107,6 +107,73 @@ parameters: {{normalize: false}}
         np.testing.assert_allclose(both.read(n), expected, rtol=1e-5, atol=1e-6, err_msg=n)
 
 
+METHODS = {
+    "ties": "parameters: {weight: 1, density: 0.5}",
+    "dare_linear": "parameters: {weight: 1, density: 0.5}\nseed: 3",
+    "della": "parameters: {weight: 1, density: 0.5, epsilon: 0.2}",
+    "sce": "parameters: {select_topk: 0.5}",
+    "model_stock": "",
+    "karcher": "",
+    "linear": "parameters: {weight: 1}",
+}
+
+
+@pytest.mark.parametrize("method", [m if m == "ties" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_adapters_by_any_method(tmp_path, method):
+    """Whole at the full rank: the merge of the dense updates. At a lower one the nearest there is, as far as it says."""
+    one = lora(tmp_path / "one", 0, rank=3)
+    two = lora(tmp_path / "two", 1, rank=4, use_rslora=True)
+    text = f"merge_method: {method}\nmodels: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n{METHODS[method]}\n"
+    dense = {}
+    for name, updates in (("one", one), ("two", two)):
+        (tmp_path / f"{name}_dense").mkdir()
+        save_file(updates, tmp_path / f"{name}_dense/model.safetensors")
+    (tmp_path / "base").mkdir()
+    save_file({n: np.zeros_like(x) for n, x in one.items()}, tmp_path / "base/model.safetensors")
+    based = method not in ("karcher", "linear")
+    of_models = text.replace("/one}", "/one_dense}").replace("/two}", "/two_dense}")
+    recipe.merge(of_models + (f"base_model: {tmp_path}/base\n" if based else ""), tmp_path / "dense")
+    dense = load_file(tmp_path / "dense/model.safetensors")
+    zeros = checkpoint.open(tmp_path / "base")
+    for rank in (8, 2):
+        [(plan, _)] = recipe.merge(text + f"rank: {rank}\n", tmp_path / f"out{rank}")
+        assert (tmp_path / f"out{rank}/adapter_model.safetensors").exists()
+        assert json.loads((tmp_path / f"out{rank}/adapter_config.json").read_text())["r"] == rank
+        assert not recipe.verify(tmp_path / f"out{rank}").problems
+        out = adapted(zeros, checkpoint.open(tmp_path / f"out{rank}"))
+        lost = {}
+        for n, x in dense.items():
+            s = np.linalg.svd(x, compute_uv=False)
+            best = np.sqrt(np.sum(s[rank:] ** 2))
+            lost[n] = np.linalg.norm(out.read(n) - x) / np.linalg.norm(x)
+            assert lost[n] * np.linalg.norm(x) <= 1.01 * best + 1e-5 * np.linalg.norm(x), (n, rank)
+        mean, worst = np.sqrt(np.mean(np.square(list(lost.values())))), max(lost.values())
+        said = plan.notes[-1].text
+        assert (rank == 8) == (worst < 1e-4)
+        if rank == 2:
+            assert f"{100 * mean:.3g} %" in said and f"at most {100 * worst:.3g} %" in said
+
+
+def test_adapters_beside_the_model_they_were_trained_on(models, tmp_path):
+    """A base that is a model says what it always says; it is not read. Without a rank the largest of the inputs'."""
+    lora(tmp_path / "one", 0)
+    lora(tmp_path / "two", 1, rank=3)
+    text = f"merge_method: ties\nbase_model: {models}/base\nmodels: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
+    text += "parameters: {weight: 1, density: 0.5}\n"
+    [plan] = recipe.plan(text)
+    assert "is not read" in plan.notes[0].text and "kept at rank 3" in plan.notes[1].text
+    assert max(leaf.size for leaf in plan.headers.out.values()) == 24
+    with pytest.raises(recipe.RecipeError, match='use scope="tensor"'):
+        recipe.plan(text.replace("density: 0.5", "density: 0.5, scope: model"))
+    with pytest.raises(recipe.RecipeError, match=r"a merged update takes 2\.3 kB of memory, 1kB allowed"):
+        recipe.plan(text + "memory: 1kB\n")
+    with pytest.raises(recipe.RecipeError, match="rank, of a merge of adapters alone, must be a whole number"):
+        recipe.plan(text + "rank: 0\n")
+    lora(tmp_path / "more", 2, tensors={"base_model.model.model.norm.weight": np.ones(8, np.float32)})
+    with pytest.raises(recipe.RecipeError, match="as a whole, which is no update; merge model\\+adapter instead"):
+        recipe.plan(text.replace("/two", "/more"))
+
+
 def test_extraction_keeps_what_it_says(models, tmp_path, capsys):
     """Of a change of rank 2 all; of one of full rank no more is lost than the bound says, at the smallest rank that does it."""
     lora(tmp_path / "one", 0)
@@ -140,7 +207,7 @@ def test_extraction_keeps_what_it_says(models, tmp_path, capsys):
             "merge_method: linear\nmodels: [{model: MODELS/a}, {model: HERE/one}]\n",
             "is an adapter and not a model; .* model\\+adapter",
         ),
-        ("merge_method: karcher\nmodels: [{model: HERE/one}, {model: HERE/one}]\n", "adapters alone merge by linear"),
+        ("merge_method: karcher\nmodels: [{model: HERE/one}, {model: HERE/one}]\n", "listed twice in a slice"),
         ("merge_method: linear\nmodels: [{model: MODELS/words0+HERE/one}]\n", "does not fit .* model it was trained on"),
         ("merge_method: linear\nmodels: [{model: MODELS/a+HERE/one+HERE/one}]\n", "is not model\\+adapter"),
         ("merge_method: linear\nmodels: [{model: MODELS/a+HERE/dora}]\n", "is a DoRA adapter"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from jaxmerge import cli, recipe
+from jaxmerge import checkpoint, cli, recipe
 from scripts.bench import mergekit_cases as cases
 
 
@@ -209,6 +209,30 @@ def test_commands(models, tmp_path, capsys):
     assert "only in a: lm_head.weight" in capsys.readouterr().out
 
 
+def test_into_orbax(models, tmp_path, capsys):
+    """All that lies beside safetensors lies beside a tree too; verify sees a file that is not the one that was written."""
+    path, out = tmp_path / "recipe.yml", tmp_path / "out"
+    path.write_text(cases.recipe("ties", models) + "format: orbax\n")
+    assert cli.main(["merge", str(path), str(out)]) == 0
+    cli.main(["merge", str(path), str(tmp_path / "files"), "--format", "safetensors"])
+    beside = {p.name for p in (tmp_path / "files").iterdir()} - {"model.safetensors"}
+    assert beside <= {p.name for p in out.iterdir()} and {"README.md", "mergekit_config.yml", "jaxmerge.json"} <= beside
+    found = checkpoint.open(out)
+    for n, x in tensors(tmp_path / "files").items():
+        np.testing.assert_array_equal(found.read(n), x)
+    assert cli.main(["verify", str(out)]) == 0
+    assert "computed again, bit for bit" in capsys.readouterr().out
+    data = max((p for p in out.glob("state/**/d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes() + b"x")
+    assert cli.main(["verify", str(out)]) == 1
+    assert f"{data.name} is not the file that was written" in capsys.readouterr().out
+    method = ["merge", "linear", "--models", str(models / "a"), str(models / "b"), "--format", "orbax"]
+    assert cli.main([*method, "--out", str(tmp_path / "apart"), "--on-devices", "True"]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", str(tmp_path / "apart")]) == 0
+    assert "equal to rounding" in capsys.readouterr().out
+
+
 def test_a_wrong_recipe_is_exit_code_2(models, tmp_path, capsys):
     path = tmp_path / "recipe.yml"
     path.write_text("merge_method: linaer\nmodels: []\n")
@@ -221,8 +245,6 @@ def test_a_wrong_recipe_is_exit_code_2(models, tmp_path, capsys):
 
 
 def test_distance_of_a_model_to_itself(models):
-    from jaxmerge import checkpoint
-
     a, b = checkpoint.open(models / "a"), checkpoint.open(models / "b")
     assert all(d.apart == 0 and d.changed == 0 for d in recipe.differences(a, a).values())
     x, y = tensors(models / "a"), tensors(models / "b")

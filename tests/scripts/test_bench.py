@@ -44,6 +44,13 @@ def test_vit_counts_what_the_compiler_counts():
         assert row["flops"] < row["compiled_flops"] < 2 * row["flops"], row
 
 
+def test_vit_on_a_device_has_a_row_for_every_way_to_lose_tokens(monkeypatch):
+    monkeypatch.setattr(vit.device, "seconds", lambda f, shapes, **_: (jax.eval_shape(f, *shapes), 1.0)[1])
+    for train in (False, True):
+        rows = vit.on_device(TINY, 2, (0, 3), train, None)
+        assert [(row["r"], row["merging"]) for row in rows] == [(0, "none"), (3, "kernel"), (3, "XLA"), (3, "cut")]
+
+
 def test_everyone_has_a_turn_every_round():
     turns = []
     times = meter.interleave({n: lambda n=n: turns.append(n) for n in "abc"}, 2, warm=1)

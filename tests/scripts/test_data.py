@@ -38,12 +38,16 @@ def test_baselines_on_text_of_known_entropy():
     rng = np.random.default_rng(0)
     coin = rng.integers(97, 99, 40_000).astype(np.uint8)  # one fair bit per byte, no order
     windows = data.tile(rng.integers(97, 99, 4000).astype(np.uint8), 8, 256)
-    assert data.byte_frequency_bits(coin, windows, 128) == pytest.approx(1, abs=0.02)
-    assert data.order_2_bits(coin, windows, 128) == pytest.approx(1, abs=0.02)
+    scored = np.zeros(windows.shape, bool)
+    scored[:, 2:] = rng.random((8, 254)) < 0.5
+    assert data.byte_frequency_bits(coin, windows, scored) == pytest.approx(1, abs=0.02)
+    assert data.order_2_bits(coin, windows, scored) == pytest.approx(1, abs=0.02)
     cycle = np.tile(np.frombuffer(b"abcd", np.uint8), 5000)
     windows = data.tile(cycle, 8, 256)
-    assert data.byte_frequency_bits(cycle, windows, 128) == pytest.approx(2, abs=0.03)
-    assert data.order_2_bits(cycle, windows, 128) < 0.01
+    assert data.byte_frequency_bits(cycle, windows, scored) == pytest.approx(2, abs=0.03)
+    assert data.order_2_bits(cycle, windows, scored) < 0.01
+    with pytest.raises(ValueError, match="the first two bytes"):
+        data.order_2_bits(cycle, windows, ~scored)
 
 
 def test_unknown_domain():

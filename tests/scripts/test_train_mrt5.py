@@ -15,7 +15,7 @@ from scripts.bytes_views import characters
 
 TINY = mrt5.MrT5Config(t5.T5Config(16, 4, 32, 2, 2, 1, softmax1=True, dropout=0.0), gate_layer=1)
 FLAGS = train_mrt5.Flags(
-    model=TINY, inputs=32, targets=16, batch=8, steps=4, expert_steps=2, gate_start=1, log_every=1, eval_every=4, save_every=2
+    model=TINY, length=32, batch=8, steps=4, expert_steps=2, gate_start=1, log_every=1, eval_every=4, save_every=2
 )
 
 
@@ -40,6 +40,7 @@ def test_training_leaves_everything(trained):
         *(("base", i) for i in (1, 2, 3, 4)), *(("prose", i) for i in (1, 2)), *(("code", i) for i in (1, 2))
     ]  # fmt: skip
     assert all(a == 0 for p, s, _, a in losses(trained) if p == "base" and s <= 2)  # the gate is not steered before it learns
+    assert rows(trained)[0]["rate"] == 0 and rows(trained)[0]["gate"] > -1e-6  # nothing is deleted before
     assert losses(trained)[3][3] > 0
     assert [r["step"] for r in rows(trained) if "heldout" in r] == [4, 2, 2]
 
@@ -87,16 +88,14 @@ def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
 
 
 def test_evaluation(trained):
-    flags = evaluate.Flags(
-        (f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, inputs=32, targets=16, rows=8
-    )
+    flags = evaluate.Flags((f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, length=32, rows=8)
     evaluate.main(flags)
     result = json.loads((trained / "evaluation.json").read_text())
     assert set(result["rows"]) == {"base", "code"} and set(result["baselines"]) == {"byte frequency", "order-2 bytes"}
     for row in result["rows"].values():
         for d in row.values():
             assert 0 <= d["deleted"] <= 1 and d["overflow"] == 0 and 0 < d["soft"] < 20
-            assert d["hard"] == pytest.approx(d["soft"], abs=0.5)
+            assert d["hard"] == pytest.approx(d["soft"], abs=0.5) and d["input"] != 0
     with pytest.raises(ValueError, match=r"NAME=PATH; got \['nothing'\]"):
         evaluate.evaluate(dataclasses.replace(flags, checkpoints=("nothing",)))
     with pytest.raises(ValueError, match="no checkpoint at"):

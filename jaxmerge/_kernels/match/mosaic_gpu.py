@@ -1,13 +1,13 @@
-"""`match` on Hopper: similarities by wgmma, the running maximum and its key in registers, no score in memory.
+"""`match` and `energy` on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
 
 Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
 numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
 cut into three bfloat16 parts, high to low, and the six products that matter are added.
 
-A block of `search` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
+A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
 compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
 from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
-first of equals win.
+first of equals win. For the energy it holds sums there instead.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 TILE = 64
 """Queries of one compute thread."""
@@ -50,13 +51,34 @@ def match(
 
 def best(a, b, *, b_ok=None, window=None, slots=32, stages=None, interpret=None):
     """`match` of queries padded to whole blocks."""
+    queries, keys = prepare((a, b), interpret=interpret)
+    return sweep(queries, keys, opened(b, b_ok), window, None, slots, stages, interpret)
+
+
+def energy(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    *,
+    margin: float,
+    kernel: Kernel = "shifted",
+    alpha: float = 1.0,
+    slots: int = 32,
+    stages: int | None = None,
+    interpret=None,
+) -> Float[Array, "B n"]:
+    """`ref.energy`."""
+    f = lambda cosine: resemblance(cosine, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
+    queries, keys = prepare((a, b), interpret=interpret)
+    return sweep(queries, keys, opened(b, None), None, f, slots, stages, interpret)[0][:, : a.shape[1]]
+
+
+def opened(b: Array, b_ok: Array | None) -> Array | None:
+    """What is added to every key's score: -inf where it may not be looked at, and behind the last."""
     m = b.shape[1]
-    (a, inverse_a), (b, inverse_b) = prepare((a, b), interpret=interpret)
-    bias = None
-    if b_ok is not None or m % KEYS:
-        bias = jnp.zeros((1, m), jnp.float32) if b_ok is None else jnp.where(b_ok, 0.0, -jnp.inf).astype(jnp.float32)
-        bias = jnp.pad(bias, ((0, 0), (0, -m % KEYS)), constant_values=-jnp.inf)
-    return search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret)
+    if b_ok is None and m % KEYS == 0:
+        return None
+    bias = jnp.zeros((1, m), jnp.float32) if b_ok is None else jnp.where(b_ok, 0.0, -jnp.inf).astype(jnp.float32)
+    return jnp.pad(bias, ((0, 0), (0, -m % KEYS)), constant_values=-jnp.inf)
 
 
 def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array]]:
@@ -112,8 +134,9 @@ def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
-    """The best key of each query, (B, n') each."""
+def sweep(queries, keys, bias, window, f, slots, stages, interpret):
+    """The best key of each query, similarity and index; or where f is given the sum of f of its cosines. (B, n') each."""
+    (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
     wide = 64 if k % 64 == 0 else k  # features of a chunk
@@ -124,7 +147,7 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
     stages = stages or min(8, ring // (KEYS * wide * 2))
     groups = KEYS // slots
 
-    def body(a, b, inverse_a, inverse_b, bias, similarity, index, queries, keys, ready, full, free):
+    def body(a, b, inverse_a, inverse_b, bias, *refs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
         if window is None:
             low, high = jnp.int32(0), jnp.int32(tiles)
@@ -140,8 +163,10 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
             here = pl.ds(block * QUERIES + t * TILE, TILE)
             plgpu.barrier_wait(ready.at[t])
 
-            def tile(i, found):
-                best, group = found
+            if f is not None:
+                of_query = lax.broadcast_in_dim(mgpu.rows(inverse_a.at[row, here]), (TILE, slots), (0,))
+
+            def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
                 scale = mgpu.columns(inverse_b.at[row, at])
                 add = None if bias is None else mgpu.columns(bias.at[row if bias.shape[0] > 1 else 0, at])
@@ -165,6 +190,11 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
                     cut = slice(g * slots, (g + 1) * slots)
                     spread = lambda v, cut=cut: lax.broadcast_in_dim(v[cut], (TILE, slots), (1,))
                     s = score[:, cut] * spread(scale)
+                    if f is not None:
+                        s = f(s * of_query)
+                        found = (found[0] + (s if add is None else jnp.where(spread(add) == 0, s, 0.0)),)
+                        continue
+                    best, group = found
                     if add is not None:
                         s = s + spread(add)
                     if window is not None:
@@ -172,11 +202,14 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
                         away = away - mgpu.iota((TILE, slots), 1)
                         s = jnp.where((away <= window) & (away >= -window), s, -jnp.inf)
                     better = s > best
-                    best = jnp.where(better, s, best)
-                    group = jnp.where(better, i * groups + g, group)
-                return best, group
+                    found = jnp.where(better, s, best), jnp.where(better, i * groups + g, group)
+                return found
 
             matrix = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE, slots), value, dtype), plgpu.Layout.WGMMA)
+            if f is not None:
+                refs[0][row, here] = jnp.sum(lax.fori_loop(low, high, tile, (matrix(0, jnp.float32),))[0], axis=1)
+                return
+            similarity, index = refs
             best, group = lax.fori_loop(low, high, tile, (matrix(-jnp.inf, jnp.float32), matrix(0, jnp.int32)))
             highest = jnp.max(best, axis=1)
             key = group * slots + mgpu.iota((TILE, slots), 1)
@@ -219,7 +252,7 @@ def search(a, b, inverse_a, inverse_b, bias, window, slots, stages, interpret):
     )
     return mgpu.kernel(
         body, (a, b, inverse_a, inverse_b, bias), scratch,
-        out=(jax.ShapeDtypeStruct((B, n), jnp.float32), jax.ShapeDtypeStruct((B, n), jnp.int32)),
+        out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in ((jnp.float32, jnp.int32) if f is None else (jnp.float32,))],
         grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
     )  # fmt: skip
 
@@ -229,7 +262,9 @@ device_refusals = mgpu.device_refusals
 
 def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = [] if op == "match" else [f"there is no mosaic_gpu kernel for {op}"]
+    why = [f"there is no mosaic_gpu kernel for {op}"] if op == "nearest_k" else []
+    if any(not isinstance(static.get(name, 0.0), int | float) for name in ("margin", "alpha")):
+        why.append("margin and alpha must be Python numbers: they are compiled in")
     for name, x in (("queries", a), ("keys", b)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             why.append(f"{name} are {x.dtype}: bfloat16 or float32")

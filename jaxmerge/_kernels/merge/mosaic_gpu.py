@@ -36,22 +36,19 @@ def merge(
     *,
     m: int,
     mean: bool,
+    threads: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B m d"], Float[Array, "B m"]]:
-    y, mass, _ = rows(ids, x, weight, m=m, mean=mean, interpret=interpret)
-    return y, mass
-
-
-def rows(ids, x, weight, *, m, mean, at_once=None, interpret=None):
-    """The merged rows, their mass, and the position of each segment's first member (n where there is none)."""
+    """`ref.merge`; `threads` of a block: more where there are too few blocks to fill the chip."""
     B, n, d = x.shape
     ids = jnp.pad(ids, ((0, 0), (0, max(0, LANES - n))), constant_values=-1)
     width = ids.shape[1]
     padded = -(-width // LANES) * LANES
-    share = TILE // THREADS
-    at_once = at_once or next(u for u in (8, 4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
+    threads = threads or (THREADS if B * -(-m // TILE) > mgpu.BLOCKS else 2 * THREADS)
+    share = TILE // threads
+    at_once = next(u for u in (8, 4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
 
-    def merge_rows(ids, x, weight, y, mass, position, ids_here, first, count, one_first, one_count, sync):
+    def merge_rows(ids, x, weight, y, mass, ids_here, first, count, one_first, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
 
         def together():
@@ -68,9 +65,9 @@ def rows(ids, x, weight, *, m, mean, at_once=None, interpret=None):
 
         together()
 
-        @pl.loop(0, -(-padded // LANES // THREADS))
+        @pl.loop(0, -(-padded // LANES // threads))
         def _(i):
-            at = jnp.minimum((i * THREADS + t) * LANES, width - LANES)
+            at = jnp.minimum((i * threads + t) * LANES, width - LANES)
             ids_here[pl.ds(at, LANES)] = line(mgpu.load(ids.at[b, pl.ds(at, LANES)]))
 
         together()
@@ -80,19 +77,19 @@ def rows(ids, x, weight, *, m, mean, at_once=None, interpret=None):
         column = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.int32), plgpu.Layout.WGMMA.reduce(1))
 
         def scan(i, found):
-            at = pl.multiple_of((i * THREADS + t) * TILE, TILE)
+            at = pl.multiple_of((i * threads + t) * TILE, TILE)
             same = lax.broadcast_in_dim(mgpu.columns(ids_here.at[pl.ds(at, TILE)]), square, (1,)) == mine
             lowest = jnp.min(jnp.where(same, mgpu.iota(square, 1) + at, NONE), axis=1)
             return jnp.minimum(found[0], lowest), found[1] + jnp.sum(jnp.where(same, 1, 0), axis=1)
 
-        rounds = (padded // TILE - t + THREADS - 1) // THREADS
+        rounds = (padded // TILE - t + threads - 1) // threads
         one_first[t], one_count[t] = lax.fori_loop(0, rounds, scan, (column(NONE), column(0)))
         together()
 
         @pl.when(t == 0)
         def _():
             lowest, members = mgpu.rows(one_first.at[0]), mgpu.rows(one_count.at[0])
-            for other in range(1, THREADS):
+            for other in range(1, threads):
                 lowest = jnp.minimum(lowest, mgpu.rows(one_first.at[other]))
                 members = members + mgpu.rows(one_count.at[other])
             first[...] = lowest
@@ -115,58 +112,52 @@ def rows(ids, x, weight, *, m, mean, at_once=None, interpret=None):
 
         @pl.loop(0, share // at_once)
         def _(i):
-            some = [(i * THREADS + t) * at_once + u for u in range(at_once)]
+            some = [(i * threads + t) * at_once + u for u in range(at_once)]
             sizes = [count[s] for s in some]
             at = [jnp.where(size > 0, first[s], 0) for size, s in zip(sizes, some, strict=True)]
-            read = [x[b, p, :] for p in at]  # all asked for before any is waited for
+            read = [mgpu.read_row(x, b, p) for p in at]  # all asked for before any is waited for
             weights = [w(p) for p in at]
-
-            for u, s in enumerate(some):
+            for u, (s, size) in enumerate(zip(some, sizes, strict=True)):
                 segment = tile * TILE + s
 
-                def put(total, row, segment=segment, u=u):
+                def put(total, f, *rows, segment=segment):
                     mass[b, segment] = total
-                    y[b, segment, :] = row.astype(x.dtype)
-                    position[b, segment] = jnp.where(sizes[u] > 0, at[u], n)
+                    mgpu.write_row(y, b, segment, mgpu.per_part(f, *rows))
 
-                @pl.when((segment < m) & (sizes[u] <= 1))
-                def _(u=u, put=put):
-                    own = jnp.where(sizes[u] > 0, weights[u], 0.0)
-                    there = own != 0 if mean else sizes[u] > 0
-                    row = read[u] if mean or weight is None else read[u].astype(jnp.float32) * own  # the mean of one is itself
-                    put(own, jnp.where(jnp.broadcast_to(there, (d,)), row, jnp.zeros_like(row)))
+                @pl.when((segment < m) & (size <= 1))
+                def _(u=u, size=size, put=put):
+                    own = jnp.where(size > 0, weights[u], 0.0)
+                    there = own != 0 if mean else size > 0
+                    itself = mean or weight is None  # the mean of one is itself
+                    scaled = lambda row: row if itself else row.astype(jnp.float32) * own
+                    put(own, lambda row: or_zero(there, scaled(row)), read[u])
 
-                @pl.when((segment < m) & (sizes[u] > 1))
-                def _(u=u, put=put, segment=segment):
+                @pl.when((segment < m) & (size > 1))
+                def _(u=u, size=size, put=put, segment=segment):
                     def add(_, state):
                         p, total, sum = state
                         p = after(segment, p)
                         more = w(p)
-                        return p, total + more, sum + x[b, p, :].astype(jnp.float32) * more
+                        joined = lambda sum, row: sum + row.astype(jnp.float32) * more
+                        return p, total + more, mgpu.per_part(joined, sum, mgpu.read_row(x, b, p))
 
-                    state = at[u], weights[u], read[u].astype(jnp.float32) * weights[u]
-                    _, total, sum = lax.fori_loop(1, sizes[u], add, state)
-                    if mean:
-                        none = jnp.broadcast_to(total == 0, (d,))  # 0 times NaN is no 0
-                        sum = jnp.where(none, 0.0, sum * (1 / jnp.where(total == 0, 1.0, total)))
-                    put(total, sum)
+                    begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * weights[u], read[u])
+                    _, total, sum = lax.fori_loop(1, size, add, (at[u], weights[u], begin))
+                    factor = 1 / jnp.where(total == 0, 1.0, total)
+                    put(total, lambda row: or_zero(total != 0, row * factor) if mean else row, sum)  # 0 times NaN is no 0
 
     scratch = dict(
         ids_here=plgpu.SMEM((padded + LANES,), jnp.int32),
         first=plgpu.SMEM((TILE,), jnp.int32),
         count=plgpu.SMEM((TILE,), jnp.int32),
-        one_first=plgpu.SMEM((THREADS, TILE), jnp.int32),
-        one_count=plgpu.SMEM((THREADS, TILE), jnp.int32),
-        sync=plgpu.Barrier(num_arrivals=THREADS),
+        one_first=plgpu.SMEM((threads, TILE), jnp.int32),
+        one_count=plgpu.SMEM((threads, TILE), jnp.int32),
+        sync=plgpu.Barrier(num_arrivals=threads),
     )
     return mgpu.kernel(
         merge_rows, (ids, x, weight), scratch,
-        out=(
-            jax.ShapeDtypeStruct((B, m, d), x.dtype),
-            jax.ShapeDtypeStruct((B, m), jnp.float32),
-            jax.ShapeDtypeStruct((B, m), jnp.int32),
-        ),
-        grid=dict(row=B, tile=-(-m // TILE)), threads=THREADS, interpret=interpret,
+        out=(jax.ShapeDtypeStruct((B, m, d), x.dtype), jax.ShapeDtypeStruct((B, m), jnp.float32)),
+        grid=dict(row=B, tile=-(-m // TILE)), threads=threads, interpret=interpret,
     )  # fmt: skip
 
 
@@ -188,7 +179,7 @@ def unmerge(
         at = [ids[b, jnp.minimum(i, n - 1)] for i in some]
         inside = [(s >= 0) & (s < m) for s in at]
         safe = [jnp.where(ok, s, 0) for ok, s in zip(inside, at, strict=True)]
-        read = [y[b, s, :] for s in safe]  # all asked for before any is waited for
+        read = [mgpu.read_row(y, b, s) for s in safe]  # all asked for before any is waited for
         ones = [jnp.float32(1)] * at_once
         first = ones if before is None else [before[b, s] for s in safe]
         then = ones if after is None else [after[b, jnp.minimum(i, n - 1)] for i in some]
@@ -196,17 +187,20 @@ def unmerge(
 
             @pl.when(i < n)
             def _(u=u, i=i):
-                row = read[u]
-                if before is not None or after is not None:
-                    row = (row.astype(jnp.float32) * (first[u] * then[u])).astype(y.dtype)
-
-                x[b, i, :] = jnp.where(jnp.broadcast_to(inside[u], (d,)), row, jnp.zeros_like(row))
+                plain = before is None and after is None
+                scaled = lambda row: row if plain else row.astype(jnp.float32) * (first[u] * then[u])
+                mgpu.write_row(x, b, i, mgpu.per_part(lambda row: or_zero(inside[u], scaled(row)), read[u]))
 
     return mgpu.kernel(
         unmerge_rows, (ids, y, before, after), {},
         out=(jax.ShapeDtypeStruct((B, n, d), y.dtype),),
         grid=dict(row=B, block=-(-n // (THREADS * at_once))), threads=THREADS, interpret=interpret,
     )[0]  # fmt: skip
+
+
+def or_zero(there: Array, row: Array) -> Array:
+    """The row, or zeros where it is not there."""
+    return jnp.where(jnp.broadcast_to(there, row.shape), row, jnp.zeros_like(row))
 
 
 device_refusals = mgpu.device_refusals

@@ -65,7 +65,7 @@ def step(
         threads = int(tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r).get("threads", 4))
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
-    blocks = splits or max(1, 132 * 4 // threads // B)  # so that one wave of them fills the chip
+    blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
     share = -(-na // blocks)
     share = -(-share // (threads * pairs)) * threads * pairs
     c = SimpleNamespace(n=n, na=na, nb=nb, r=r, threads=threads, share=share, pairs=pairs)
@@ -131,13 +131,14 @@ def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
     if pad or c.k > k:
         flat = jnp.pad(flat, ((0, pad), (0, c.k - k)))
     tiles = c.ta + c.tb
+    c.slots = tiles if 2 * tiles * TILE * c.k * 2 <= mgpu.SHARED else c.threads  # for rows as they come: all, or one a thread
     return flat.reshape(-1, 2, c.k), dict(
         tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
         inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
         best_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.float32),
         to_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.int32),
-        raw=plgpu.SMEM((c.threads, TILE, c.k), metric.dtype) if c.parts == 1 else None,
-        loaded=plgpu.Barrier(num_barriers=c.threads),
+        raw=plgpu.SMEM((c.slots, TILE, c.k), metric.dtype) if c.parts == 1 else None,
+        loaded=plgpu.Barrier(num_barriers=c.slots) if c.parts == 1 else None,
     )
 
 
@@ -149,14 +150,25 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
     wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), square, (1,))
     start = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
 
-    def normalise(tile):
+    def given(tile):
         side = jnp.where(tile < c.ta, 0, 1)
         at = (c.row * c.n + side) // 2 + (tile - side * c.ta) * TILE
-        here = flat.at[pl.ds(at, TILE), jnp.where(side == 0, odd, 1 - odd)]
+        return flat.at[pl.ds(at, TILE), jnp.where(side == 0, odd, 1 - odd)]
+
+    at_first = c.parts == 1 and c.slots > c.threads
+
+    slot = (lambda tile: tile) if at_first else (lambda tile: c.t)
+
+    def ask(tile):
+        plgpu.copy_gmem_to_smem(given(tile), c.raw.at[slot(tile)], c.loaded.at[slot(tile)])
+
+    def normalise(tile):
+        here = given(tile)
         if c.parts == 1:
-            plgpu.copy_gmem_to_smem(here, c.raw.at[c.t], c.loaded.at[c.t])
-            plgpu.barrier_wait(c.loaded.at[c.t])
-            here = c.raw.at[c.t]
+            if not at_first:
+                ask(tile)
+            plgpu.barrier_wait(c.loaded.at[slot(tile)])
+            here = c.raw.at[slot(tile)]
         v = plgpu.layout_cast(mgpu.load(here).astype(jnp.float32), plgpu.Layout.WGMMA)
         v, c.inverse[rows(tile)] = mgpu.unit(v)
         for p in range(c.parts):
@@ -191,6 +203,8 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
         c.best_parts[part, rows(tile)] = highest
         c.to_parts[part, rows(tile)] = index
 
+    if at_first:
+        _each(c, c.ta + c.tb, ask)
     _each(c, c.ta + c.tb, normalise)
     plgpu.commit_smem()
     _together(c)
@@ -277,16 +291,18 @@ def _chains(c: SimpleNamespace) -> None:
 def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: Any, ids: Any) -> None:
     """This block's tokens: written where they stay, with what joins them."""
     weight = (lambda p: sizes[c.row, p]) if sizes is not None else (lambda p: jnp.float32(1))
+    whole = lambda row, *more: mgpu.per_part(added, row, *more) if more else row
 
-    @pl.loop(0, c.share // (c.threads * c.pairs))
-    def _(i):
+    def ask(i):
+        """Some tokens, in pairs, all asked for before any is waited for."""
         pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
-        even_at = [2 * jnp.minimum(p, c.na - 1) for p in pairs]
-        odd_at = [2 * jnp.minimum(p, c.nb - 1) + 1 for p in pairs]
-        rows = [x[c.row, at, :] for at in (*even_at, *odd_at)]
-        more = [None if residual is None else residual[c.row, at, :] for at in (*even_at, *odd_at)]
-        weights = [weight(at) for at in (*even_at, *odd_at)]  # all asked for before any is waited for
-        rows = [added(row, other) for row, other in zip(rows, more, strict=True)]
+        at = [2 * jnp.minimum(p, c.na - 1) for p in pairs] + [2 * jnp.minimum(p, c.nb - 1) + 1 for p in pairs]
+        more = () if residual is None else tuple(mgpu.read_row(residual, c.row, p) for p in at)
+        return tuple(mgpu.read_row(x, c.row, p) for p in at), more, tuple(weight(p) for p in at)
+
+    def write(i, rows, more, weights):
+        pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
+        rows = [whole(row, *other) for row, *other in zip(rows, *([more] if more else []), strict=True)]
 
         def source(p, row, own):
             stays = c.rank[c.t, p] >= c.r
@@ -294,7 +310,7 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
             @pl.when(stays)
             def _():
                 at = c.stay[0, p] - 1 + p
-                y[c.row, at, :] = row
+                mgpu.write_row(y, c.row, at, row)
                 mass[c.row, at] = own
                 ids[c.row, 2 * p] = at
 
@@ -309,7 +325,7 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
 
             @pl.when(edge >= c.r)
             def _():
-                y[c.row, at, :] = row
+                mgpu.write_row(y, c.row, at, row)
                 mass[c.row, at] = own
 
             @pl.when(edge < c.r)
@@ -317,17 +333,27 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
                 def add(state):
                     edge, total, sum = state
                     q = 2 * c.source[c.t, edge]
-                    w, row = weight(q), added(x[c.row, q, :], None if residual is None else residual[c.row, q, :])
-                    return c.next[0, edge], total + w, sum + row.astype(jnp.float32) * w
+                    w, more = weight(q), () if residual is None else (mgpu.read_row(residual, c.row, q),)
+                    joined = lambda sum, row: sum + row.astype(jnp.float32) * w
+                    return c.next[0, edge], total + w, mgpu.per_part(joined, sum, whole(mgpu.read_row(x, c.row, q), *more))
 
-                state = edge, own, row.astype(jnp.float32) * own
-                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, state)
-                y[c.row, at, :] = (sum * (1 / total)).astype(x.dtype)
+                begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
+                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, (edge, own, begin))
+                mgpu.write_row(y, c.row, at, mgpu.per_part(lambda row: row * (1 / total), sum))
                 mass[c.row, at] = total
 
         for u, p in enumerate(pairs):
             pl.when(p < c.na)(lambda p=p, u=u: source(p, rows[u], weights[u]))
             pl.when(p < c.nb)(lambda p=p, u=u: destination(p, rows[c.pairs + u], weights[c.pairs + u]))
+
+    turns = c.share // (c.threads * c.pairs)
+
+    def turn(i, asked):
+        more = ask(jnp.minimum(i + 1, turns - 1))
+        write(i, *asked)
+        return more
+
+    lax.fori_loop(0, turns, turn, ask(jnp.int32(0)))
 
 
 def _at_once(metric: Any, threads: int) -> bool:

@@ -117,6 +117,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             "density": d.astype(np.float32),
             "low": np.round(low * 2.0**32).astype(np.uint32),
             "step": np.floor(step * 2.0**32).astype(np.uint32),
+            "origin": ORIGIN,
         }
 
     def drawn(plan, x):
@@ -136,7 +137,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             return found.astype(jnp.uint16 if n < (1 << 16) - 1 else jnp.uint32)
 
         def draw(x, start):
-            words = map(jnp.atleast_1d, _words(plan["key"], start, x))
+            words = map(jnp.atleast_1d, _words(plan["key"], start, x, plan["origin"]))
             return [(m, rival(u, *chance)) for m, u, *chance in zip(models(x), words, *chances, strict=True)]
 
         def keep(drawn):
@@ -147,12 +148,13 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     def divided(plan, x):
         x = entries(x)
         below, d = _chances(plan, x), over(plan["density"], x)
-        keep = (jnp.stack(_words(plan["key"], np.uint32(0), x)) < below) & (d > 0)
+        keep = (jnp.stack(_words(plan["key"], np.uint32(0), x, plan["origin"])) < below) & (d > 0)
         rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
         return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
 
     needs = (Need("order", "row"), Need("random", "entry"))
-    return atom(Step(settings, lambda settings, x: settings, divided if divide else drawn, needs=needs, lazy=True))
+    merge = divided if divide else drawn
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs, lazy=True, blocks="rows"))
 
 
 def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
