@@ -8,11 +8,13 @@ Without mergekit ours is timed against the floor alone. Both sides get the same 
 ours is one jitted program, its first input donated; mergekit's method is called on a list of tensor groups, as its merges do.
 Most of what is left to either side is the kernel's page faults; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 spares both many of them.
 Before anything is timed the two results are compared, where nothing is random. mergekit keeps any of the entries that tie
-at a threshold, and takes arcee_fusion's quartiles from a sample: a few entries may differ there, and the table says how many.
+at a threshold, and takes arcee_fusion's quartiles from a sample where a tensor has more than 10^6 entries: a few entries may
+differ there, and the table says how many; and in arcee_fusion's divergence of a row, of which 32 bits keep one digit or two.
 
 The floor is the bytes of all inputs and of the output, in their dtype, at the better of two speeds in the same rounds: that of
-numpy's copy, and that of one XLA loop which reads as many arrays as the merge and writes one over the first. These models fit
-the last-level cache of a large server (84 MB, float32, with three beside the base): there the floor is that of the cache.
+numpy's copy, and that of one XLA loop which reads as many arrays as the merge and writes one over the first. Inputs count twice
+where a norm or a threshold must be known before the first entry is merged. These models fit the last-level cache of a large
+server (84 MB, float32, with three beside the base): there the floor is that of the cache.
 Throughput counts entries of the output times models (beside a base). Writes params.json and params.png.
 """
 
@@ -32,6 +34,7 @@ Shape = tuple[int, ...]
 Tensors = dict[str, np.ndarray]
 LLAMA: dict[str, Shape] = {"attention/kernel": (1024, 1024), "mlp/kernel": (4096, 1024), "norm/scale": (1024,)}
 SQUARE: dict[str, Shape] = {"attention/kernel": (512, 512), "norm/scale": (512,)}
+MILLION: dict[str, Shape] = {"attention/kernel": (960, 1024), "norm/scale": (1024,)}
 OURS, PEER, COPY, SUM = "jaxmerge", "mergekit", "copy", "sum"
 
 
@@ -45,7 +48,7 @@ class Case(NamedTuple):
       base: task vectors against a base; the base is the first model; or there is none.
       random: the masks are drawn, and mergekit draws others.
       rounding: relative; of multislerp's sums over millions of entries mergekit loses 2e-4, jaxmerge 4e-7 (against float64).
-      spectral: factors matrices: timed on small ones.
+      shapes: of the leaves; small matrices for what factors them.
     """
 
     ours: Callable[[Any, dict[str, Shape]], Any]
@@ -54,7 +57,7 @@ class Case(NamedTuple):
     base: Literal["base", "first", "none"] = "base"
     random: bool = False
     rounding: float = 2e-5
-    spectral: bool = False
+    shapes: dict[str, Shape] = LLAMA
 
 
 EACH = {"weight": 1.0}
@@ -79,6 +82,9 @@ CASES = {
     "multislerp": Case(lambda p, _: p.multislerp(), ("multislerp", EACH), base="none", rounding=1e-3),
     "karcher": Case(lambda p, _: p.karcher(), ("karcher", {}), base="none", rounding=1e-3),
     "arcee_fusion": Case(lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first"),
+    "arcee_fusion, under 10^6 entries": Case(
+        lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first", shapes=MILLION
+    ),
     "nearswap": Case(lambda p, _: p.nearswap(0.001), ("nearswap", {"t": 0.001}), models=1),
     "ram": Case(lambda p, _: p.ram(), ("ram", {})),
     "ramplus_tl": Case(lambda p, _: p.ramplus_tl(), ("ramplus_tl", {})),
@@ -94,12 +100,12 @@ CASES = {
     "pcb": Case(lambda p, _: p.pcb()),
     "widen": Case(lambda p, _: p.widen(), base="first"),
     "fisher": Case(lambda p, shapes: p.fisher([{n: np.ones(s, np.float32) for n, s in shapes.items()}] * 3)),
-    "regmean": Case(lambda p, shapes: p.regmean([_gram(shapes)] * 3), spectral=True),
-    "tsvm": Case(lambda p, _: p.tsvm(), spectral=True),
-    "iso_c": Case(lambda p, _: p.iso_c(), spectral=True),
-    "iso_cts": Case(lambda p, _: p.iso_cts(), spectral=True),
-    "knots, ties": Case(lambda p, _: p.knots(p.ties(0.5, scope="tensor")), spectral=True),
-    "wudi, 10 steps": Case(lambda p, _: p.wudi(steps=10), spectral=True),
+    "regmean": Case(lambda p, shapes: p.regmean([_gram(shapes)] * 3), shapes=SQUARE),
+    "tsvm": Case(lambda p, _: p.tsvm(), shapes=SQUARE),
+    "iso_c": Case(lambda p, _: p.iso_c(), shapes=SQUARE),
+    "iso_cts": Case(lambda p, _: p.iso_cts(), shapes=SQUARE),
+    "knots, ties": Case(lambda p, _: p.knots(p.ties(0.5, scope="tensor")), shapes=SQUARE),
+    "wudi, 10 steps": Case(lambda p, _: p.wudi(steps=10), shapes=SQUARE),
 }
 
 
@@ -164,12 +170,11 @@ def main(
 
 def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     """The times of both sides on one method, and of the bytes that must move."""
-    shapes = SQUARE if case.spectral else LLAMA
-    base, models = draw(shapes, case.models)
+    base, models = draw(case.shapes, case.models)
     size = sum(x.size for x in base.values())
     inputs = case.models + (case.base != "none")
-    moved = size * (inputs + 1) * (4 if dtype == "float32" else 2)
-    call, before, merged = ours(case, base, models, dtype)
+    call, before, merged, looks = ours(case, base, models, dtype)
+    moved = size * (looks * inputs + 1) * (4 if dtype == "float32" else 2)
     calls: dict[str, Callable[[], object]] = {OURS: call}
     differ = ""
     if case.peer is not None and (peer := mergekit(case, base, models, dtype)) is not None:
@@ -204,8 +209,9 @@ def draw(shapes: dict[str, Shape], models: int) -> tuple[Tensors, list[Tensors]]
 
 def ours(
     case: Case, base: Tensors, models: list[Tensors], dtype: str
-) -> tuple[Callable[[], object], Callable[[], None], Tensors]:
-    """What to time, what to do before each time (the input that is donated must be there again), and the result."""
+) -> tuple[Callable[[], object], Callable[[], None], Tensors, int]:
+    """What to time, what to do before each time (the input that is donated must be there again), the result, and how often the
+    inputs must be read."""
     import jax
     import jax.numpy as jnp
 
@@ -229,7 +235,8 @@ def ours(
 
     before()
     merged = {n: np.asarray(x, np.float32) for n, x in program(donated.pop("first"), rest).items()}
-    return lambda: jax.block_until_ready(program(donated.pop("first"), rest)), before, merged
+    looks = 2 if any(need.statistic in ("sum", "order") for need in params.needs(tx)) else 1
+    return lambda: jax.block_until_ready(program(donated.pop("first"), rest)), before, merged, looks
 
 
 def mergekit(case: Case, base: Tensors, models: list[Tensors], dtype: str) -> tuple[Callable[[], object], Tensors] | None:

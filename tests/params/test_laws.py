@@ -106,6 +106,21 @@ def test_nonfinite_values_are_reported_and_stay_visible():
         assert np.isnan(merged["a"][1]) and np.isfinite(merged["b"]).all()
 
 
+def test_arcee_fusion_keeps_the_digits_of_a_small_divergence():
+    """A fine-tune's rows diverge by 2e-6, from terms p log(p / q) of 1e-3: a plain sum of those keeps one digit.
+
+    A quotient is rounded by at most 2^-24, so each term by p 2^-24, and the sum of 1024 by a deviation of 2^-24 / 32 at most.
+    """
+    rng = np.random.default_rng(0)
+    base = 0.02 * rng.standard_normal((64, 1024)).astype(np.float32)
+    model = base + 0.002 * rng.standard_normal((64, 1024)).astype(np.float32)
+    tx = params.arcee_fusion()
+    found = tx.match({"w": jnp.stack([base, model])})[0]["w"]["divergence"]
+    softmax = lambda x: (e := np.exp(x.astype(np.float64))) / e.sum(axis=1, keepdims=True) + 1e-8
+    p, q = softmax(model), softmax(base)
+    np.testing.assert_allclose(found, (p * np.log(p / q)).sum(axis=1, keepdims=True), rtol=0, atol=5 * 2.0**-24 / 32)
+
+
 def test_chain_is_associative_and_has_an_identity():
     stacked = {"w": jnp.array([[1.0, -2.0, 3.0], [2.0, 2.0, -1.0]])}
     a, b, c = params.trim(0.7), params.elect_sign(tie="majority"), params.mean_agreeing()

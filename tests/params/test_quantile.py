@@ -205,7 +205,7 @@ def test_forms_for_one_device_find_the_same(one_device):
     assert np.asarray(both(leaves, q.to_words([0] * 3))[0]).tolist() == [int(q.INF)] * 3
 
 
-@pytest.mark.parametrize("draw", ["normal", "laplace", "cauchy", "coarse", "two values", "rows of their own scale"])
+@pytest.mark.parametrize("draw", ["normal", "laplace", "cauchy", "coarse", "lumps", "two values", "rows of their own scale"])
 def test_search_collects_what_is_left(one_device, draw):
     """Enough entries that the last of a bracket are collected run by run, of distributions that lead astray."""
     rng, shape = np.random.default_rng(0), (2, 300, 256)
@@ -214,6 +214,7 @@ def test_search_collects_what_is_left(one_device, draw):
         "laplace": lambda s: rng.laplace(size=s),
         "cauchy": rng.standard_cauchy,
         "coarse": lambda s: np.round(rng.standard_normal(s), 1),
+        "lumps": lambda s: rng.choice(rng.standard_normal(40), s) * (1 + 1e-6 * rng.standard_normal(s)),
         "two values": lambda s: rng.choice([1.0, 1.0000001], s),
         "rows of their own scale": lambda s: rng.standard_normal(s) * 10.0 ** np.arange(-20, 10, 0.1)[:, None],
     }[draw](shape).astype(np.float32)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxmerge.params._transform import (
     Hyperparameter,
@@ -150,10 +150,13 @@ def max_agreeing(*, tie: Literal["first", "last"] = "first") -> MergeTransform:
         raise ValueError(f'max_agreeing: tie must be "first" or "last", got {tie!r}.')
     beats = jnp.greater if tie == "first" else jnp.greater_equal
 
+    def size(x):  # as patterns, of which that of a NaN is the largest
+        return lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+
     def merge(plan, x):
         best, *rivals = models(x)
         for rival in rivals:
-            best = jnp.where(beats(jnp.abs(rival), jnp.abs(best)) | jnp.isnan(rival), rival, best)
+            best = jnp.where(beats(size(rival), size(best)), rival, best)
         return best[None]
 
     return atom(Step(_nothing, lambda settings, x: settings, merge, models=1, blocks=True))

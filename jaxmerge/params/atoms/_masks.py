@@ -1,6 +1,5 @@
 """One vector for all tasks, and for each task a mask of where it applies."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -45,10 +44,10 @@ def elect_largest() -> MergeTransform:
 
     def merge(plan, x):
         s = total(x)[0]
-        sign = jnp.where(s > 0, 1, -1)
-        agreeing = [jnp.where(one * sign > 0, jnp.abs(one), 0) for one in models(x)]
-        largest = functools.reduce(jnp.maximum, agreeing)
-        return jnp.where(jnp.isnan(s), jnp.nan, largest * sign)[None]
+        top = bottom = jnp.zeros_like(s)
+        for one in models(x):
+            top, bottom = jnp.where(one > top, one, top), jnp.where(one < bottom, one, bottom)
+        return jnp.where(jnp.isnan(s), s, jnp.where(s > 0, top, bottom))[None]
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1, blocks=True))
 
@@ -127,7 +126,7 @@ def consensus(*, scale: float = 0.4, shared: int = 2, factor: float = 0.3) -> Me
 
     def merge(plan, x):
         merged = factor * total(x)[0]
-        votes = total(each(lambda x: (jnp.abs(x) > scale * jnp.abs(merged - x)).astype(x.dtype), x))[0]
+        votes = total(each(lambda x: jnp.where(jnp.abs(x) > scale * jnp.abs(merged - x), 1.0, 0.0), x))[0]
         return jnp.where((votes >= min(shared, x.shape[0])) | ~jnp.isfinite(merged), merged, 0)[None]
 
     return atom(Step(lambda name, shape: (), lambda settings, x: settings, merge, models=1, blocks=True))

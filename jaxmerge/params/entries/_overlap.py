@@ -50,7 +50,7 @@ def ramplus_tl(*, boost: float = 0.1, limit: float = 0.2, threshold: float = 1e-
 def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
     def match(settings, x):
         if not boost:
-            return {"factor": jnp.ones(x.shape[0])}
+            return {}
         several = _how_many(x) > 1
         shared, unique = (q.number(q.count(each(lambda x, mask=mask: _changed(x) & mask, x))) for mask in (several, ~several))
         ratio = shared / jnp.maximum(unique, threshold)
@@ -59,14 +59,16 @@ def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
     def merge(plan, x):
         many = _how_many(x)
         changes = each(lambda x: jnp.where(_changed(x), x, 0), x)
-        boosted = each(jnp.multiply, changes, plan["factor"])
-        return jnp.where(many > 1, total(changes)[0] / jnp.maximum(many, 1), total(boosted)[0])[None]
+        mean = total(changes)[0] / jnp.where(many > 1, many, 1)
+        if plan:
+            mean = jnp.where(many > 1, mean, total(each(jnp.multiply, changes, plan["factor"]))[0])
+        return mean[None]
 
     def _changed(x: Array) -> Array:
         return ~(jnp.abs(x) <= threshold)  # a NaN is a change, to be seen
 
     def _how_many(x: Array) -> Array:
-        return total(each(lambda x: _changed(x).astype(x.dtype), x))[0]
+        return total(each(lambda x: jnp.where(_changed(x), 1.0, 0.0), x))[0]
 
     needs = (Need("sum", "tensor"),) if boost else ()
     return atom(Step(lambda name, shape: {}, match, merge, models=1, needs=needs))

@@ -64,7 +64,13 @@ def nearswap(t: Hyperparameter) -> MergeTransform:
         return {"t": float32(resolve(t, name, shape[0], "nearswap: t"))}
 
     def merge(plan, x):
-        return each(lambda x, t: x * jnp.clip(t / jnp.maximum(jnp.abs(x), 1e-6), 0, 1), x, plan["t"])
+        def near(x, t):
+            t = jnp.maximum(t, 0)
+            small = x * jnp.minimum(t / 1e-6, 1)
+            small = jnp.where(small < -t, -t, small)
+            return jnp.where(jnp.isinf(x), x, jnp.where(small > t, t, small))  # an infinity stays, to be seen
+
+        return each(near, x, plan["t"])
 
     return chain(one_model("nearswap"), atom(Step(settings, lambda settings, x: settings, merge, blocks=True)))
 
@@ -99,8 +105,8 @@ def arcee_fusion(*, spread: float = 1.5, floor: float = 1e-8) -> MergeTransform:
 
     def divergence(x, start):
         base, p = (jax.nn.softmax(jnp.atleast_1d(v), axis=-1) + floor for v in models(x))
-        # not negative but for rounding, which is as good as 0
-        return jnp.maximum(jnp.sum(p * jnp.log(p / base), axis=-1, keepdims=True), 0)
+        # p - base sums to 0; with it every term is of the size of the sum, and none is negative but for rounding
+        return jnp.maximum(jnp.sum(p * jnp.log(p / base) - (p - base), axis=-1, keepdims=True), 0)
 
     def match(settings, x):
         moved = by_rows(x, divergence)

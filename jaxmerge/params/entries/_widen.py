@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._transform import MergeTransform, Need, Step, atom, total
+from jaxmerge.params._transform import MergeTransform, Need, Step, atom, each, models, total
 from jaxmerge.params.order._quantile import magnitude_bits
 from jaxmerge.params.order._rows import rank_in_row
 from jaxmerge.params.spectral._spectral import Select
@@ -55,21 +55,23 @@ def widen(*, ratio: float = 1.0, calibration: float = 1.0, rows: Select = None, 
         return {"rows" if flip else "columns": {"last": np.int32(np.floor(ratio * (n - 1) / 2))}}
 
     def merge(plan, x):
-        base, tau = x[:1], x[1:] - x[:1]
+        base, *others = models(x)
+        tau = jnp.stack([one - base for one in others])
         if "entries" in plan:
             change = jnp.abs(tau)
             mean = jnp.mean(change, axis=tuple(range(1, x.ndim)), keepdims=True)
-            return base + total(tau * _scores(change, change > mean * ratio, calibration))
+            return base[None] + total(tau * _scores(change, change > mean * ratio, calibration))
         flip = "rows" in plan
         last = plan["rows" if flip else "columns"]["last"]
-        along = 1 + (1 - axis if flip else axis)
-        length = jnp.sqrt(jnp.sum(x * x, axis=along, keepdims=True))
-        unit = x / jnp.where(length == 0, 1, length)
-        turned = 1 - jnp.sum(unit[1:] * unit[:1], axis=along, keepdims=True)
-        turned = jnp.where((length[1:] == 0) | (length[:1] == 0), 0, turned)
+        along = 1 - axis if flip else axis
+        dot = lambda a, b: jnp.sum(a * b, axis=along, keepdims=True)
+        length = jnp.sqrt(jnp.stack([dot(one, one) for one in models(x)]))
+        product = jnp.stack([dot(one, base) for one in others])
+        some = jnp.where(length == 0, 1, length)
+        turned = jnp.where((length[1:] == 0) | (length[:1] == 0), 0, 1 - product / some[1:] / some[:1])
         stretched = jnp.abs(length[1:] - length[:1])
-        score = total(jnp.concatenate([_column_scores(v, along, last, calibration)[None] for v in (stretched, turned)]))[0] / 2
-        return base + total(tau * score)
+        parts = [_column_scores(v, 1 + along, last, calibration) for v in (stretched, turned)]
+        return base[None] + total(each(jnp.multiply, tau, total(jnp.stack(parts))[0] / 2))
 
     needs = (Need("sum", "tensor"), Need("sum", "column"), Need("order", "tensor"))
     return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))

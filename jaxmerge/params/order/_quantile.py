@@ -89,10 +89,8 @@ def sides(x: Entries, t: UInt32[Array, "_"], order: Order = lambda x: x) -> tupl
         return count(each(jnp.greater, bits, t)), count(each(jnp.equal, bits, t))
 
     def together(x, t):
-        (all_of_them, above), _, _ = search.counts(x, [t, t + 1], order)
-        all_of_them, above = lax.optimization_barrier((all_of_them, above))  # one loop, also where one of them is not used
-        above = jnp.where(t == search.TOP, 0, above[0]), jnp.where(t == search.TOP, 0, above[1])
-        return above, subtract(all_of_them, above)
+        both = search.counts(x, [(jnp.greater, t), (jnp.equal, t)], order)
+        return tuple(lax.optimization_barrier(both))  # one loop, also where one of them is not used
 
     return fastest(together, lambda x, t: _each(lambda t: reduce(x, t), x.shape[0], t))(x, t)
 
@@ -127,7 +125,7 @@ def typical(leaves: Sequence[Entries], k: Words, order: Order) -> UInt32[Array, 
     place = lambda d: jnp.clip((1 - part) * many + d * deviation, 0, many - 1).astype(jnp.int32)
     middle = at(0.0)
     tied = (at(-1.5) == middle) | (middle == at(1.5))  # many tie: is it that value, or are more than k above it?
-    return jnp.stack([at(-4.5), jnp.where(tied, middle, at(-1.5)), jnp.where(tied, middle + 1, at(1.5)), at(4.5)])
+    return jnp.stack([at(-4.5), jnp.where(tied, middle - 1, at(-1.5)), jnp.where(tied, middle, at(1.5)), at(4.5)])
 
 
 def _every(x: Array, step: int) -> Array:

@@ -2,12 +2,15 @@
 
 On many devices a pass should cost one number per model, which bisection does (`_quantile`); here it should cost one reading of
 memory. XLA writes an array for every single reduction on the CPU, but makes several at once one loop, in which further pivots
-are nearly free: those of all the order statistics that are wanted. They follow from the counts: the rank that is wanted, give
-or take what a sample would scatter, on the line between the ends of the bracket. The ends are patterns that occur, so that ties
-and coarse data end the search early. Once few are left in the bracket, hardly a run of a hundred neighbours holds more than two
-of them: one more pass notes the least and the greatest of each run, and the rest is found among those.
+cost two operations each: those of all the order statistics that are wanted. They follow from the counts: the rank that is
+wanted, give or take what a sample would scatter, on the line between the ends of the bracket. Once few are left in the bracket,
+hardly a run of a hundred neighbours holds more than two that differ: one more pass notes the least and the greatest of each,
+and the rest is found among those. Where counting is slow to narrow the bracket, entries come in lumps, and it reaches further;
+then many tie: the same pass draws the ends of the bracket in to patterns that occur, and next these are counted by themselves;
+then the bracket is cut in equal parts.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import UInt32
+from jaxtyping import Int32, UInt32
 
 from jaxmerge.params._deferred import Entries
 from jaxmerge.params.order import _words as w
@@ -29,37 +32,40 @@ RUN = 128
 TOP = np.uint32(0xFFFFFFFF)
 
 
-def counts(x: Entries, pivots: list[Array], order: Order) -> tuple[list[w.Words], list[Array], list[Array]]:
-    """At each pivot (n K,): how many patterns are at least it; the least of those; the greatest of the others."""
+def counts(x: Entries, tests: list[tuple[Callable, Array]], order: Order) -> list[w.Words]:
+    """How many patterns pass each test, such as (jnp.greater, t (n K,)), for each model."""
     bits = order(x)
     models = bits.shape[0]
     inner, most = w.inner_axes(bits.shape)
     found = []
     for k in range(models):  # each in a loop of its own
-        one, operands = bits[k : k + 1], []
-        for t in (p[i] for p in pivots for i in range(k, p.shape[0], models)):
-            there = one >= t
-            operands += [there.astype(jnp.uint32), jnp.where(there, one, TOP), jnp.where(there, np.uint32(0), one)]
-        found.append(_reduce(operands, inner))
-    by_pivot = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
-    n, up, down = ([v for i, v in enumerate(by_pivot) if i // models % 3 == which] for which in range(3))
-    outer = tuple(range(1, n[0].ndim))
-    many = pivots[0].shape[0]
-    together = lambda parts: [jnp.concatenate(parts[i : i + many]) for i in range(0, len(parts), many)]
-    return (
-        [w.widened(v, bits.shape, most) for v in together(n)],
-        together([jnp.min(v, axis=outer) for v in up]),
-        together([jnp.max(v, axis=outer) for v in down]),
-    )
+        one = _signed(bits[k : k + 1])
+        passed = [compare(one, _signed(t[i])) for compare, t in tests for i in range(k, t.shape[0], models)]
+        found.append(_reduce([p.astype(jnp.uint32) for p in passed], [lax.add] * len(passed), inner))
+    by_test = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
+    many = tests[0][1].shape[0]
+    small = [jnp.concatenate(by_test[i : i + many]) for i in range(0, len(by_test), many)]
+    return [w.widened(v, bits.shape, most) for v in small]
 
 
-def _reduce(operands: list[Array], axes: tuple[int, ...]) -> list[Array]:
-    """Of every three the sum, the minimum and the maximum over the axes, in one loop."""
+def _signed(bits: UInt32[Array, "..."]) -> Int32[Array, "..."]:
+    """The same order in signed numbers, which processors compare in one operation."""
+    return lax.bitcast_convert_type(bits ^ np.uint32(1 << 31), jnp.int32)
 
-    def step(a, b):
-        return [f(p, q) for f, p, q in zip([jnp.add, jnp.minimum, jnp.maximum] * (len(operands) // 3), a, b, strict=True)]
 
-    return lax.reduce(operands, [np.uint32(0), TOP, np.uint32(0)] * (len(operands) // 3), step, axes)
+def _unsigned(bits: Int32[Array, "..."]) -> UInt32[Array, "..."]:
+    return lax.bitcast_convert_type(bits, jnp.uint32) ^ np.uint32(1 << 31)
+
+
+def _reduce(operands: list[Array], by: list[Callable], axes: tuple[int, ...]) -> list[Array]:
+    """Each reduced over the axes by its own sum, minimum or maximum, in one loop."""
+    start = {
+        lax.add: lambda dtype: 0,
+        lax.min: lambda dtype: np.iinfo(dtype).max,
+        lax.max: lambda dtype: np.iinfo(dtype).min,
+    }
+    first = [np.asarray(start[f](v.dtype), v.dtype) for f, v in zip(by, operands, strict=True)]
+    return lax.reduce(operands, first, lambda a, b: [f(p, q) for f, p, q in zip(by, a, b, strict=True)], axes)
 
 
 def kth_largest(
@@ -81,64 +87,61 @@ def kth_largest(
     runs = sum(math.prod(x.shape[1:]) // run(x) for x in leaves)
     few = max(round((runs * runs / 8) ** (1 / 3)), 1)  # at random, one in fifty times three of them fall into one run
 
-    def left(lo, hi, below, above):
-        inside = w.subtract(below, above)
-        return (lo == hi) | ((inside[0] == 0) & (inside[1] <= few))
-
     def step(state):
-        *bracket, pivots, stalled, crowded = state
+        *bracket, slow, look, pivots = state
         # patterns are made as they are read: outside the loop, where XLA would lift them, they would fill an array
         entries, pivots = lax.optimization_barrier((leaves, pivots))
-        ready = jnp.all(left(*bracket)) & ~crowded
-        return lax.cond(ready, collect, narrow, entries, bracket, pivots, stalled)
+        *bracket, slow, look = lax.cond(look, collect, narrow, entries, bracket, slow, pivots)
+        return *bracket, slow, look, _pivots(*bracket, k=k, slow=slow)
 
-    def narrow(entries, bracket, pivots, stalled):
+    def narrow(entries, bracket, slow, pivots):
         lo, hi, below, above = bracket  # below = #(>= lo) >= k > above = #(> hi)
-        wide = hi - lo
-        found = [counts(x, list(pivots), order) for x in entries]
-        for i in range(PIVOTS):
-            n, up, down = found[0][0][i], found[0][1][i], found[0][2][i]
-            for m, u, d in ((f[0][i], f[1][i], f[2][i]) for f in found[1:]):
-                n, up, down = w.add(n, m), jnp.minimum(up, u), jnp.maximum(down, d)
-            enough = w.at_least(n, k)
-            closer = enough & w.at_least(below, n)
-            lo, below = jnp.where(closer, jnp.maximum(lo, up), lo), _choose(closer, n, below)
-            closer = ~enough & w.at_least(n, above)
-            hi, above = jnp.where(closer, jnp.minimum(hi, down), hi), _choose(closer, n, above)
-        stalled = ~stalled & ((hi - lo).astype(jnp.float32) * (PIVOTS + 1) > wide.astype(jnp.float32))
-        bracket = lo, hi, below, above
-        return *bracket, _between(*bracket, k=k, stalled=stalled), stalled, jnp.bool_(False)
+        before = w.number(w.subtract(below, above))
+        counted = [counts(x, [(jnp.greater, p) for p in pivots], order) for x in entries]
+        for pivot, *parts in zip(pivots, *counted, strict=True):
+            n = functools.reduce(w.add, parts)
+            closer = w.at_least(n, k) & (pivot >= lo)
+            lo, below = jnp.where(closer, pivot + 1, lo), _choose(closer, n, below)
+            closer = ~w.at_least(n, k) & (pivot < hi)
+            hi, above = jnp.where(closer, pivot, hi), _choose(closer, n, above)
+        inside = w.subtract(below, above)
+        left = (lo == hi) | ((inside[0] == 0) & (inside[1] <= few))
+        slow = jnp.where(~left & (w.number(inside) * PIVOTS > before), jnp.minimum(slow + 1, 3), 0)
+        return lo, hi, below, above, slow, jnp.all(left) | jnp.any(slow == 2)
 
-    def collect(entries, bracket, pivots, stalled):
+    def collect(entries, bracket, slow, pivots):
         lo, hi, below, above = bracket
         found = [_ends(x, lo, hi, order) for x in entries]
         n, least, greatest = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        crowded = jnp.any((n > 2) & (lo < hi)[:, None])
-        least, greatest = jnp.where(n > 0, least - lo[:, None], 0), jnp.where(n > 1, greatest - lo[:, None], 0)
+        crowded = jnp.any((n > 2) & (least < greatest), axis=1) | (w.subtract(below, above)[0] > 0)  # one word counts the rest
+        low = jnp.min(jnp.where(n > 0, least, TOP), axis=1)
+        least, greatest = jnp.where(n > 0, least, 0), jnp.where(n > 0, greatest, 0)
+        high = jnp.max(greatest, axis=1)
         rank = w.subtract(k, above)[1]
 
-        def at_least(t):
-            return _counted((n > 0) & (least >= t[:, None]), (n > 1) & (greatest >= t[:, None]))
+        def at_least(t):  # from 1
+            one, others = (least >= t[:, None]).astype(jnp.uint32), jnp.where(greatest >= t[:, None], n - 1, 0)
+            return functools.reduce(jnp.add, _reduce([one, others], [lax.add] * 2, (1,)))
 
-        wide = 32 - lax.clz(jnp.max(hi - lo)).astype(jnp.int32)
+        wide = 32 - lax.clz(jnp.max(jnp.where(crowded, 0, high))).astype(jnp.int32)
 
         def bit(i, t):
             candidate = t | (jnp.uint32(1) << (wide - 1 - i).astype(jnp.uint32))
             return jnp.where(at_least(candidate) >= rank, candidate, t)
 
         t = lax.fori_loop(0, wide, bit, nothing)
-        larger, enough = (w.add(above, (nothing, at_least(v))) for v in (t + 1, t))
-        keep = crowded | (lo == hi)
-        lo, hi = jnp.where(keep, lo, lo + t), jnp.where(keep, hi, lo + t)
-        return lo, hi, _choose(keep, below, enough), _choose(keep, above, larger), pivots, stalled, crowded
+        enough = _choose(t > 0, w.add(above, (nothing, at_least(t))), below)
+        larger = w.add(above, (nothing, at_least(t + 1)))
+        lo, hi = lo + jnp.where(crowded, low, t), lo + jnp.where(crowded, high, t)
+        return lo, hi, _choose(crowded, below, enough), _choose(crowded, above, larger), slow, jnp.bool_(False)
 
     lo, hi = nothing, jnp.full_like(nothing, (1 << bits) - 1)
-    never = jnp.zeros(nothing.shape, bool)
     high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
     everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
     bracket = lo, hi, everything, (nothing, nothing)
-    start = _between(*bracket, k=k, stalled=~never) if start is None else jnp.clip(start, 1, hi[None])
-    state = (*bracket, start, never, jnp.bool_(False))
+    slow = jnp.full(nothing.shape, 3 if start is None else 0, jnp.int32)
+    start = _pivots(*bracket, k=k, slow=slow) if start is None else jnp.minimum(start, (hi - 1)[None])
+    state = (*bracket, slow, jnp.bool_(False), start)
     found, _, below, above, *_ = lax.while_loop(lambda state: jnp.any(state[0] < state[1]), step, state)
     return found, above, below
 
@@ -150,36 +153,36 @@ def run(x: Entries) -> int:
 
 
 def _ends(x: Entries, lo: Array, hi: Array, order: Order) -> tuple[UInt32[Array, "_ runs"], ...]:
-    """How many patterns of each run are in the bracket (n K,), the least and the greatest of them."""
+    """How many patterns of each run are in the bracket (n K,), the least and the greatest of them, from lo."""
     models, bits = x.shape[0], order(x)
     found = []
     for k in range(models):
         one, operands = bits[k].reshape(*bits.shape[1:-1], -1, run(x)), []
         for i in range(k, lo.shape[0], models):
-            inside = (one >= lo[i]) & (one <= hi[i])
-            operands += [inside.astype(jnp.uint32), jnp.where(inside, one, TOP), jnp.where(inside, one, np.uint32(0))]
-        found.append([v.reshape(-1) for v in _reduce(operands, (one.ndim - 1,))])
+            from_lo = _signed(one - lo[i])
+            inside = from_lo <= _signed(hi[i] - lo[i])
+            least = jnp.where(inside, from_lo, np.int32(2**31 - 1))
+            greatest = jnp.where(inside, from_lo, np.int32(-(2**31)))
+            operands += [inside.astype(jnp.int32), least, greatest]
+        by = [lax.add, lax.min, lax.max] * (len(operands) // 3)
+        found.append([v.reshape(-1) for v in _reduce(operands, by, (one.ndim - 1,))])
     by_bracket = [v for of_all_models in zip(*found, strict=True) for v in of_all_models]
-    return tuple(jnp.stack([v for i, v in enumerate(by_bracket) if i // models % 3 == which]) for which in range(3))
-
-
-def _counted(a: Array, b: Array) -> UInt32[Array, "_"]:
-    """How many of both are true for each model; one loop, as it is two sums."""
-    add = lambda x, y: (x[0] + y[0], x[1] + y[1])
-    one, other = lax.reduce((a.astype(jnp.uint32), b.astype(jnp.uint32)), (np.uint32(0), np.uint32(0)), add, (1,))
-    return one + other
+    n, least, greatest = (jnp.stack([v for i, v in enumerate(by_bracket) if i // models % 3 == which]) for which in range(3))
+    return n.astype(jnp.uint32), _unsigned(least), _unsigned(greatest)
 
 
 def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
     return jnp.where(which, a[0], b[0]), jnp.where(which, a[1], b[1])
 
 
-def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, stalled: Array) -> UInt32[Array, "pivots _"]:
-    """Pivots above lo and up to hi: about the k-th, give or take what a sample of as many scatters, on a line of the logarithm
-    of the rank, as tails are. Where that did not narrow the bracket enough, many may tie: at an end, or at the roundest pattern
-    between, as they do in coarse data."""
+def _pivots(
+    lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, slow: Int32[Array, "_"]
+) -> UInt32[Array, "pivots _"]:
+    """Where to count next, from lo to under hi: about the k-th, give or take what a sample of as many scatters, on a line of
+    the logarithm of the rank, as tails are. Where that was slow, four times as far; then the ends by themselves and the
+    roundest pattern between, at which coarse data tie; then equal parts."""
     inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
-    deviation = jnp.sqrt(rank / inside * (inside - rank))
+    deviation = jnp.sqrt(rank / inside * (inside - rank)) * jnp.where(slow == 1, 4, 1)
     near, far = 1.5 * deviation + 1, 4.5 * deviation + 3
     ranks = [
         jnp.where(rank > far, rank - far, rank / 2),
@@ -188,13 +191,15 @@ def _between(lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words
         jnp.where(rank + far < inside, rank + far, (3 * inside + rank) / 4),
     ]
     whole = jnp.log1p(inside / start)
-    wide = hi - lo
+    wide = jnp.maximum(hi - lo, 1)
     differing = jnp.minimum(31 - lax.clz(lo ^ hi), 31)  # the highest bit: 1 in hi
     round_ = hi >> differing << differing
+    coarse = [lo, round_ - 1, round_, hi - 1]
     pivots = []
-    for r, coarse in zip(ranks, (lo + 1, round_, round_ + 1, hi), strict=True):
+    for i, r in enumerate(ranks):
         place = jnp.log1p(r / (inside - r + start)) / whole
         step = jnp.clip(place * wide.astype(jnp.float32), 0, 2.0**32 - 256).astype(jnp.uint32)
-        pivot = lo + jnp.minimum(step, jnp.maximum(wide, 1) - 1) + 1
-        pivots.append(jnp.where(stalled, jnp.minimum(coarse, jnp.maximum(hi, 1)), pivot))
+        part = wide // (PIVOTS + 1) * np.uint32(i + 1) + wide % (PIVOTS + 1) * np.uint32(i + 1) // (PIVOTS + 1)
+        pivot = jnp.where(slow < 2, lo + step, jnp.where(slow == 2, coarse[i], lo + part))
+        pivots.append(jnp.minimum(pivot, lo + wide - 1))
     return jnp.stack(pivots)

@@ -10,7 +10,19 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxmerge.params._layout import along, einsum, like, locally
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, chain, float32, over, resolve, total
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    MergeTransform,
+    Need,
+    Step,
+    atom,
+    chain,
+    each,
+    float32,
+    models,
+    resolve,
+    total,
+)
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.spectral._spectral import Select, per_matrix, turned
 
@@ -153,11 +165,11 @@ def fisher(
         if any(name not in model or model[name].shape != shape[1:] for model in leaves):
             raise ValueError(f"fisher: every model needs information of shape {shape[1:]} for leaf {name!r}.")
         w = float32(resolve(weight, name, shape[0], "fisher: weight"))
-        return {"fisher": jnp.stack([model[name] for model in leaves]), "factor": w * factor}
+        return {"fisher": [model[name] for model in leaves], "factor": w * factor}
 
     def merge(plan, x):
-        f = (plan["fisher"] + floor) * over(plan["factor"], x)
-        return total(f * x) / total(f)
+        f = jnp.stack([(one + floor) * times for one, times in zip(plan["fisher"], models(plan["factor"]), strict=True)])
+        return total(each(jnp.multiply, x, f)) / total(f)
 
     return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=(Need("data", "entry"),)))
 
