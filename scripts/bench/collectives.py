@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxmerge import params, testing
-from scripts.bench.params import CASES, Case, Shape
+from scripts.bench.params import CASES, SQUARE, Case, Shape
 
 LARGE: dict[str, Shape] = {"embed": (4096, 1024), "kernel": (1024, 4096), "scale": (1024,)}
 SMALL: dict[str, Shape] = {"kernel": (2048, 256), "scale": (1024,)}  # larger eigenproblems compile for minutes on a TPU
@@ -65,7 +65,7 @@ def main(
 
 
 def shapes(case: Case) -> dict[str, Shape]:
-    return SMALL if case.spectral else LARGE
+    return SMALL if case.shapes is SQUARE else LARGE
 
 
 def moved(case: Case, mesh: Mesh) -> str:
