@@ -110,34 +110,36 @@ def build(root: pathlib.Path, size: float) -> None:
 # --- who runs --------------------------------------------------------------------------------------------------------
 
 FLOOR = """
-import mmap, os, queue, struct, sys, threading
-from concurrent.futures import ThreadPoolExecutor
+import mmap, os, queue, sys, threading
 root, out, names = sys.argv[1], sys.argv[2], sys.argv[3:]
 os.makedirs(out, exist_ok=True)
-STEP = 1 << 22
+STEP, ROOMS = 1 << 22, 4
 files = [os.open(f"{root}/{n}/model.safetensors", os.O_RDONLY | os.O_DIRECT) for n in names]
 size = os.fstat(files[0]).st_size
 target = os.open(f"{out}/model.safetensors", os.O_RDWR | os.O_CREAT, 0o644)
 os.posix_fallocate(target, 0, size)
 direct = os.open(f"{out}/model.safetensors", os.O_WRONLY | os.O_DIRECT)
-free, full, done = queue.Queue(), queue.Queue(), queue.Queue()
-for _ in range(4): free.put([mmap.mmap(-1, STEP) for _ in names])
-def read():
-    with ThreadPoolExecutor(len(names)) as lanes:
-        for at in range(0, size, STEP):
-            room = free.get()
-            list(lanes.map(lambda p: os.preadv(p[0], [p[1]], at), zip(files, room)))
-            full.put((at, room))
-    full.put(None)
-thread = threading.Thread(target=read); thread.start()
-while (item := full.get()) is not None:
-    at, room = item
+free, full = [queue.Queue() for _ in files], [queue.Queue() for _ in files]
+for rooms in free:
+    for _ in range(ROOMS):
+        rooms.put(room := mmap.mmap(-1, STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        room.madvise(mmap.MADV_HUGEPAGE)  # direct I/O into large pages is twice as fast
+def read(i):
+    for at in range(0, size, STEP):
+        room = free[i].get()
+        os.preadv(files[i], [room], at)
+        full[i].put(room)
+threads = [threading.Thread(target=read, args=(i,)) for i in range(len(files))]
+for thread in threads: thread.start()
+for at in range(0, size, STEP):
+    rooms = [some.get() for some in full]
     n = min(STEP, size - at)
     whole = n - n % 4096
-    if whole: os.pwrite(direct, memoryview(room[0])[:whole], at)
-    if n > whole: os.pwrite(target, memoryview(room[0])[whole:n], at + whole)
-    free.put(room)
-thread.join(); os.fsync(target)
+    if whole: os.pwrite(direct, memoryview(rooms[0])[:whole], at)
+    if n > whole: os.pwrite(target, memoryview(rooms[0])[whole:n], at + whole)
+    for some, room in zip(free, rooms): some.put(room)
+for thread in threads: thread.join()
+os.fsync(target)
 """
 
 
