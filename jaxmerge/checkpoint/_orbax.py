@@ -39,7 +39,7 @@ class Orbax:
         leaf = self.leaves[name]
         if leaf.dtype is None:
             return self.load({name: _here()})[name]
-        return np.asarray(_arrays(self.path)[name][index].read().result())
+        return np.asarray(self._arrays[name][index].read().result())
 
     def load(self, shardings: Mapping[str, Sharding]) -> dict[str, Any]:
         def target(key_path, meta):
@@ -61,7 +61,22 @@ class Orbax:
     def granule(self, name: str) -> int | None:
         if not self.leaves[name].shape:
             return None
-        return int(_arrays(self.path)[name].chunk_layout.read_chunk.shape[0])
+        return int(self._arrays[name].chunk_layout.read_chunk.shape[0])
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, Any]:
+        """Every array as tensorstore sees it: slices of it can be read."""
+        import tensorstore as ts
+
+        base = base_of(self.path)
+        described = json.loads((base / "_METADATA").read_text())
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        opened = {}
+        for entry in described["tree_metadata"].values():
+            if entry["value_metadata"].get("value_type") not in ("string", "None"):
+                keys = array_keys(entry)
+                opened["/".join(keys)] = ts.open(spec_of(base, described, keys), open=True, read=True, context=context)
+        return {name: future.result() for name, future in opened.items()}
 
     def identity(self) -> str:
         where = base_of(self.path) / "_METADATA"
@@ -117,22 +132,6 @@ def base_of(path: PathLike) -> PathLike:
     if len(inner) != 1:
         raise ValueError(f"{path} holds {len(inner)} trees of arrays; name the directory of one.")
     return inner[0]
-
-
-@functools.lru_cache(maxsize=32)
-def _arrays(path: epath.Path) -> dict[str, Any]:
-    """Every array as tensorstore sees it: slices of it can be read."""
-    import tensorstore as ts
-
-    base = base_of(path)
-    described = json.loads((base / "_METADATA").read_text())
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    opened = {}
-    for entry in described["tree_metadata"].values():
-        if entry["value_metadata"].get("value_type") not in ("string", "None"):
-            keys = array_keys(entry)
-            opened["/".join(keys)] = ts.open(spec_of(base, described, keys), open=True, read=True, context=context)
-    return {name: future.result() for name, future in opened.items()}
 
 
 def array_keys(entry: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
-from jaxmerge.checkpoint._layout import Layout, layout
+from jaxmerge.checkpoint._layout import layout
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
 from jaxmerge.checkpoint._units import by_ranges
@@ -36,7 +36,7 @@ class CheckpointPlan(NamedTuple):
       units: else the parts of leaves that are in memory together; of all processes, in groups of one process.
       entire: leaves that a method must see whole, and that therefore count against the memory.
       room_bytes: what the units of a process that are in memory at once may take.
-      layout: the output's files, or its tree, by ranges; None on devices.
+      layout: the output's files (`Layout`), or its tree (`Tree`, which brings Orbax), by ranges; None on devices.
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
       bytes_read, bytes_written: over all passes and all processes.
@@ -56,7 +56,7 @@ class CheckpointPlan(NamedTuple):
     units: tuple[tuple[Unit, ...], ...]
     entire: frozenset[str]
     room_bytes: int
-    layout: Layout | Any | None
+    layout: Any
     settings: tuple[dict[str, Any], ...]
     passes: int
     bytes_read: int

@@ -89,7 +89,7 @@ def by_ranges(
         there = [s.leaves[name] for s in inputs if name in s.leaves]
         held = sum(o.bytes for o in there)
         parts = cut(name, leaf, block)
-        if name not in merged:
+        if name not in merged or not leaf.size:
             units += [(part,) for part in parts]
             continue
         local = all(s.extent(name) is not None for s in inputs if name in s.leaves)

@@ -69,3 +69,19 @@ def test_every_kind_of_leaf(tmp_path, on_devices):
             np.testing.assert_array_equal(loaded[n], x)
     assert len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) < 20
     assert not checkpoint.verify(tmp_path / "out", params.linear()).problems
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_leaves_without_entries_and_an_output_that_is_replaced(tmp_path, kind):
+    """Methods that wait for a statistic have none of nothing; what is opened again is what is there now."""
+    files, options = [tmp_path / f"{n}.safetensors" for n in "abc"], {"format": kind, "overwrite": True}
+    for i, file in enumerate(files):
+        save_file({"none": np.zeros((0, 3), np.float32), "x": np.arange(12, dtype=np.float32).reshape(3, 4) * (i + 1)}, file)
+    for tx in (params.ties(0.5, scope="tensor"), params.model_stock()):
+        checkpoint.merge(tx, files[0], files[1:], tmp_path / "out", **options)
+        assert not checkpoint.verify(tmp_path / "out", tx).problems
+        assert checkpoint.open(tmp_path / "out").read("none").shape == (0, 3)
+        checkpoint.merge(tx, tmp_path / "out", [tmp_path / "out"] * 2, tmp_path / "again", **options)  # read by what comes next
+        np.testing.assert_array_equal(
+            checkpoint.open(tmp_path / "again").read("x"), checkpoint.open(tmp_path / "out").read("x")
+        )
