@@ -108,7 +108,7 @@ def firsts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
 
 def take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """x[batch, indices[batch, i]]; the indices are known to be in bounds."""
-    return batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
+    return batched(lambda i, x: jnp.asarray(x).at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
 
 
 def matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
