@@ -393,7 +393,7 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops
 def _batch(plan: Plan | SoftPlan, verb: str) -> tuple[int, ...]:
     """The plan's batch shape; every verb asks for it first, so what is no plan is refused here."""
     held = plan.segment_ids if isinstance(plan, Plan) else plan.weights if isinstance(plan, SoftPlan) else None
-    if not hasattr(held, "shape"):
+    if held is None or not hasattr(held, "shape"):
         got = f"one that holds a {type(held).__name__}" if isinstance(plan, Plan | SoftPlan) else type(plan).__name__
         raise TypeError(
             f"{verb}: a Plan of an array of segment ids or a SoftPlan of an array of weights comes first; got {got}."

@@ -9,6 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import check_rows, checked_tokens
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
@@ -62,7 +63,8 @@ def attention_and_density(
     Source: `merge_tokens_by_attention_density` of HoliTom (arXiv:2505.21334); its line for D > 0 raises, for the shape of a
     mask. With keep=0 it is `merge_tokens_by_density`. beta=None is NO_BETA=1.
     """
-    x = jnp.asarray(x)
+    x, attention = checked_tokens("attention_and_density", x), jnp.asarray(attention)
+    check_rows("attention_and_density", x, attention=attention)
     kept = keep_top_k(lax.stop_gradient(attention), keep).kept
     if k == 0:
         plan = keep_apart(Plan(jnp.where(kept, 0, -1), 0), kept, keep)
@@ -104,7 +106,8 @@ def attention_and_similarity(
 
     Source: what HoliTom (arXiv:2505.21334) does inside the language model, from one layer on (HOLITOM_k, HOLITOM_r).
     """
-    x = jnp.asarray(x)
+    x, attention = checked_tokens("attention_and_similarity", x), jnp.asarray(attention)
+    check_rows("attention_and_similarity", x, attention=attention)
     kept = keep_top_k(lax.stop_gradient(attention), keep).kept
     to = nearest(x, x, mask=jnp.broadcast_to(kept[..., None, :], (*kept.shape, kept.shape[-1]))).index.astype(jnp.int32)
     parents = jnp.where(kept, segments.positions(to), to if keep else -1)
