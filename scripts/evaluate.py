@@ -43,8 +43,9 @@ class Flags:
     rows: int = 64
     """Windows per forward pass."""
     data: int | None = None
+    """The mesh's axis over which batches alone are split; by default what `fsdp` leaves."""
     fsdp: int | None = None
-    """The mesh: by default parameters are split in two, and batches over all devices."""
+    """The mesh's axis over which parameters are split too: by default in two."""
 
 
 def score(
@@ -186,4 +187,4 @@ def main(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Flags, description=__doc__))
+    main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

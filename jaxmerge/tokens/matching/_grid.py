@@ -58,8 +58,8 @@ def grid_matching(
     sy, sx = checked_sizes(name, "stride", stride, rank=2)
     if h * w != n:
         raise ValueError(f"{name}: grid {grid} holds {h * w} tokens, metric has n={n}.")
-    if not (1 <= sy <= h and 1 <= sx <= w):
-        raise ValueError(f"{name}: stride {stride} must be at least (1, 1) and fit into grid {grid}.")
+    if sy > h or sx > w:
+        raise ValueError(f"{name}: stride {stride} must fit into grid {grid}.")
     cells = _cells(h, w, sy, sx)
     count = len(cells)
     why = f"a grid of {grid} in cells of {stride} has {count} receivers and {n - count} sources"
