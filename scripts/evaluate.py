@@ -116,6 +116,8 @@ def baselines(windows: dict[str, np.ndarray], hidden: dict[str, bytes_data.Hidde
 def evaluate(flags: Flags) -> dict[str, Any]:
     """All figures, by row."""
     named = [c.partition("=") for c in flags.checkpoints]
+    if len({name for name, *_ in named}) < max(len(named), 1):
+        raise ValueError(f"evaluate: give one or more checkpoints, each a name of its own; got {list(flags.checkpoints)}.")
     if bad := [name for name, eq, path in named if not (name and eq and path)]:
         raise ValueError(f"evaluate: checkpoints are given as NAME=PATH; got {bad}.")
     config = state.load_config(flags.out / "model.json")

@@ -98,6 +98,9 @@ def test_evaluation(trained):
             assert d["hard"] == pytest.approx(d["soft"], abs=0.5) and d["input"] != 0
     with pytest.raises(ValueError, match=r"NAME=PATH; got \['nothing'\]"):
         evaluate.evaluate(dataclasses.replace(flags, checkpoints=("nothing",)))
+    for checkpoints in ((), ("a=x", "a=y")):
+        with pytest.raises(ValueError, match="one or more checkpoints, each a name of its own"):
+            evaluate.evaluate(dataclasses.replace(flags, checkpoints=checkpoints))
     with pytest.raises(ValueError, match="no checkpoint at"):
         evaluate.evaluate(dataclasses.replace(flags, checkpoints=(f"x={trained / 'absent'}",)))
 
