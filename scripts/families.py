@@ -61,9 +61,9 @@ def read_model(path: pathlib.Path, family: str, *, tied: published.Tied = "refus
         tensors = t5x.read_t5x(path)
         config = published.t5_config_of(tensors, t5.T5Config())
     elif found == "hf":
-        if f.read_config is None:
+        if (read := f.read_config) is None:
             raise ValueError(f"read_model: {path} is in Hugging Face's layout, and {family} has none.")
-        config, tensors = described(path / "config.json", family, lambda: f.read_config(path)), load.read(path)
+        config, tensors = described(path / "config.json", family, lambda: read(path)), load.read(path)
         if family in ("byt5", "mrt5"):
             tensors = published.with_head(tensors, tied=tied)
     else:
