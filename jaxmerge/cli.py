@@ -225,7 +225,7 @@ class InputsAndOutput(Inputs):
     out: str = dataclasses.field(kw_only=True)
     """Where the merged checkpoint appears."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace the output of an earlier merge."""
     integers: Literal["agree", "base"] = "agree"
     """Leaves that are not floating point must agree, or are taken from the base."""
     nonfinite: Literal["refuse", "allow"] = "refuse"
@@ -251,13 +251,21 @@ def main(argv: list[str] | None = None) -> int:
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
         return 0
+    if argv == ["--version"]:
+        from jaxmerge import __version__
+
+        print(f"jaxmerge {__version__}")
+        return 0
     if argv == ["doctor"]:
         _doctor()
+        return 0
+    if argv in (["doctor", "-h"], ["doctor", "--help"]):
+        print(f"usage: jaxmerge doctor\n\n{_doctor.__doc__}")
         return 0
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
-        print(USAGE, file=sys.stderr)
+        print(USAGE, *_not_understood(argv), sep="\n", file=sys.stderr)
         return 2
     verb, method = argv[:2]
     command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
@@ -283,6 +291,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _not_understood(argv: list[str]) -> list[str]:
+    """What to say of the first word that means nothing."""
+    known = [*_verbs.VERBS, "doctor"]
+    if argv and argv[0] not in known:
+        return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
+    if len(argv) > 1 and argv[0] in VERBS:
+        here = f"neither a recipe (a file) nor a method{_verbs.near(argv[1], METHODS)}"
+        return [f"jaxmerge: error: {argv[1]!r} is {here}"]
+    return []
 
 
 def _keep_compiled() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+import jaxmerge
 from jaxmerge import checkpoint, cli, params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -113,6 +114,10 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "slerp", "--models", str(root / "a"), *out], "between two models, got 1"),
         (["merge", "linear", *models], "--out"),
         (["merge", "average"], "usage: jaxmerge {plan|merge}"),
+        (["merge", "averag"], "'averag' is neither a recipe (a file) nor a method."),
+        (["plan", "tiess"], "neither a recipe (a file) nor a method; did you mean 'ties'?"),
+        (["merg", "ties"], "there is no command 'merg'; did you mean 'merge'?"),
+        (["inspect", str(root / "a"), "--leaves", "("], "--leaves: '(' is no regular expression: missing )"),
         ([], "usage: jaxmerge {plan|merge}"),
     ):
         assert cli.main(command) == 2, command
@@ -122,6 +127,9 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
 
 
 def test_help(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"jaxmerge {jaxmerge.__version__}\n"
+    assert cli.main(["doctor", "--help"]) == 0 and "usage: jaxmerge doctor" in capsys.readouterr().out
+    assert cli.main(["merge", "-h"]) == 0 and "RECIPE OUT" in capsys.readouterr().out
     assert cli.main(["--help"]) == 0 and "jaxmerge merge ties" in capsys.readouterr().out
     assert cli.main(["merge", "ties", "--help"]) == 0
     printed = capsys.readouterr().out
