@@ -107,7 +107,8 @@ def takes(argv: Sequence[str], methods: Collection[str]) -> bool:
         return False
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
     asks = argv[0] not in ("plan", "merge") or (named not in methods and not {"-h", "--help"}.isdisjoint(argv))
-    return asks or named.endswith(RECIPES) or pathlib.Path(named).is_file()
+    path = pathlib.Path(named)
+    return asks or named.endswith(RECIPES) or (path.exists() and not path.is_dir())  # a pipe is a recipe too
 
 
 def near(word: str, known: Collection[str]) -> str:
@@ -145,6 +146,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         does = {"plan": _plan, "merge": _merge, "inspect": _inspect, "verify": _verify, "extract": _extract}[verb]
         return does(parsed, parsed.options) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2

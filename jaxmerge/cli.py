@@ -241,7 +241,22 @@ USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--hel
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when done, 2 when the user must change something."""
+    """Run one command.
+
+    Returns:
+      0 when done, 1 when a merge is not what it says, 2 when the user must change something, 130 when the user broke it off.
+    """
+    try:
+        return _main(argv)
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("jaxmerge: interrupted; a merge goes on from here when the same command is given again", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     import tyro
 
     if argv is None:
@@ -287,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
             _plan(tx, parsed.files)
         else:
             _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
+    except BrokenPipeError:
+        raise
     except (MergeError, OSError, _UserError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import subprocess
 import sys
 
@@ -105,6 +106,7 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "ties", *models, *base, *out, "--mesh", "fsdp:8"], "not of the form"),
         (["merge", "linear", "--models", str(root / "nothing"), *out], "no checkpoint at"),
         (["merge", "linear", "--models", str(root), *out], "is not an Orbax checkpoint"),
+        (["merge", "linear", *models, *out, "--weight", "nan", "1"], "weight must be a number, got [nan, 1.0]"),
         (["merge", "linear", *models, "--out", str(root / "base")], "--overwrite"),
         (
             ["merge", "linear", "--models", str(root / "a"), str(tmp_path / "wrong"), *out],
@@ -124,6 +126,20 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, (command, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_it_goes_quietly_when_nobody_reads_and_when_it_is_broken_off(saved, monkeypatch, capsys, tmp_path):
+    """`| head` prints no error; Ctrl-C says what comes next."""
+    root, _ = saved
+    code = "import sys; from jaxmerge import cli; sys.exit(cli.main(sys.argv[1:]))"
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-c", code, "inspect", str(root / "a"), "--leaves", "."]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "rror" not in done.stderr
+    monkeypatch.setattr(checkpoint, "merge", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["merge", "linear", "--models", str(root / "a"), "--out", str(tmp_path / "x")]) == 130
+    assert "interrupted; a merge goes on" in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -276,7 +276,7 @@ def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
     """A hyperparameter's value for each of the models on one leaf, shape (K,).
 
     Raises:
-      ValueError: as many numbers as neither 1 nor K.
+      ValueError: as many numbers as neither 1 nor K; NaN.
     """
     if callable(value):
         value = value(name)
@@ -286,6 +286,8 @@ def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
         raise ValueError(
             f"{what} must be one number or one per model; got shape {value.shape} for {models} models at leaf {name!r}."
         )
+    if isinstance(value, np.ndarray) and np.isnan(value).any():
+        raise ValueError(f"{what} must be a number, got {value.tolist()} at leaf {name!r}.")
     return (jnp if isinstance(value, Array) else np).broadcast_to(value, (models,))
 
 
