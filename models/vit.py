@@ -25,7 +25,7 @@ import jaxmerge as jm
 Schedule = int | tuple[int, float] | Sequence[int]
 AnyPlan = jm.Plan | jm.SoftPlan
 Reduce = Literal["mean", "sum"]
-Flash = Literal["xla", "cudnn"] | None
+Flash = Literal["xla", "cudnn", "mosaic_gpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +134,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, tuple[Array, Array, Array]]:
         b, n, d = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = jm.attention.proportional_attention(q, k, v, bias, implementation=self.implementation)
-        return self.proj(out.reshape(b, n, d)), (q, k, v)
+        eights = -n % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads in place
+        qkv = self.qkv(jnp.pad(x, ((0, 0), (0, eights), (0, 0))))
+        qkv = qkv.reshape(b, n + eights, 3, self.num_heads, d // self.num_heads)
+        out = jm.attention.packed_attention(qkv, bias, length=n, implementation=self.implementation)
+        return self.proj(out.reshape(b, n, d)), (qkv[:, :n, 0], qkv[:, :n, 1], qkv[:, :n, 2])
 
 
 class MLP(nnx.Module):
@@ -212,7 +213,7 @@ class ViT(nnx.Module):
 
     Args:
       config: from `VARIANTS`, or your own.
-      attention: "cudnn" for a flash kernel on GPU, in bfloat16; merged keys then weigh their size by extra feature columns.
+      attention: of `jm.attention.packed_attention`; in bfloat16 on GPU "mosaic_gpu" for inference on Hopper, "cudnn" to train.
       dtype: of the matrix products (jnp.bfloat16 on accelerators). Parameters, residuals, norms, softmax and logits
         stay float32.
       rngs: `nnx.Rngs(seed)`.

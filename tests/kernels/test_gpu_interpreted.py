@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import jaxmerge as jm
+from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels.attend import mosaic_gpu as attending, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
 from jaxmerge._kernels.pack import mosaic_gpu as packing, ref as pack_ref
@@ -90,3 +93,27 @@ def test_pack(interpret, dtype):
     x = cases.tokens(rng, 2, n, 200, dtype)
     found = packing.pack(keep, x, capacity=40, interpret=interpret)
     assert all((a == b).all() for a, b in zip(found, pack_ref.pack(keep, x, capacity=40), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", ["packed", "ring", "shared heads"])
+def test_attend(monkeypatch, interpret, case, bias):
+    on_chip = mgpu.product
+    in_registers = lambda a, b: jnp.dot(a, b[...], preferred_element_type=jnp.float32)  # which the interpreter cannot
+    monkeypatch.setattr(mgpu, "product", lambda a, b: (in_registers if isinstance(a, jax.Array) else on_chip)(a, b))
+    rng, (n, s, h, g, f, threads) = np.random.default_rng(0), (150, 150, 2, 2, 64, None)
+    if case == "ring":
+        monkeypatch.setattr(attending, "SHARED", 1)  # one tile at a time
+    if case == "shared heads":
+        n, s, h, g, f, threads = 70, 200, 4, 2, 80, 1
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    q, k, v = draw(2, n, h, f), draw(2, s, g, f), draw(2, s, g, f)
+    b = jnp.asarray(rng.standard_normal((2, s)), jnp.float32).at[:, 7].set(jm.attention.MASKED) if bias else None
+    given, length = ((q, k, v), None) if case == "shared heads" else ((jnp.stack([q, k, v], axis=2), None, None), n - 3)
+    b = b if b is None or length is None else b[:, :length].at[1].set(jm.attention.MASKED)  # a row that sees nothing
+    options = dict(scale=f**-0.5, length=length)
+    found = jax.jit(lambda *a: attending.attend(*a, **options, threads=threads, interpret=interpret))(*given, b)
+    wanted = attend_ref.attend(*(None if x is None else x.astype(jnp.float32) for x in given), b, **options)
+    # weights of bfloat16 are off by 2^-9 of themselves, so their mean by 2^-9 of the largest value; the result by 2^-9 of itself
+    bound = 2.0**-9 * float(jnp.abs(v).max()) + 2.0**-9 * np.abs(wanted) + 2.0**-16
+    assert found.dtype == jnp.bfloat16 and (np.abs(np.asarray(found, np.float32) - wanted) <= bound).all()
