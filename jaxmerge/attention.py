@@ -189,6 +189,7 @@ def packed_attention(
     qkv: Float[Array, "*batch n 3 h d"],
     bias: Float[Array, "*batch n"] | None,
     *,
+    offset: Float[Array, "3 h d"] | None = None,
     length: int | None = None,
     scale: float | None = None,
     implementation: Attending | None = None,
@@ -198,8 +199,10 @@ def packed_attention(
     Args:
       qkv: queries, keys and values along the third axis from the right, each with all heads, as in timm's and DeiT's `qkv`.
       bias, scale, implementation: as in `proportional_attention`.
+      offset: what every row of `qkv` still lacks, the bias of its product: "mosaic_gpu" adds it on the way.
       length: how many of the rows are there, n of the result and of the bias; all of them where it is left out. "mosaic_gpu"
-        reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less.
+        reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
+        behind must be finite.
 
     Law:
       packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
@@ -218,13 +221,18 @@ def packed_attention(
     if qkv.ndim < 4 or qkv.shape[-3] != 3:
         raise ValueError(f"packed_attention: qkv must be (*batch, n, 3, heads, features), got {qkv.shape}.")
     n = qkv.shape[-4] if length is None else length
+    if offset is not None and offset.shape != qkv.shape[-3:]:
+        raise ValueError(f"packed_attention: offset must have the shape {qkv.shape[-3:]} of a row of qkv, got {offset.shape}.")
     if not 0 <= n <= qkv.shape[-4] or (bias is not None and bias.shape != (*qkv.shape[:-4], n)):
         there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
         raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "mosaic_gpu":
-        beside = _with_gradient(scale=scale, length=length)
-        return attend(qkv, None, None, bias, scale=scale, length=length, implementation=implementation, beside=beside)
+        wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
+        options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=scale, length=length))
+        return attend(qkv, None, None, bias, wide, scale=scale, **options)
+    if offset is not None:
+        qkv = qkv + offset.astype(qkv.dtype).reshape((1,) * (qkv.ndim - 3) + offset.shape)
     q, k, v = (qkv[..., :n, i, :, :] for i in range(3))
     return proportional_attention(q, k, v, bias, scale=scale, implementation=implementation)
 
@@ -234,8 +242,9 @@ def _with_gradient(length: int | None = None, **options: Any) -> Any:
     here = dispatch.target()
     which: Attending = "cudnn" if here.platform == "gpu" and not here.interpret else "xla"
 
-    def attention(q, k, v, bias):
+    def attention(q, k, v, bias, offset):
         if k is None:
+            q = q if offset is None else q + offset[:, None].astype(q.dtype)
             q, k, v = (q[:, :length, i] for i in range(3))
         return proportional_attention(q, k, v, bias, implementation=which, **options)
 

@@ -112,9 +112,11 @@ def test_attend(spec):
     rng, heads = np.random.default_rng(0), spec.d // spec.k
     qkv = cases.tokens(rng, 2, -(-spec.n // 8) * 8, 3 * spec.d, jnp.bfloat16).reshape(2, -1, 3, heads, spec.k)
     bias = jm.attention.key_bias(cases.sizes(rng, 2, spec.n)).at[:, 5].set(jm.attention.MASKED)
+    offset = cases.tokens(rng, 3, heads, spec.k, jnp.float32)
 
     def attend(which, qkv, bias):
-        pull = lambda qkv: jm.attention.packed_attention(qkv, bias, length=spec.n, implementation=which)
+        options = dict(offset=offset, length=spec.n, implementation=which)
+        pull = lambda qkv: jm.attention.packed_attention(qkv, bias, **options)
         out, back = jax.vjp(pull, qkv)
         q, k, v = (qkv[:, : spec.n, i] for i in range(3))
         return pull(qkv), jm.attention.proportional_attention(q, k, v, None, implementation=which), back(out)[0]

@@ -111,8 +111,12 @@ def test_attend(monkeypatch, interpret, case, bias):
     b = jnp.asarray(rng.standard_normal((2, s)), jnp.float32).at[:, 7].set(jm.attention.MASKED) if bias else None
     given, length = ((q, k, v), None) if case == "shared heads" else ((jnp.stack([q, k, v], axis=2), None, None), n - 3)
     b = b if b is None or length is None else b[:, :length].at[1].set(jm.attention.MASKED)  # a row that sees nothing
+    offset = draw(2, 3, h, f).astype(jnp.float32) if case == "ring" else None
     options = dict(scale=f**-0.5, length=length)
-    found = jax.jit(lambda *a: attending.attend(*a, **options, threads=threads, interpret=interpret))(*given, b)
+    found = jax.jit(lambda *a: attending.attend(*a, **options, threads=threads, interpret=interpret))(*given, b, offset)
+    if offset is not None:  # queries are rounded again with it; of keys it does not matter
+        q, v = (q + offset[:, 0, None]).astype(jnp.bfloat16), v + offset[:, 2, None]
+        given = (jnp.stack([q.astype(jnp.float32), k.astype(jnp.float32), v], axis=2), None, None)
     wanted = attend_ref.attend(*(None if x is None else x.astype(jnp.float32) for x in given), b, **options)
     # weights of bfloat16 are off by 2^-9 of themselves, so their mean by 2^-9 of the largest value; the result by 2^-9 of itself
     bound = 2.0**-9 * float(jnp.abs(v).max()) + 2.0**-9 * np.abs(wanted) + 2.0**-16

@@ -33,6 +33,7 @@ def attend(
     k: Float[Array, "B s g f"] | None,
     v: Float[Array, "B s g f"] | None,
     bias: Float[Array, "B s"] | None,
+    offset: Float[Array, "B three h f"] | None = None,
     *,
     scale: float,
     length: int | None = None,
@@ -51,10 +52,10 @@ def attend(
     else:
         q, k, v = _whole(q), _whole(k), _whole(v)
     tiles = -(-s // keys)
-    threads = threads or min(2, -(-n // TILE))
+    threads = threads or (2 if n > 3 * TILE else 1)
     stages = max(1, min(tiles, (SHARED - 2 * threads * TILE * f * 2) // (2 * keys * f * 2)))
 
-    def attend_rows(q, k, v, bias, out, *, queries, result, keys_here, values, ready, k_full, v_full, free):
+    def attend_rows(q, k, v, bias, offset, out, *, queries, result, keys_here, values, ready, k_full, v_full, free):
         b, head, block, t = (lax.axis_index(name) for name in ("row", "head", "block", "thread"))
         start = (block * threads + t) * TILE
         slot = lambda i: lax.rem(i, jnp.int32(stages))
@@ -74,16 +75,19 @@ def attend(
         plgpu.barrier_wait(ready.at[t])
         per_query = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
         along = lambda row, width: lax.broadcast_in_dim(row, (TILE, width), (0,))
+        across = lambda ref, width: lax.broadcast_in_dim(mgpu.columns(ref), (TILE, width), (1,))
+        if offset is not None:  # of keys it adds the same to all scores of a query
+            own = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
+            queries[t] = (own + across(offset.at[b, 0, head], f)).astype(q.dtype)
+            plgpu.commit_smem()
 
         def tile(i, state):
             highest, mass, sum = state
             at = slot(i)
             plgpu.barrier_wait(k_full.at[at])
-
             score = mgpu.product(queries.at[t], keys_here.at[at].transpose((1, 0))) * (scale * LOG2E)
             if bias is not None:
-                row = mgpu.columns(bias.at[b if bias.shape[0] > 1 else 0, pl.ds(i * keys, keys)])
-                score = score + lax.broadcast_in_dim(row, (TILE, keys), (1,))
+                score = score + across(bias.at[b if bias.shape[0] > 1 else 0, pl.ds(i * keys, keys)], keys)
             higher = jnp.maximum(highest, jnp.max(score, axis=1))
             weight = jnp.exp2(score - along(higher, keys))
             shrink = jnp.exp2(highest - higher)
@@ -105,7 +109,8 @@ def attend(
 
         zeros = plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
         _, mass, sum = lax.fori_loop(0, tiles, tile, (per_query(3 * LEAST), per_query(0), zeros))
-        result[t] = (sum * along(1 / mass, f)).astype(out.dtype)
+        sum = sum * along(1 / mass, f)
+        result[t] = (sum if offset is None else sum + across(offset.at[b, 2, head], f)).astype(out.dtype)
         plgpu.commit_smem()
         plain = jnp.minimum(start, n)  # not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
         plgpu.copy_smem_to_gmem(result.at[t], out.at[b, pl.ds(plain, TILE), head])
@@ -114,9 +119,10 @@ def attend(
     rows = lambda *shape: plgpu.SMEM((*shape, f), q.dtype, transforms=mgpu.tiled(f))
     return mgpu.kernel(
         attend_rows,
-        (q, k, v, _padded(None if bias is None else bias[:, :s], s, keys)),
+        (q, k, v, _padded(None if bias is None else bias[:, :s], s, keys), offset),
         dict(
-            queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype), keys_here=rows(stages, keys), values=rows(stages, keys),
+            queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype),
+            keys_here=rows(stages, keys), values=rows(stages, keys),
             ready=plgpu.Barrier(num_barriers=threads),
             k_full=plgpu.Barrier(num_barriers=stages), v_full=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=threads, num_barriers=stages) if stages < tiles else None,
@@ -142,7 +148,7 @@ def _padded(bias: Array | None, s: int, keys: int) -> Array | None:
 device_refusals = mgpu.device_refusals
 
 
-def refusals(op: str, q: Any, k: Any, v: Any, bias: Any, *, scale: float, length: int | None = None) -> list[str]:
+def refusals(op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None) -> list[str]:
     """Why this attention cannot be a kernel."""
     why = []
     f, s = q.shape[-1], q.shape[1] if k is None else k.shape[1]
@@ -155,6 +161,6 @@ def refusals(op: str, q: Any, k: Any, v: Any, bias: Any, *, scale: float, length
     return why
 
 
-def faster(op: str, q: Any, k: Any, v: Any, bias: Any, *, scale: float, length: int | None = None, kind: str) -> bool:
+def faster(op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None, kind: str) -> bool:
     """Not unless asked by name: XLA's attention has derivatives of every kind."""
     return False

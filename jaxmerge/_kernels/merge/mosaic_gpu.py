@@ -61,10 +61,7 @@ def merge(
 
         @pl.when(t == 0)
         def _():
-            for at in (padded - LANES, padded):
-                ids_here[pl.ds(at, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
-
-        together()
+            ids_here[pl.ds(width, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
 
         @pl.loop(0, -(-padded // LANES // threads))
         def _(i):
@@ -89,17 +86,12 @@ def merge(
         of_none = column(NONE), column(0), column(0)
         one_first[t], one_last[t], one_count[t] = lax.fori_loop(0, rounds, scan, of_none)
         together()
-
-        @pl.when(t == 0)
-        def _():
-            for whole, parts, both in ((first, one_first, jnp.minimum), (last, one_last, jnp.maximum), (count, one_count, jnp.add)):
-                whole[...] = functools.reduce(both, [mgpu.rows(parts.at[other]) for other in range(threads)])
-
-        together()
+        for whole, parts, both in ((first, one_first, jnp.minimum), (last, one_last, jnp.maximum), (count, one_count, jnp.add)):
+            whole[t] = functools.reduce(both, [mgpu.rows(parts.at[other]) for other in range(threads)])
         w = (lambda p: weight[b, p]) if weight is not None else (lambda p: jnp.float32(1))
 
-        def after(segment, p, known):
-            """The next member of a segment, which there is; `known`, if it is not NONE."""
+        def after(segment, p):
+            """The next member of a segment, which there is."""
 
             def look(state):
                 at, _ = state
@@ -108,48 +100,64 @@ def merge(
                     found = jnp.where(ids_here[at + u] == segment, at + u, found)
                 return at + AHEAD, found
 
-            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, known))[1]
+            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, jnp.int32(NONE)))[1]
 
-        @pl.loop(0, share // at_once)
-        def _(i):
+        def ask(i):
+            """Some segments' first and last members, all asked for before any is waited for."""
             some = [(i * threads + t) * at_once + u for u in range(at_once)]
-            sizes = [count[s] for s in some]
-            at = [jnp.where(size > 0, first[s], 0) for size, s in zip(sizes, some, strict=True)]
-            read = [mgpu.read_row(x, b, p) for p in at]  # all asked for before any is waited for
-            weights = [w(p) for p in at]
-            for u, (s, size) in enumerate(zip(some, sizes, strict=True)):
-                segment = tile * TILE + s
+            sizes = [count[t, s] for s in some]
+            begin = [jnp.where(size > 0, first[t, s], 0) for size, s in zip(sizes, some, strict=True)]
+            end = [jnp.where(size > 0, last[t, s], 0) for size, s in zip(sizes, some, strict=True)]
+            read = lambda p: (mgpu.read_row(x, b, p), w(p))
+            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, begin[0]))
+            lasts = [lax.cond(size > 1, read, lambda p: nothing, p) for size, p in zip(sizes, end, strict=True)]
+            return sizes, begin, [read(p) for p in begin], lasts
+
+        def write(i, asked):
+            for u, (size, begin, (row, own), (end_row, end_own)) in enumerate(zip(*asked, strict=True)):
+                segment = tile * TILE + (i * threads + t) * at_once + u
 
                 def put(total, f, *rows, segment=segment):
                     mass[b, segment] = total
                     mgpu.write_row(y, b, segment, mgpu.per_part(f, *rows))
 
                 @pl.when((segment < m) & (size <= 1))
-                def _(u=u, size=size, put=put):
-                    own = jnp.where(size > 0, weights[u], 0.0)
+                def _(size=size, row=row, own=own, put=put):
+                    own = jnp.where(size > 0, own, 0.0)
                     there = own != 0 if mean else size > 0
                     itself = mean or weight is None  # the mean of one is itself
                     scaled = lambda row: row if itself else row.astype(jnp.float32) * own
-                    put(own, lambda row: or_zero(there, scaled(row)), read[u])
+                    put(own, lambda row: or_zero(there, scaled(row)), row)
 
                 @pl.when((segment < m) & (size > 1))
-                def _(u=u, s=s, size=size, put=put, segment=segment):
-                    def add(i, state):
-                        p, total, sum = state
-                        p = after(segment, p, jnp.where(i == size - 1, last[s], NONE))
-                        more = w(p)
-                        joined = lambda sum, row: sum + row.astype(jnp.float32) * more
-                        return p, total + more, mgpu.per_part(joined, sum, mgpu.read_row(x, b, p))
+                def _(size=size, p=begin, row=row, own=own, end_row=end_row, end_own=end_own, put=put, segment=segment):
+                    def joined(sum, row, own):
+                        return mgpu.per_part(lambda sum, row: sum + row.astype(jnp.float32) * own, sum, row)
 
-                    begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * weights[u], read[u])
-                    _, total, sum = lax.fori_loop(1, size, add, (at[u], weights[u], begin))
+                    def between(_, state):
+                        p, total, sum = state
+                        p = after(segment, p)
+                        return p, total + w(p), joined(sum, mgpu.read_row(x, b, p), w(p))
+
+                    start = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
+                    _, total, sum = lax.fori_loop(1, size - 1, between, (p, own, start))
+                    total, sum = total + end_own, joined(sum, end_row, end_own)
                     factor = 1 / jnp.where(total == 0, 1.0, total)
                     put(total, lambda row: or_zero(total != 0, row * factor) if mean else row, sum)  # 0 times NaN is no 0
 
+        turns = share // at_once
+
+        def turn(i, asked):
+            more = ask(jnp.minimum(i + 1, turns - 1))
+            write(i, asked)
+            return more
+
+        lax.fori_loop(0, turns, turn, ask(jnp.int32(0)))
+
     scratch = dict(
         ids_here=plgpu.SMEM((padded + LANES,), jnp.int32),
-        **{name: plgpu.SMEM((TILE,), jnp.int32) for name in ("first", "last", "count")},
-        **{name: plgpu.SMEM((threads, TILE), jnp.int32) for name in ("one_first", "one_last", "one_count")},
+        **{name: plgpu.SMEM((threads, TILE), jnp.int32) for name in ("first", "last", "count")},
+        **{f"one_{name}": plgpu.SMEM((threads, TILE), jnp.int32) for name in ("first", "last", "count")},
         sync=plgpu.Barrier(num_arrivals=threads),
     )
     return mgpu.kernel(
