@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
-from jaxmerge._kernels import _dispatch as dispatch
-from jaxmerge._kernels.attend import attend
+from jaxmerge._kernels import _dispatch as dispatch, attend as kernels
 from jaxmerge._plan import Plan, SoftPlan
 
 Attending = Literal["xla", "cudnn", "mosaic_gpu"]
@@ -178,7 +177,9 @@ def proportional_attention(
     if implementation == "mosaic_gpu":
         if mask is not None or is_causal:
             raise ValueError('proportional_attention: "mosaic_gpu" takes no mask; use "cudnn" or "xla" for masked attention.')
-        return attend(q, k, v, bias, scale=options["scale"], implementation="mosaic_gpu", beside=_with_gradient(**options))
+        return kernels.attend(
+            q, k, v, bias, scale=options["scale"], implementation="mosaic_gpu", beside=_with_gradient(**options)
+        )
     if implementation == "cudnn":
         return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)
     b = None if bias is None else bias[..., None, None, :]
@@ -186,10 +187,10 @@ def proportional_attention(
 
 
 def packed_attention(
-    qkv: Float[Array, "*batch n 3 h d"],
+    qkv: Float[Array, "*batch rows three h d"],
     bias: Float[Array, "*batch n"] | None,
     *,
-    offset: Float[Array, "3 h d"] | None = None,
+    offset: Float[Array, "_ _ _"] | None = None,
     length: int | None = None,
     scale: float | None = None,
     implementation: Attending | None = None,
@@ -197,9 +198,9 @@ def packed_attention(
     """Self-attention from one product that holds queries, keys and values; "mosaic_gpu" reads them where they lie.
 
     Args:
-      qkv: queries, keys and values along the third axis from the right, each with all heads, as in timm's and DeiT's `qkv`.
+      qkv: (*batch, rows, 3, h, d), queries, keys and values, each with all heads, as timm's and DeiT's `qkv` gives them.
       bias, scale, implementation: as in `proportional_attention`.
-      offset: what every row of `qkv` still lacks, the bias of its product: "mosaic_gpu" adds it on the way.
+      offset: (3, h, d), what every row of `qkv` still lacks, the bias of its product: "mosaic_gpu" adds it on the way.
       length: how many of the rows are there, n of the result and of the bias; all of them where it is left out. "mosaic_gpu"
         reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
         behind must be finite.
@@ -208,7 +209,8 @@ def packed_attention(
       packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
 
     Raises:
-      ValueError: the third axis from the right is not 3, there are fewer rows than `length`; "mosaic_gpu" where it cannot run, with the reasons.
+      ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; "mosaic_gpu" where
+        it cannot run, with the reasons.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmerge as jm
@@ -226,15 +228,15 @@ def packed_attention(
     if not 0 <= n <= qkv.shape[-4] or (bias is not None and bias.shape != (*qkv.shape[:-4], n)):
         there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
         raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    factor = qkv.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "mosaic_gpu":
         wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
-        options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=scale, length=length))
-        return attend(qkv, None, None, bias, wide, scale=scale, **options)
+        options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
+        return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)
     if offset is not None:
         qkv = qkv + offset.astype(qkv.dtype).reshape((1,) * (qkv.ndim - 3) + offset.shape)
     q, k, v = (qkv[..., :n, i, :, :] for i in range(3))
-    return proportional_attention(q, k, v, bias, scale=scale, implementation=implementation)
+    return proportional_attention(q, k, v, bias, scale=factor, implementation=implementation)
 
 
 def _with_gradient(length: int | None = None, **options: Any) -> Any:

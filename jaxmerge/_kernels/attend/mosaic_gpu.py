@@ -42,14 +42,13 @@ def attend(
     interpret: Any = None,
 ) -> Float[Array, "B n h f"]:
     """`ref.attend`; `keys` of a tile, `threads` of a block."""
-    packed = k is None or v is None
     B, n, *_, h, f = q.shape
-    s, g = (n, h) if packed else k.shape[1:3]
-    n, s = length or n, length or s
-    first = (0, h, 2 * h) if packed else (0, 0, 0)  # heads of queries, of keys, of values
-    if packed:
-        q = k = v = _whole(q.reshape(B, q.shape[1], 3 * h, f))
+    if k is None or v is None:
+        q = k = v = _whole(q.reshape(B, n, 3 * h, f))
+        n = s = length or n
+        g, first = h, (0, h, 2 * h)
     else:
+        (s, g), first = k.shape[1:3], (0, 0, 0)  # heads before those of queries, of keys, of values
         q, k, v = _whole(q), _whole(k), _whole(v)
     tiles = -(-s // keys)
     threads = threads or (2 if n > 3 * TILE else 1)
@@ -148,7 +147,9 @@ def _padded(bias: Array | None, s: int, keys: int) -> Array | None:
 device_refusals = mgpu.device_refusals
 
 
-def refusals(op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None) -> list[str]:
+def refusals(
+    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None
+) -> list[str]:
     """Why this attention cannot be a kernel."""
     why = []
     f, s = q.shape[-1], q.shape[1] if k is None else k.shape[1]
@@ -161,6 +162,6 @@ def refusals(op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, 
     return why
 
 
-def faster(op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None, kind: str) -> bool:
+def faster(op: str, *arrays: Any, kind: str, **static: Any) -> bool:
     """Not unless asked by name: XLA's attention has derivatives of every kind."""
     return False

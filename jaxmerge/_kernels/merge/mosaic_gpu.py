@@ -1,9 +1,10 @@
 """`merge` and `unmerge` on Hopper: every row of the result is read from its members, added in float32 and written once.
 
 A block has 64 segments. Its threads share the ids out and compare all of them with all 64 segments: how many members, which
-is first and which last. Then each thread takes rows in turn, several at a time: a segment of one is copied, of two added up, a
-longer one looks for the members between, id by id. So nothing is sorted and no sum is atomic: members are added in the order of their positions. It suits
-plans that keep most tokens as they are, and those whose segments are runs.
+is first and which last. Then each thread takes rows in turn, several at a time, and asks for the next before it writes: a
+segment of one is copied, of two added up, a longer one looks for the members between, id by id. So nothing is sorted and no sum
+is atomic: members are added in the order of their positions. It suits plans that keep most tokens as they are, and those whose
+segments are runs.
 """
 
 import functools
@@ -90,8 +91,8 @@ def merge(
             whole[t] = functools.reduce(both, [mgpu.rows(parts.at[other]) for other in range(threads)])
         w = (lambda p: weight[b, p]) if weight is not None else (lambda p: jnp.float32(1))
 
-        def after(segment, p):
-            """The next member of a segment, which there is."""
+        def after(segment, p, known):
+            """The next member of a segment, which there is; `known`, if it is not NONE."""
 
             def look(state):
                 at, _ = state
@@ -100,22 +101,18 @@ def merge(
                     found = jnp.where(ids_here[at + u] == segment, at + u, found)
                 return at + AHEAD, found
 
-            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, jnp.int32(NONE)))[1]
+            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, known))[1]
 
         def ask(i):
-            """Some segments' first and last members, all asked for before any is waited for."""
+            """Some segments' first members, all asked for before any is waited for."""
             some = [(i * threads + t) * at_once + u for u in range(at_once)]
-            sizes = [count[t, s] for s in some]
-            begin = [jnp.where(size > 0, first[t, s], 0) for size, s in zip(sizes, some, strict=True)]
-            end = [jnp.where(size > 0, last[t, s], 0) for size, s in zip(sizes, some, strict=True)]
-            read = lambda p: (mgpu.read_row(x, b, p), w(p))
-            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, begin[0]))
-            lasts = [lax.cond(size > 1, read, lambda p: nothing, p) for size, p in zip(sizes, end, strict=True)]
-            return sizes, begin, [read(p) for p in begin], lasts
+            at = [jnp.where(count[t, s] > 0, first[t, s], 0) for s in some]
+            return [(mgpu.read_row(x, b, p), w(p)) for p in at]
 
         def write(i, asked):
-            for u, (size, begin, (row, own), (end_row, end_own)) in enumerate(zip(*asked, strict=True)):
-                segment = tile * TILE + (i * threads + t) * at_once + u
+            for u, (row, own) in enumerate(asked):
+                s = (i * threads + t) * at_once + u
+                segment, size = tile * TILE + s, count[t, s]
 
                 def put(total, f, *rows, segment=segment):
                     mass[b, segment] = total
@@ -130,18 +127,16 @@ def merge(
                     put(own, lambda row: or_zero(there, scaled(row)), row)
 
                 @pl.when((segment < m) & (size > 1))
-                def _(size=size, p=begin, row=row, own=own, end_row=end_row, end_own=end_own, put=put, segment=segment):
-                    def joined(sum, row, own):
-                        return mgpu.per_part(lambda sum, row: sum + row.astype(jnp.float32) * own, sum, row)
-
-                    def between(_, state):
+                def _(s=s, segment=segment, size=size, row=row, own=own, put=put):
+                    def add(i, state):
                         p, total, sum = state
-                        p = after(segment, p)
-                        return p, total + w(p), joined(sum, mgpu.read_row(x, b, p), w(p))
+                        p = after(segment, p, jnp.where(i == size - 1, last[t, s], NONE))
+                        more = w(p)
+                        joined = lambda sum, row: sum + row.astype(jnp.float32) * more
+                        return p, total + more, mgpu.per_part(joined, sum, mgpu.read_row(x, b, p))
 
                     start = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
-                    _, total, sum = lax.fori_loop(1, size - 1, between, (p, own, start))
-                    total, sum = total + end_own, joined(sum, end_row, end_own)
+                    _, total, sum = lax.fori_loop(1, size, add, (first[t, s], own, start))
                     factor = 1 / jnp.where(total == 0, 1.0, total)
                     put(total, lambda row: or_zero(total != 0, row * factor) if mean else row, sum)  # 0 times NaN is no 0
 
