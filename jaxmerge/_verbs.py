@@ -372,7 +372,7 @@ def _made_by(recipe: Any, out: str) -> Any:
     Raises:
       ValueError: it was made in another way.
     """
-    from jaxmerge.cli import METHODS
+    from jaxmerge._methods import METHODS
 
     if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
         raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")
