@@ -460,13 +460,13 @@ def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callabl
     """x -> sum(w x), or sum(w x) / sum(w), in each segment."""
     mass = plan.sizes
     if weight is not None:
-        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        weight = weight.astype(segments.promoted(weight.dtype, jnp.float32))
         weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
         mass = _sums(plan, weight) if mean else mass
     if not mean:
         return lambda x: _sums(plan, x, weight)
     empty = mass == 0
-    scale = 1 / jnp.where(empty, 1, mass).astype(jnp.promote_types(mass.dtype, jnp.float32))
+    scale = 1 / jnp.where(empty, 1, mass).astype(segments.promoted(mass.dtype, jnp.float32))
     if isinstance(plan, SoftPlan):
         return lambda x: segments.fill(empty, _sums(plan, x, weight, scale), 0)
     filled = Plan(jnp.where(unmerge(plan, empty), -1, plan.segment_ids), plan.num_segments)  # 0 x NaN is no 0

@@ -173,6 +173,17 @@ def test_a_plan_has_a_cotangent_that_says_nothing(x):
     np.testing.assert_array_equal(of_x, jax.grad(lambda x: jm.merge(plan, x).sum())(x))
 
 
+def test_strict_promotion(x):
+    plan = random_plan(jax.random.key(0), (B,), N, M)
+    with jax.numpy_dtype_promotion("strict"):
+        for a in (x, x.astype(jnp.bfloat16), x.astype(jnp.float16)):
+            for weight in (None, jnp.ones((B, N), jnp.int32), jnp.ones((B, N), jnp.bfloat16), jnp.ones((B, N))):
+                y = jax.eval_shape(lambda a, w: jm.unmerge(plan, jm.merge(plan, a, weight=w)), a, weight)
+                assert y.dtype == a.dtype
+        jax.eval_shape(lambda: jm.attention.key_bias(jm.compose(jm.identity(M, (B,)), plan)))
+        jax.eval_shape(lambda w: jm.merge(jm.SoftPlan(w), x.astype(jnp.bfloat16)), jnp.ones((B, M, N)))
+
+
 def test_a_plan_of_numpy_arrays_is_a_plan(unchecked):
     plan = jax.device_get(random_plan(jax.random.key(0), (2,), N, M))
     assert isinstance(plan.segment_ids, np.ndarray)

@@ -117,7 +117,7 @@ def density_centers(
         squared = jnp.where(valid[None, :] & valid[:, None], squared, jnp.inf)
         nearest = smallest(squared, neighbors)
         used = (jnp.arange(neighbors) < near)[None, :] & jnp.isfinite(nearest)
-        mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1)
+        mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1).astype(squared.dtype)
         log_rho = jnp.where(used.any(axis=-1), -((scale * jnp.sqrt(mean / d)) ** 2), -jnp.inf)
 
         place = ranks(log_rho)

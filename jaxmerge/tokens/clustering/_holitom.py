@@ -140,7 +140,7 @@ def center_weight(plan: Plan, centers: Bool[Array, "*batch n"], beta: float | No
     if beta is None or plan.num_segments == 0:
         return plan.kept.astype(jnp.float32)
     others = segments.take(jnp.where(plan.kept, plan.segment_ids, 0), plan.sizes) - 1
-    weight = jnp.where(centers, jnp.where(others > 0, beta, 1.0), (1 - beta) / jnp.maximum(others, 1))
+    weight = jnp.where(centers, jnp.where(others > 0, beta, 1.0), (1 - beta) / jnp.maximum(others, 1).astype(jnp.float32))
     return jnp.where(plan.kept, weight, 0.0)
 
 
@@ -206,10 +206,10 @@ def holitom(
     moving = ~windows.static
 
     share = jnp.minimum(ratio * frames * n / (frames * n - windows.saved).astype(jnp.float32), 1.0)[..., None]
-    budget = lambda mask: jnp.broadcast_to(share, mask.shape[:-1]) * mask.sum(axis=-1)
+    budget = lambda mask: jnp.broadcast_to(share, mask.shape[:-1]) * mask.sum(axis=-1).astype(share.dtype)
     still_clusters = jnp.round(budget(first)).astype(jnp.int32)
     slots = jnp.ceil(budget(moving)).astype(jnp.int32)
-    dominant = jnp.round(slots * (1 - density)).astype(jnp.int32)
+    dominant = jnp.round(slots.astype(share.dtype) * (1 - density)).astype(jnp.int32)
     kept = moving & (ranks(jnp.where(moving, attention, -jnp.inf)) < dominant[..., None])
 
     near = min(neighbors, n)
@@ -230,5 +230,5 @@ def holitom(
     inner = from_parents(flat(jnp.where(first | moving, parents, -1)), plan.num_segments, hops=1)
     outer = center_weight(inner, flat(kept | first_centers | rest_centers), beta)
     length = flat(jnp.where(windows.static, (windows.end - windows.start + 1)[..., None], 1))
-    weight = segments.take(still.segment_ids, outer) / length
+    weight = segments.take(still.segment_ids, outer) / length.astype(outer.dtype)
     return Weighted(plan, jnp.where(plan.kept, weight, 0.0))

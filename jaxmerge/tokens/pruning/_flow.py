@@ -91,10 +91,12 @@ def flow_budget(
     if layers_left == 0:
         return most
     p = _share(jnp.where(there, attention, 0))
-    p = jnp.where(p.sum(axis=-1, keepdims=True) > 0, p, there / jnp.maximum(count, 1)[..., None])
+    p = jnp.where(
+        p.sum(axis=-1, keepdims=True) > 0, p, there.astype(p.dtype) / jnp.maximum(count, 1)[..., None].astype(p.dtype)
+    )
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), axis=-1)
-    even = entropy / jnp.log(jnp.maximum(count, 2))
-    return jnp.clip(jnp.round(most / layers_left**0.5 * (1 - even**2)).astype(jnp.int32), 0, most)
+    even = entropy / jnp.log(jnp.maximum(count, 2).astype(p.dtype))
+    return jnp.clip(jnp.round(most.astype(p.dtype) / layers_left**0.5 * (1 - even**2)).astype(jnp.int32), 0, most)
 
 
 def flow_cut(

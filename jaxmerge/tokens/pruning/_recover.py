@@ -152,8 +152,9 @@ def _factor(points: Float[Array, "n d"], there: Bool[Array, "n"], k: int) -> Flo
 
     _, near = lax.fori_loop(0, min(k, max(n - 1, 1)), nearest, (away, pairs & ~pairs))
     count = near.sum(axis=-1)
+    others = jnp.maximum(count, 1).astype(p.dtype)
     radius = jnp.where(near, away, -jnp.inf).max(axis=-1)
     reach = jnp.where(near, jnp.maximum(jnp.where(near, away, 0), radius[None]), 0)
-    density = 1 / (reach.sum(axis=-1) / jnp.maximum(count, 1) + 1e-10)
-    around = jnp.where(near, density[None], 0).sum(axis=-1) / jnp.maximum(count, 1)
+    density = 1 / (reach.sum(axis=-1) / others + 1e-10)
+    around = jnp.where(near, density[None], 0).sum(axis=-1) / others
     return jnp.where(there & (count > 0), around / density, 1)
