@@ -30,7 +30,6 @@ from jaxmerge._kernels import _dispatch as dispatch
 from models.vit import VARIANTS, Flash, ViT, ViTConfig
 from scripts.bench import device, meter
 
-
 WITHOUT: dict[Flash, Flash] = {"mosaic_gpu": "cudnn", "mosaic_tpu": "xla"}
 """What runs in place of our attention where our kernels do not."""
 
