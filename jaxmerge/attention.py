@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 from jaxmerge._kernels import _dispatch as dispatch, attend as kernels
 from jaxmerge._plan import Plan, SoftPlan
 
-Attending = Literal["xla", "cudnn", "mosaic_gpu"]
+Attending = Literal["xla", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The weight of a key that must not be seen: finite, so that a query with no key at all stays free of NaN."""
@@ -152,8 +152,8 @@ def proportional_attention(
       mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`. "cudnn" is given the bias as feature
         columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient. It has gradients
         for even lengths alone: where there are gradients to take and no mask, odd ones get one more row, that weighs nothing.
-        "mosaic_gpu" is a flash kernel of our own for Hopper that adds the bias in registers; where gradients are taken,
-        cuDNN's attention runs instead. It takes no mask.
+        "mosaic_gpu" (Hopper) and "mosaic_tpu" are flash kernels of our own that add the bias on chip. They take no mask; where
+        gradients are taken, cuDNN's attention runs instead, on TPU XLA's.
 
     Law:
       with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
@@ -169,7 +169,7 @@ def proportional_attention(
       True
 
     Raises:
-      ValueError: "mosaic_gpu" with a mask, or where it cannot run, with the reasons.
+      ValueError: a kernel of our own with a mask, or where it cannot run, with the reasons.
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
@@ -180,16 +180,17 @@ def proportional_attention(
             f"more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
         )
     options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
-    if implementation == "mosaic_gpu":
-        if mask is not None or is_causal:
-            raise ValueError('proportional_attention: "mosaic_gpu" takes no mask; use "cudnn" or "xla" for masked attention.')
-        return kernels.attend(
-            q, k, v, bias, scale=options["scale"], implementation="mosaic_gpu", beside=_with_gradient(**options)
-        )
     if implementation == "cudnn":
         return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)
-    b = None if bias is None else bias[..., None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, bias=b, mask=mask, implementation=implementation, **options)
+    if implementation in dispatch.KERNELS:
+        if mask is not None or is_causal:
+            raise ValueError(
+                f'proportional_attention: {implementation} takes no mask; use "cudnn" or "xla" for masked attention.'
+            )
+        ours: Any = dict(implementation=implementation, beside=_with_gradient(**options))
+        return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)
+    options |= dict(bias=None if bias is None else bias[..., None, None, :], mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, **options)
 
 
 def packed_attention(
@@ -201,12 +202,12 @@ def packed_attention(
     scale: float | None = None,
     implementation: Attending | None = None,
 ) -> Float[Array, "*batch n h d"]:
-    """Self-attention from one product that holds queries, keys and values; "mosaic_gpu" reads them where they lie.
+    """Self-attention from one product that holds queries, keys and values; our kernels read them where they lie.
 
     Args:
       qkv: (*batch, rows, 3, h, d), queries, keys and values, each with all heads, as timm's and DeiT's `qkv` gives them.
       bias, scale, implementation: as in `proportional_attention`.
-      offset: (3, h, d), what every row of `qkv` still lacks, the bias of its product: "mosaic_gpu" adds it on the way.
+      offset: (3, h, d), what every row of `qkv` still lacks, the bias of its product: our kernels add it on the way.
       length: how many of the rows are there, n of the result and of the bias; all of them where it is left out. "mosaic_gpu"
         reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
         behind must be finite.
@@ -215,8 +216,8 @@ def packed_attention(
       packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
 
     Raises:
-      ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; "mosaic_gpu" where
-        it cannot run, with the reasons.
+      ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; a kernel
+        where it cannot run, with the reasons.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmerge as jm
@@ -235,7 +236,7 @@ def packed_attention(
         there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
         raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "mosaic_gpu":
+    if implementation in dispatch.KERNELS:
         wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
         options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
         return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)

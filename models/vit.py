@@ -25,7 +25,7 @@ import jaxmerge as jm
 Schedule = int | tuple[int, float] | Sequence[int]
 AnyPlan = jm.Plan | jm.SoftPlan
 Reduce = Literal["mean", "sum"]
-Flash = Literal["xla", "cudnn", "mosaic_gpu"] | None
+Flash = Literal["xla", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,8 @@ class ViT(nnx.Module):
 
     Args:
       config: from `VARIANTS`, or your own.
-      attention: of `jm.attention.packed_attention`; in bfloat16 on GPU "mosaic_gpu" for inference on Hopper, "cudnn" to train.
+      attention: of `jm.attention.packed_attention`: "mosaic_gpu" for inference on Hopper and "mosaic_tpu" on TPU, "cudnn" to
+        train on a GPU, in bfloat16.
       dtype: of the matrix products (jnp.bfloat16 on accelerators). Parameters, residuals, norms, softmax and logits
         stay float32.
       rngs: `nnx.Rngs(seed)`.

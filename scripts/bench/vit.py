@@ -30,6 +30,9 @@ from jaxmerge._kernels import _dispatch as dispatch
 from models.vit import VARIANTS, Flash, ViT, ViTConfig
 from scripts.bench import device, meter
 
+WITHOUT: dict[Flash, Flash] = {"mosaic_gpu": "cudnn", "mosaic_tpu": "xla"}
+"""What runs in place of our attention where our kernels do not."""
+
 
 def main(
     *,
@@ -126,8 +129,7 @@ def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, a
     rows = []
     for r in rs:
         for merging in ("kernel", "XLA", "cut") if r else ("none",):
-            others = "cudnn" if attention == "mosaic_gpu" else attention
-            graph, _ = split(others if merging == "XLA" else attention)
+            graph, _ = split(WITHOUT.get(attention, attention) if merging == "XLA" else attention)
             whole = (lambda model, images, r=r: cut(model, images, r)) if merging == "cut" else (lambda m, i, r=r: m(i, r=r))
             forward = lambda state, images, whole=whole, graph=graph: whole(nnx.merge(graph, state), images)
             loss = lambda state, images, forward=forward: forward(state, images).var()
