@@ -173,6 +173,12 @@ def proportional_attention(
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
+    one_each = (k.shape[:-2], (1, *k.shape[-3:-2]), k.shape[-3:-2])  # a bias may be shared by the batch
+    if q.ndim not in (3, 4) or q.ndim != k.ndim or (bias is not None and bias.shape not in one_each):
+        raise ValueError(
+            "proportional_attention: expected q (b, t, h, d), k and v (b, s, g, d) and bias (b, s), b or not (jax.vmap over "
+            f"more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
+        )
     options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
     if implementation == "cudnn":
         return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)

@@ -132,6 +132,8 @@ def test_no_collective_on_a_mesh(mesh):
         (lambda: key_bias(jnp.ones((2, 3)), mask=jnp.ones((2, 4), bool)), r"one shape.*\(2, 3\).*\(2, 4\)"),
         (lambda: append_bias(*qkv(), jnp.zeros((B, T))), r"bias \(\*batch, s\); got.*\(8, 5\)"),
         (lambda: append_bias(*qkv(), jnp.zeros((B, S)), multiple_of=0), "1 or more, got 0"),
+        (lambda: proportional_attention(*(a[None] for a in qkv()), None), r"jax.vmap over more axes.*got \(1, 8, 5"),
+        (lambda: proportional_attention(*qkv(), jnp.zeros((B, S + 1))), rf"bias \(b, s\).*and \({B}, {S + 1}\)"),
     ],
 )
 def test_bad_input(call, message, unchecked):

@@ -36,8 +36,9 @@ BELOW = {
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
-    "_verbs": {"params", "checkpoint", "recipe", "cli"},
-    "cli": {"_plan", "_kernels", "_verbs", "params", "checkpoint", "recipe"},
+    "_methods": {"params"},
+    "_verbs": {"_methods", "params", "checkpoint", "recipe", "cli"},
+    "cli": {"_plan", "_kernels", "_methods", "_verbs", "params", "checkpoint", "recipe"},
 }
 
 

@@ -211,4 +211,4 @@ def torch_step(checkout: pathlib.Path, specs: list[Tokens], batch: int | None, d
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

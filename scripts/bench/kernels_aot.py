@@ -165,4 +165,4 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -187,4 +187,4 @@ def flops(config: ViTConfig, batch: int, r: int, multiple: int = 1) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
