@@ -28,6 +28,7 @@ from scripts import bytes_data, bytes_models, bytes_report, bytes_speed, state
 from scripts.bytes_data import Domain
 from scripts.bytes_models import Contestant, Params
 from scripts.bytes_train import Recipe, Scorer, Trainer
+from scripts.refusals import refusals
 
 
 def main(
@@ -198,4 +199,5 @@ class Cache:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -32,6 +32,7 @@ from models.vit import ViT, ViTConfig
 from scripts import tasks
 from scripts.experts import Head, Network, Params, Scorer, Trainer, grams, information, probe, without_head
 from scripts.merges import MERGES, Given, Merge, Merged
+from scripts.refusals import refusals
 
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """What a merged task vector is multiplied by, to see which is best on validation data."""
@@ -301,4 +302,5 @@ def plot(rows: list[dict], numbers: list[dict], title: str, path: pathlib.Path) 
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -26,6 +26,7 @@ from models.vit import ViT, ViTConfig
 from scripts.draw import gallery, merged_patches
 from scripts.images import Images, from_file, photo_digits
 from scripts.reductions import REDUCTIONS, Reduction
+from scripts.refusals import refusals
 from scripts.train_vit import fit
 
 
@@ -208,4 +209,5 @@ def pictures(images: np.ndarray, plans: dict[str, jm.Plan | jm.SoftPlan], grid: 
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -20,6 +20,7 @@ from rich.console import Console
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
 from scripts.bench import device
+from scripts.refusals import refusals
 
 
 def main(
@@ -91,4 +92,5 @@ def filled(seed: int, shape: jax.ShapeDtypeStruct, m: int) -> jax.Array:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

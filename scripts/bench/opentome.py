@@ -42,6 +42,7 @@ from rich.console import Console
 import jaxmerge as jm
 from scripts.bench import meter
 from scripts.bench.tome import Case, firsts
+from scripts.refusals import refusals
 
 CASES: tuple[Case, ...] = ((8, 197, 768, 64, 16), (8, 577, 1024, 64, 40))
 METHODS = ("ToMe", "PiToMe", "DiffRate's merge")
@@ -151,4 +152,5 @@ def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

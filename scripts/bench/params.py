@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.bench import meter
+from scripts.refusals import refusals
 
 Shape = tuple[int, ...]
 Tensors = dict[str, np.ndarray]
@@ -278,4 +279,5 @@ def _gram(shapes: dict[str, Shape]) -> Tensors:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

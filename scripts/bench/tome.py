@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 
 from scripts.bench import meter
+from scripts.refusals import refusals
 
 Case = tuple[int, int, int, int, int]
 CASES: tuple[Case, ...] = ((8, 197, 768, 64, 16), (8, 577, 1024, 64, 40), (1, 4096, 64, 64, 2048))
@@ -164,4 +165,5 @@ def load(path: pathlib.Path) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
