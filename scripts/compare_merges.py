@@ -73,7 +73,7 @@ def main(
       only: names of merges to try; none: all of them.
     """
     if unknown := set(only) - {m.name for m in MERGES}:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: not among {', '.join(m.name for m in MERGES)}.")
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: not among {', '.join(m.name for m in MERGES)}.")
     console, began = Console(), time.perf_counter()
     chosen = load(suite, data, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def load(suite: str, data: pathlib.Path | None, seed: int) -> tasks.Suite:
     """The suite's data, or a word on what is missing."""
     if (data is None) != (suite in ("digits", "text")):
         wants = "takes no --data: it reads what comes with Python and scikit-learn" if data else "needs --data: see --help"
-        raise SystemExit(f"--suite {suite} {wants}.")
+        raise ValueError(f"--suite {suite} {wants}.")
     if suite == "digits":
         return tasks.digits(seed)
     if suite == "text":

@@ -61,7 +61,7 @@ def main(
       held_out: images to evaluate on.
     """
     if unknown := set(only) - {r.name for r in REDUCTIONS}:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: not among {', '.join(r.name for r in REDUCTIONS)}.")
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: not among {', '.join(r.name for r in REDUCTIONS)}.")
     pool = from_file(data) if data else photo_digits(seed, images, held_out)
     config = ViTConfig(
         width=width, depth=depth, num_heads=heads, patch_size=patch, image_size=pool.train.shape[1], mlp_ratio=2,
@@ -69,7 +69,7 @@ def main(
     )  # fmt: skip
     most = max(rs) * (depth - 1)
     if config.grid**2 - most < max(rs):
-        raise SystemExit(f"--rs {max(rs)}: {depth - 1} blocks would remove {most} of {config.grid**2} patches; ask for fewer.")
+        raise ValueError(f"--rs {max(rs)}: {depth - 1} blocks would remove {most} of {config.grid**2} patches; ask for fewer.")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     began = time.perf_counter()

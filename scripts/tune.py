@@ -41,7 +41,7 @@ def main(
     here = dispatch.target()
     names = [name for name, platform in dispatch.KERNELS.items() if platform == here.platform]
     if not names:
-        raise SystemExit(f"tune: there are no kernels for {here.platform}; run this on a TPU or a Hopper GPU.")
+        raise ValueError(f"tune: there are no kernels for {here.platform}; run this on a TPU or a Hopper GPU.")
     (name,) = names
     console, path = Console(), dispatch.table_path(here.kind)
     table = json.loads(path.read_text()) if path.exists() else {}

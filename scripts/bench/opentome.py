@@ -127,7 +127,7 @@ def ours(metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[]
 def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[], object], np.ndarray]]:
     """The same of OpenToMe."""
     if not (path / "opentome").is_dir():
-        raise SystemExit(f"{path} is not there; --opentome wants a checkout of https://github.com/Westlake-AI/OpenToMe.")
+        raise ValueError(f"{path} is not there; --opentome wants a checkout of https://github.com/Westlake-AI/OpenToMe.")
     sys.path.insert(0, str(path))
     code, pitome, diffrate = (importlib.import_module(f"opentome.tome.{name}") for name in ("tome", "pitome", "diffrate"))
     import torch  # pyright: ignore[reportMissingImports]

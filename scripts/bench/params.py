@@ -127,7 +127,7 @@ def main(
     """
     unknown = sorted(set(methods) - set(CASES))
     if unknown:
-        raise SystemExit(f"--methods has {unknown}; there are {sorted(CASES)}.")
+        raise ValueError(f"--methods has {unknown}; there are {sorted(CASES)}.")
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
     console.print(f"one thread, on core {meter.pin()}, {dtype}")

@@ -157,7 +157,7 @@ def load(path: pathlib.Path) -> Any:
     """A peer's module from its file, without the package around it (which wants a certain timm)."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     if spec is None or spec.loader is None or not path.exists():
-        raise SystemExit(f"{path} is not there; --tome wants a checkout of https://github.com/facebookresearch/ToMe.")
+        raise ValueError(f"{path} is not there; --tome wants a checkout of https://github.com/facebookresearch/ToMe.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile looks for it there
     spec.loader.exec_module(module)

@@ -47,7 +47,7 @@ def test_a_bad_flag_is_one_line(call, line, capsys):
         lambda: jax.eval_shape(check, jnp.ones(4)),
         lambda: jnp.ones(3) + jnp.ones(4),
         lambda: int("seven"),
-        lambda: [a for a, b in [(1,)]],
+        lambda: dict([(1, 2, 3)]),
     ],
 )
 def test_a_bug_keeps_its_traceback(bug):
