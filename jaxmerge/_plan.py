@@ -279,7 +279,8 @@ def unmerge(
     def one(y):
         y = jnp.asarray(y)
         _check_leading(y, batch_m, "unmerge", "y")
-        _check_fill(fill, y.dtype)
+        if not segments.holds(y.dtype, fill):
+            raise ValueError(f"unmerge: fill must be a value of y's {y.dtype}, got {fill}; cast y, or fill with another.")
         if isinstance(plan, SoftPlan):
             x = segments.matmul(jnp.swapaxes(plan.weights, -1, -2), y)
         elif plan.num_segments == 0:
@@ -419,18 +420,6 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
         raise ValueError(
             f"{verb}: {name} must begin with the plan's shape {expected} (batch, then positions), got {x.shape}. "
             "Plans carry their own batch axes; use jax.vmap or broadcast the plan to share one."
-        )
-
-
-def _check_fill(fill: Any, dtype: Any) -> None:
-    """What is written where nothing is known must be what was asked for: no NaN as the integer 0."""
-    boolean = jnp.issubdtype(dtype, jnp.bool_)
-    if isinstance(fill, Array) or jnp.ndim(fill) or not (boolean or jnp.issubdtype(dtype, jnp.integer)):
-        return
-    low, high = (0, 1) if boolean else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
-    if not (low <= fill <= high and fill == int(fill)):
-        raise ValueError(
-            f"unmerge: fill must be {dtype}, as y is, between {low} and {high}, got {fill}; cast y, or name another."
         )
 
 

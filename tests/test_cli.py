@@ -101,9 +101,9 @@ def test_a_plan_says_when_memory_does_not_suffice_and_what_does(saved, capsys, t
         f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {root / 'a'}}}, {{model: {root / 'b'}}}]\n"
     )
     for how in (["linear", *command], [str(tmp_path / "r.yml"), "--format", kind, "--memory"]):
-        assert cli.main(["plan", *how, "1B"]) == 0
+        assert cli.main(["plan", *how, "2kB"]) == 0
         printed = " ".join(capsys.readouterr().out.split())
-        needs = re.search(r"memory=1B is less than this merge needs; raise memory= \(--memory\) to (\d+MB)", printed)
+        needs = re.search(r"memory=2kB is less than this merge needs; raise memory= \(--memory\) to (\d+MB)", printed)
         assert needs and "nothing else speaks against" in printed, printed
         assert cli.main(["plan", *how, needs[1]]) == 0
         assert "nothing speaks against" in capsys.readouterr().out
