@@ -12,7 +12,7 @@ from jaxtyping import UInt8, UInt32
 
 from jaxmerge.params._deferred import Entries, defer, entries
 from jaxmerge.params._layout import like
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, models, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, models, resolve
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order._blocks import by_rows
 from jaxmerge.params.order._quantile import ORIGIN, coordinates, magnitude_bits
@@ -146,21 +146,26 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
         return _masked(x, draw, keep)
 
     def divided(plan, x):
-        x = entries(x)
-        below, d = _chances(plan, x), over(plan["density"], x)
-        keep = (jnp.stack(_words(plan["key"], np.uint32(0), x, plan["origin"])) < below) & (d > 0)
-        rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
-        return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
+        chances, x = _chances(plan, entries(x)), entries(x)
+
+        def one(x, u, below, density):
+            keep = (u < below) & (density > 0)
+            rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+            return jnp.where(density >= 1, x, jnp.where(keep, rescaled, 0))
+
+        words = _words(plan["key"], np.uint32(0), x, plan["origin"])
+        return jnp.stack([one(*parts) for parts in zip(models(x), words, chances, jnp.asarray(plan["density"]), strict=True)])
 
     needs = (Need("order", "row"), Need("random", "entry"))
     merge = divided if divide else drawn
     return atom(Step(settings, lambda settings, x: settings, merge, needs=needs, lazy=True, blocks="rows"))
 
 
-def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
-    """MAGPRUNE's probability for each entry of x (K, *shape), in units of 2^-32."""
-    rank = rank_in_row(as_rows(magnitude_bits(x))).astype(jnp.uint32).reshape(x.shape)
-    return over(plan["low"], x) + over(plan["step"], x) * like(rank, x)
+def _chances(plan: dict, x: Array) -> list[UInt32[Array, "..."]]:
+    """MAGPRUNE's probability for each entry of every model of x (K, *shape), in units of 2^-32."""
+    rank = rank_in_row(as_rows(each(magnitude_bits, x))).astype(jnp.uint32).reshape(x.shape)
+    chances = zip(models(rank), models(x), jnp.asarray(plan["low"]), jnp.asarray(plan["step"]), strict=True)
+    return [low + step * like(rank, one) for rank, one, low, step in chances]
 
 
 def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
