@@ -1,12 +1,13 @@
 """Whole models in memory: stack them, merge them, add the result to the base."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
@@ -85,7 +86,8 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
         merged = tx.merge(tx.match(stacked), stacked)
     if base is not None:
         return add(base, merged)
-    return jax.tree.map(lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None)
+    cast = lambda d, m: m if d is None else rounded(reduced(d), jnp.result_type(m))
+    return jax.tree.map(cast, merged, first, is_leaf=lambda d: d is None)
 
 
 def nonfinite(tree: PyTree) -> dict[str, int]:
@@ -139,7 +141,27 @@ def reduced(delta: Array) -> Array:
 
 
 def add_leaf(base: ArrayLike, delta: Array) -> Array:
-    return (jnp.asarray(base, jnp.float32) + reduced(delta)).astype(jnp.result_type(base))
+    return rounded(jnp.asarray(base, jnp.float32) + reduced(delta), jnp.result_type(base))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x: Array, dtype: Any) -> Array:
+    """x.astype(dtype), bit for bit: what XLA on a CPU rounds to bfloat16 with makes the loop around it slow, up to twice."""
+    if x.dtype != jnp.float32 or jnp.dtype(dtype) != jnp.bfloat16:
+        return x.astype(dtype)
+
+    def on_cpu(x):  # to the nearest, of two to the even one; of a NaN the sign is left
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        nearest = bits + (0x7FFF + (bits >> 16 & 1)) >> 16
+        upper = jnp.where(jnp.isnan(x), bits >> 16 & 0x8000 | 0x7FC0, nearest)
+        return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(dtype))
+
+
+@rounded.defjvp
+def _rounded_jvp(dtype, primals, tangents):
+    return rounded(primals[0], dtype), tangents[0].astype(dtype)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jaxmerge import params
 from jaxmerge.params._laws import assert_merge
 from jaxmerge.params._layout import whole
+from jaxmerge.params._stack import rounded
 
 
 def test_the_laws_can_fail():
@@ -193,3 +194,13 @@ def test_wrong_models(unchecked):
         params.merge(params.linear(), None, [{"w": jnp.ones(2, jnp.complex64)}])
     with pytest.raises(ValueError, match=r"occur twice: \['a/b'\]"):
         params.merge(params.linear(), None, [{"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}])
+
+
+def test_rounding_is_xlas():
+    """To bfloat16, written out for the CPU: of every upper half the lower halves about the middle and at the ends, NaN too."""
+    halves = np.arange(1 << 16, dtype=np.uint32) << 16
+    x = np.concatenate([halves | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    round_, cast = (jax.jit(f)(x) for f in (lambda x: rounded(x, jnp.bfloat16), lambda x: x.astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(np.asarray(round_).view(np.uint16), np.asarray(cast).view(np.uint16))
+    slope = jax.grad(lambda x: rounded(3 * x, jnp.bfloat16).astype(jnp.float32).sum())(jnp.ones(2))
+    np.testing.assert_array_equal(slope, [3, 3])
