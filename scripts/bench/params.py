@@ -47,7 +47,8 @@ class Case(NamedTuple):
       models: how many, beside the base.
       base: task vectors against a base; the base is the first model; or there is none.
       random: the masks are drawn, and mergekit draws others.
-      rounding: relative; of multislerp's sums over millions of entries mergekit loses 2e-4, jaxmerge 4e-7 (against float64).
+      rounding: relative; of sums over millions of entries mergekit loses 2e-4 in multislerp and 5e-5 in nuslerp, jaxmerge
+        4e-7 and 9e-8 (against float64).
       shapes: of the leaves; small matrices for what factors them.
     """
 
@@ -78,7 +79,7 @@ CASES = {
     "sce": Case(lambda p, _: p.sce(0.5, mask="delta", floor=1e-6), ("sce", {"select_topk": 0.5})),
     "model_stock": Case(lambda p, _: p.model_stock(floor=1e-6), ("model_stock", {})),
     "slerp": Case(lambda p, _: p.slerp(0.5), ("slerp", {"t": 0.5}), models=1, base="first"),
-    "nuslerp": Case(lambda p, _: p.nuslerp(), ("nuslerp", EACH), models=2, base="none"),
+    "nuslerp": Case(lambda p, _: p.nuslerp(), ("nuslerp", EACH), models=2, base="none", rounding=1e-4),
     "multislerp": Case(lambda p, _: p.multislerp(), ("multislerp", EACH), base="none", rounding=1e-3),
     "karcher": Case(lambda p, _: p.karcher(), ("karcher", {}), base="none", rounding=1e-3),
     "arcee_fusion": Case(lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first"),
