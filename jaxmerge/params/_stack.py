@@ -1,7 +1,7 @@
 """Whole models in memory: stack them, merge them, add the result to the base."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,12 +12,12 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._deferred import Deferred, defer, last
-from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
+from jaxmerge.params._transform import Match, MergeTransform, Stacked, a_merge, fold, named_leaves
 
 Integers = Literal["agree", "base"]
 
 
-def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
+def task_vectors(base: PyTree | None, models: Iterable[PyTree]) -> Stacked:
     """What each model changed: every leaf gets a leading axis K and becomes float32; integer leaves become None.
 
     Args:
@@ -28,7 +28,8 @@ def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
       add(base, task_vectors(base, [m])) = m, up to float32 rounding.
 
     Raises:
-      ValueError: no models, or trees that differ; all differing leaves in one message. TypeError: complex leaves.
+      ValueError: no models, or trees that differ; all differing leaves in one message. TypeError: complex leaves; one tree in
+        place of a list of them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -37,7 +38,7 @@ def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
 
     Source: Editing models with task arithmetic (arXiv:2212.04089).
     """
-    return _stack(base, models, stack_leaf)
+    return _stack(base, _several(models, "task_vectors"), stack_leaf)
 
 
 def add(base: PyTree, delta: Stacked) -> PyTree:
@@ -54,7 +55,7 @@ def add(base: PyTree, delta: Stacked) -> PyTree:
     return jax.tree.map(lambda d, b: b if d is None else add_leaf(b, d), delta, base, is_leaf=lambda d: d is None)
 
 
-def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, integers: Integers = "agree") -> PyTree:
+def merge(tx: MergeTransform, base: PyTree | None, models: Iterable[PyTree], *, integers: Integers = "agree") -> PyTree:
     """Merge whole models in memory.
 
     Args:
@@ -69,6 +70,7 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
 
     Raises:
       ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction.
+        TypeError: `tx` is no merge (`ties` in place of `ties()`); one tree in place of a list of them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -76,10 +78,11 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
       >>> jm.params.merge(jm.params.task_arithmetic(), base, models)["w"].tolist()
       [4.0, 1.0]
     """
+    models = _several(models, "merge")
     stacked = _stack(base, models, lambda *leaves: defer(stack_leaf, *leaves))
     first = models[0] if base is None else base
-    _check_integers([first, *models] if base is not None else list(models), integers)
-    if isinstance(tx.match, Match):
+    _check_integers([first, *models] if base is not None else models, integers)
+    if isinstance(a_merge(tx, "merge").match, Match):
         merged = fold(tx.match.steps, stacked)[1]
     else:
         stacked = jax.tree.map(last, stacked, is_leaf=lambda x: isinstance(x, Deferred))
@@ -165,6 +168,12 @@ def _rounded_jvp(dtype, primals, tangents):
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _several(models: Iterable[PyTree], what: str) -> list[PyTree]:
+    if isinstance(models, Mapping):
+        raise TypeError(f"{what}: models must be a list of pytrees, got one pytree; pass [model] if there is one.")
+    return list(models)
 
 
 def _check_trees(base: PyTree | None, models: Sequence[PyTree]) -> None:

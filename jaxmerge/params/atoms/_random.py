@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
       density = 1 changes nothing; the result has the same bits on any sharding.
 
     Raises:
-      ValueError: density outside [0, 1].
+      ValueError: density outside [0, 1]. TypeError: a seed that is no integer.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -45,6 +46,8 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
     Source: DARE (arXiv:2311.03099). Keys come from Threefry-2x32 (Salmon et al. 2011, doi:10.1145/2063384.2063405), an entry's
     bits from a hash of its index under its key (`hashed`), which takes a quarter of the time.
     """
+
+    seed = _seed(seed, "random_mask")
 
     def settings(name, shape):
         d = _density(density, name, shape[0], "random_mask")
@@ -87,7 +90,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
       density = 1 changes nothing; the result has the same bits on any sharding.
 
     Raises:
-      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1).
+      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1). TypeError: a seed that is no integer.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -98,6 +101,8 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
 
     Source: DELLA-Merging (arXiv:2406.11617): divide=True; mergekit's `della`, `della_linear`: the l1 norm.
     """
+
+    seed = _seed(seed, "rank_mask")
 
     def settings(name, shape):
         d = _density(density, name, shape[0], "rank_mask")
@@ -168,9 +173,16 @@ def _chances(plan: dict, x: Array) -> list[UInt32[Array, "..."]]:
     return [low + step * like(rank, one) for rank, one, low, step in chances]
 
 
+def _seed(seed: Any, what: str) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"{what}: seed must be an integer, the same for the same masks; got {seed!r}.") from None
+
+
 def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
     """One for every two models."""
-    keys = [hashlib.sha256(f"{int(seed)}/{pair}/{name}".encode()).digest()[:8] for pair in range((models + 1) // 2)]
+    keys = [hashlib.sha256(f"{seed}/{pair}/{name}".encode()).digest()[:8] for pair in range((models + 1) // 2)]
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 

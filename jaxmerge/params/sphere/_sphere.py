@@ -8,7 +8,19 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    MergeTransform,
+    Need,
+    Step,
+    atom,
+    each,
+    float32,
+    normalized,
+    over,
+    resolve,
+    total,
+)
 from jaxmerge.params.order._host import Streamed
 from jaxmerge.params.order._sums import sums
 
@@ -129,6 +141,9 @@ def multislerp(weight: Hyperparameter = 1.0, *, normalize: bool = True, floor: f
       normalize: divide the weights by their sum.
       floor: added to lengths that divide.
 
+    Raises:
+      ValueError: normalize, and the weights sum to 0.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> a, b = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 4.0])}
@@ -140,7 +155,7 @@ def multislerp(weight: Hyperparameter = 1.0, *, normalize: bool = True, floor: f
 
     def settings(name, shape):
         w = resolve(weight, name, shape[0], "multislerp: weight")
-        return {"weight": float32(w / w.sum() if normalize else w)}
+        return {"weight": float32(normalized(w, name, "multislerp") if normalize else w)}
 
     def coefficients(settings, g):
         if g.shape[0] == 1:
@@ -171,6 +186,9 @@ def karcher(weight: Hyperparameter = 1.0, *, iterations: int = 10, tolerance: fl
     Law:
       Identical experts give the expert back.
 
+    Raises:
+      ValueError: the weights sum to 0.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> a, b = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 4.0])}
@@ -182,7 +200,7 @@ def karcher(weight: Hyperparameter = 1.0, *, iterations: int = 10, tolerance: fl
 
     def settings(name, shape):
         w = resolve(weight, name, shape[0], "karcher: weight")
-        return {"weight": float32(w / w.sum())}
+        return {"weight": float32(normalized(w, name, "karcher"))}
 
     def coefficients(settings, g):
         if g.shape[0] == 1:
