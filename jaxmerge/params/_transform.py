@@ -83,6 +83,8 @@ class Step(NamedTuple):
       resolve: (settings, x as it streams through the host) -> settings with which `match` need not look at the tensor; None
         where nothing is to be found.
       open: settings -> whether `resolve` has still to find something.
+      written: `merge` for who adds up what it leaves, the random choice in memory: XLA adds one by one, and would draw so too.
+        None: as `merge`.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -95,6 +97,7 @@ class Step(NamedTuple):
     blocks: bool | Literal["rows"] = False
     resolve: Callable[[Any, Streamed], Any] | None = None
     open: Callable[[Any], bool] = lambda settings: True
+    written: Callable[[Any, Any], Entries] | None = None
 
 
 class Match(NamedTuple):

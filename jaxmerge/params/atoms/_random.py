@@ -59,15 +59,21 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
             "origin": ORIGIN,
         }
 
-    def merge(plan, x):
+    def keep(plan, x, start):
         below, everything = jnp.asarray(plan["below"]), jnp.asarray(plan["density"]) >= 1
+        return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
 
-        def keep(x, start):
-            return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
+    def kept(plan, x):
+        return jnp.stack([jnp.where(kept, one, 0) for kept, one in zip(keep(plan, x, np.uint32(0)), models(x), strict=True)])
 
-        return _masked(x, keep)
+    def merge(plan, x):
+        return defer(kept, plan, x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), lazy=True, blocks=True))
+    def written(plan, x):
+        return _masked(x, functools.partial(keep, plan))
+
+    needs = (Need("random", "entry"),)
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs, lazy=True, blocks=True, written=written))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:

@@ -108,7 +108,8 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
 
     def part(plan, x):
         """Of every model before, and of every model after, what its norm is made of."""
-        return of(jnp.concatenate([entries(x), entries(left(step, plan, x))]))
+        seen = step._replace(merge=step.written or step.merge)
+        return of(jnp.concatenate([entries(x), entries(left(seen, plan, x))]))
 
     def ratio(norms, np):
         was, now = norms.reshape(2, -1)
