@@ -150,21 +150,23 @@ def add_leaf(base: ArrayLike, delta: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(x: Array, dtype: Any) -> Array:
     """x.astype(dtype), bit for bit: what XLA on a CPU rounds to bfloat16 with makes the loop around it slow, up to twice."""
-    if x.dtype != jnp.float32 or jnp.dtype(dtype) != jnp.bfloat16:
-        return x.astype(dtype)
+    return _bfloat16(x) if x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16 else x.astype(dtype)
 
+
+@rounded.defjvp
+def _rounded_jvp(dtype, primals, tangents):
+    return rounded(primals[0], dtype), tangents[0].astype(dtype)
+
+
+@jax.jit
+def _bfloat16(x: Array) -> Array:
     def on_cpu(x):  # to the nearest, of two to the even one; of a NaN the sign is left
         bits = lax.bitcast_convert_type(x, jnp.uint32)
         nearest = bits + (0x7FFF + (bits >> 16 & 1)) >> 16
         upper = jnp.where(jnp.isnan(x), bits >> 16 & 0x8000 | 0x7FC0, nearest)
         return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 
-    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(dtype))
-
-
-@rounded.defjvp
-def _rounded_jvp(dtype, primals, tangents):
-    return rounded(primals[0], dtype), tangents[0].astype(dtype)
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(jnp.bfloat16))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -63,6 +64,7 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
         below, everything = jnp.asarray(plan["below"]), jnp.asarray(plan["density"]) >= 1
         return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
 
+    @jax.jit
     def kept(plan, x):
         return jnp.stack([jnp.where(kept, one, 0) for kept, one in zip(keep(plan, x, np.uint32(0)), models(x), strict=True)])
 
