@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxmerge.params._deferred import Entries, defer, last
-from jaxmerge.params._stack import reduced
+from jaxmerge.params._stack import reduced, rounded
 from jaxmerge.params._transform import Step, left
 from jaxmerge.params.order._quantile import magnitude_bits
 
@@ -53,7 +53,7 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
-        return (x if zero is None else zero + x).astype(out), plans, _largest(arrays)
+        return rounded(x if zero is None else zero + x, out), plans, _largest(arrays)
 
     return jax.jit(merge)
 
