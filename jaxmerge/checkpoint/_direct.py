@@ -18,16 +18,19 @@ PAGE = mmap.PAGESIZE
 LINE = 64
 """XLA takes host arrays as they are where they begin at a multiple of it."""
 STEP = 1 << 20
+HUGE = 1 << 21
+"""A large page; direct I/O moves them faster than small ones."""
 LARGE = 1 << 25
 
 
 def buffer(size: int) -> np.ndarray:
-    """So many bytes, rounded up to pages, that begin at a page."""
-    room = mmap.mmap(-1, _up(max(size, 1)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size <= LARGE:
+    """So many bytes, rounded up to pages, that begin at a page; in large pages as far as they fill such."""
+    size = _up(max(size, 1))
+    room = mmap.mmap(-1, _up(size, HUGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a whole number of them begins at one
+    if HUGE <= size <= LARGE:
         with contextlib.suppress(AttributeError, OSError):  # fewer, larger pages, where they need not be searched for long
-            room.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(room, np.uint8)
+            room.madvise(mmap.MADV_HUGEPAGE, 0, size - size % HUGE)
+    return np.frombuffer(room, np.uint8, size)
 
 
 class Reader:
@@ -150,5 +153,5 @@ def _check(got: int, size: int, file: str, offset: int) -> None:
         raise OSError(f"{file} is cut short: asked for {size} bytes from {offset} on, got {max(got, 0)}.")
 
 
-def _up(n: int) -> int:
-    return -(-n // PAGE) * PAGE
+def _up(n: int, page: int = PAGE) -> int:
+    return -(-n // page) * page

@@ -1,10 +1,11 @@
 """Reading ahead and writing behind: units of leaves into rooms that are used again and again, results in order to disk."""
 
+import collections
 import concurrent.futures
+import contextlib
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,11 +53,9 @@ def read_ahead(
       alone: leaves of which only the first input is wanted.
       prepare: what is to be done with a unit while those before are worked on; in threads of its own.
     """
-    if not units:
-        return
     width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    free = _Rooms(len(inputs), ROOMS, limit)
-    ready: queue.Queue = queue.Queue()
+    rooms = _Rooms(len(inputs), ROOMS, limit)
+    todo, under_way = collections.deque(units), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
         dtype, extent = source.leaves[unit.name].dtype, source.extent(unit.name)
@@ -66,39 +65,30 @@ def read_ahead(
         data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
         return data.view(dtype)
 
-    def reading() -> None:
-        try:
-            for unit in units:
-                room = free.take(unit.size * width[unit.name] + 2 * _direct.PAGE)
-                if room is None:
-                    return
-                several = inputs[:1] if unit.name in alone else inputs
-                arrays = list(lanes.map(lambda pair, unit=unit: fill(pair[0], unit, pair[1]), zip(several, room, strict=False)))
-                prepared = None if prepare is None else preparers.submit(prepare, unit, arrays)
-                ready.put((unit, arrays, room, prepared))
-        except BaseException as e:
-            ready.put(e)
+    def ready(unit: Unit, parts: list[concurrent.futures.Future]) -> list[np.ndarray]:
+        arrays = [part.result() for part in parts]
+        if prepare is not None:
+            prepare(unit, arrays)
+        return arrays
 
-    with (
-        concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
-        concurrent.futures.ThreadPoolExecutor(PREPARERS, "jaxmerge-prepare") as preparers,
-    ):
-        thread = threading.Thread(target=reading, name="jaxmerge-read", daemon=True)
-        thread.start()
-        try:
-            for _ in units:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                unit, arrays, room, prepared = item
-                if prepared is not None:
-                    prepared.result()
-                yield unit, arrays
-                del item, arrays, prepared
-                free.give(room)
-        finally:
-            free.close()
-            thread.join()
+    with _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes, _Threads(PREPARERS, "jaxmerge-prepare") as preparers:
+        for _ in units:
+            while todo and (room := rooms.take(todo[0].size * width[todo[0].name] + 2 * _direct.PAGE)) is not None:
+                unit = todo.popleft()
+                several = inputs[:1] if unit.name in alone else inputs
+                parts = [lanes.submit(fill, source, unit, part) for source, part in zip(several, room, strict=False)]
+                under_way.append((unit, room, preparers.submit(ready, unit, parts)))
+            unit, room, arrays = under_way.popleft()
+            yield unit, arrays.result()
+            del arrays
+            rooms.give(room)
+
+
+class _Threads(concurrent.futures.ThreadPoolExecutor):
+    """Threads of which nothing is wanted any more once the block is left."""
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(cancel_futures=True)
 
 
 class _Rooms:
@@ -108,36 +98,24 @@ class _Rooms:
         self._inputs, self._most, self._limit = inputs, most, limit
         self._free: list[list[np.ndarray]] = []
         self._sizes: list[int] = []
-        self._closed = False
-        self._changed = threading.Condition()
 
     def take(self, size: int) -> list[np.ndarray] | None:
-        """A buffer of at least so many bytes for each input; None when closed."""
-        with self._changed:
-            while not self._closed:
-                fits = [room for room in self._free if room[0].size >= size]
-                if fits:
-                    room = min(fits, key=lambda room: room[0].size)
-                    self._free = [other for other in self._free if other is not room]
-                    return room
-                while self._free and not self._fits(size):
-                    self._sizes.remove(self._free.pop()[0].size)
-                if not self._sizes or self._fits(size):
-                    room = [_direct.buffer(size) for _ in range(self._inputs)]
-                    self._sizes.append(room[0].size)
-                    return room
-                self._changed.wait()
+        """A buffer of at least so many bytes for each input; None as long as there is no memory for them."""
+        fits = [room for room in self._free if room[0].size >= size]
+        if fits:
+            room = min(fits, key=lambda room: room[0].size)
+            self._free = [other for other in self._free if other is not room]
+            return room
+        while self._free and not self._fits(size):
+            self._sizes.remove(self._free.pop()[0].size)
+        if self._sizes and not self._fits(size):
             return None
+        room = [_direct.buffer(size) for _ in range(self._inputs)]
+        self._sizes.append(room[0].size)
+        return room
 
     def give(self, room: list[np.ndarray]) -> None:
-        with self._changed:
-            self._free.append(room)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._free.append(room)
 
     def _fits(self, size: int) -> bool:
         return len(self._sizes) < self._most and (sum(self._sizes) + size) * self._inputs <= self._limit
@@ -175,21 +153,19 @@ class Sink(Protocol):
 
 
 class WriteBehind:
-    """Bytes, in order, to a few files; a thread writes while the next are computed."""
+    """Bytes to a few files; a thread writes them while the next are computed, another says what is safe."""
 
     def __init__(self, rooms: int = 4):
         self._free: queue.Queue = queue.Queue()
         for _ in range(rooms):
-            self._free.put(_direct.buffer(FLUSH + _direct.PAGE))
-        self._full: queue.Queue = queue.Queue()
+            self._free.put(_direct.buffer(FLUSH))
+        self._writer, self._keeper = _Threads(1, "jaxmerge-write"), _Threads(1, "jaxmerge-keep")
         self._files: dict[str, _direct.Writer] = {}
         self._file, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
-        self._error: BaseException | None = None
+        self._last: concurrent.futures.Future | None = None
+        self._error: Exception | None = None
         self.buffered: set[str] = set()
-        self.written = 0
-        self._thread = threading.Thread(target=self._work, name="jaxmerge-write", daemon=True)
-        self._thread.start()
 
     def write(self, file: str, offset: int, data: np.ndarray) -> None:
         """Write bytes, soon."""
@@ -208,28 +184,34 @@ class WriteBehind:
             if used + n == FLUSH:
                 self._flush()
 
-    def mark(self, note: Any) -> None:
+    def mark(self, note: Callable[[], None]) -> None:
         """Call `note` when all that came before is on disk."""
         self._flush()
-        self._full.put(note)
+        self._keeper.submit(self._keep, self._last, note)
         self._check()
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until everything is written, and noted.
 
         Raises:
           OSError: it could not be written.
         """
         self._flush()
-        self._full.put(None)
-        self._thread.join()
+        self._leave(cancel=False)
         self._check()
 
     def abandon(self) -> None:
         """Leave off, whatever is under way."""
-        self._error = self._error or RuntimeError("abandoned")
-        self._full.put(None)
-        self._thread.join()
+        self._leave(cancel=True)
+
+    def _leave(self, *, cancel: bool) -> None:
+        for threads in (self._writer, self._keeper):
+            threads.shutdown(cancel_futures=cancel)
+        for file, writer in self._files.items():
+            if writer.buffered:
+                self.buffered.add(file)
+            writer.close()
+        self._files.clear()
 
     def _take(self) -> np.ndarray:
         room = self._free.get()
@@ -237,37 +219,37 @@ class WriteBehind:
         return room
 
     def _flush(self) -> None:
-        if self._room is not None:
-            lead = self._begin % _direct.PAGE
-            self._full.put((self._file, self._begin, self._room, lead, lead + self._at - self._begin))
-            self._room = None
+        if self._room is None:
+            return
+        if self._file not in self._files:
+            self._files[self._file] = _direct.Writer(self._file)
+        lead = self._begin % _direct.PAGE
+        part = slice(lead, lead + self._at - self._begin)
+        self._last = self._writer.submit(self._put, self._files[self._file], self._begin, self._room, part)
+        self._room = None
+
+    def _put(self, writer: _direct.Writer, offset: int, room: np.ndarray, part: slice) -> None:
+        with self._noting_errors():
+            writer.write(room[part], offset)
+        self._free.put(room)
+
+    def _keep(self, last: concurrent.futures.Future | None, note: Callable[[], None]) -> None:
+        """What was written last, and all before it, made safe; not where one failed, or was not begun."""
+        with self._noting_errors():
+            if last is not None:
+                last.result()
+            self._check()
+            for writer in list(self._files.values()):
+                writer.sync()
+            note()
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            self._error = self._error or e
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _work(self) -> None:
-        while (item := self._full.get()) is not None:
-            try:
-                if self._error is None:
-                    self._do(item)
-            except BaseException as e:
-                self._error = e
-            if isinstance(item, tuple):
-                self._free.put(item[2])
-        for file, writer in self._files.items():
-            if writer.buffered:
-                self.buffered.add(file)
-            writer.close()
-
-    def _do(self, item: Any) -> None:
-        if not isinstance(item, tuple):
-            for writer in self._files.values():
-                writer.sync()
-            item()
-            return
-        file, offset, room, start, stop = item
-        if file not in self._files:
-            self._files[file] = _direct.Writer(file)
-        self._files[file].write(room[start:stop], offset)
-        self.written += stop - start
