@@ -20,15 +20,14 @@ LINE = 64
 STEP = 1 << 20
 HUGE = 1 << 21
 """A large page; direct I/O moves them faster than small ones."""
-LARGE = 1 << 25
 
 
 def buffer(size: int) -> np.ndarray:
     """So many bytes, rounded up to pages, that begin at a page; in large pages as far as they fill such."""
-    size = _up(max(size, 1))
-    room = mmap.mmap(-1, _up(size, HUGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a whole number of them begins at one
-    if HUGE <= size <= LARGE:
-        with contextlib.suppress(AttributeError, OSError):  # fewer, larger pages, where they need not be searched for long
+    size = pages(max(size, 1))
+    room = mmap.mmap(-1, pages(size, HUGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a whole number of them begins at one
+    if size >= HUGE:
+        with contextlib.suppress(AttributeError, OSError):
             room.madvise(mmap.MADV_HUGEPAGE, 0, size - size % HUGE)
     return np.frombuffer(room, np.uint8, size)
 
@@ -51,7 +50,7 @@ class Reader:
         if direct:
             begin = offset - offset % PAGE
             try:
-                got = _fill(fd, room[: _up(offset + size) - begin], begin)
+                got = _fill(fd, room[: pages(offset + size) - begin], begin)
             except OSError:  # refused for this range
                 self._refuse(file)
             else:
@@ -153,5 +152,6 @@ def _check(got: int, size: int, file: str, offset: int) -> None:
         raise OSError(f"{file} is cut short: asked for {size} bytes from {offset} on, got {max(got, 0)}.")
 
 
-def _up(n: int, page: int = PAGE) -> int:
+def pages(n: int, page: int = PAGE) -> int:
+    """So many bytes, rounded up to whole pages."""
     return -(-n // page) * page

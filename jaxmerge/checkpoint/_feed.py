@@ -53,8 +53,12 @@ def read_ahead(
       alone: leaves of which only the first input is wanted.
       prepare: what is to be done with a unit while those before are worked on; in threads of its own.
     """
-    width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    rooms = _Rooms(len(inputs), ROOMS, limit)
+    several = {u.name: inputs[:1] if u.name in alone else inputs for u in units}
+    width = {n: max(s.leaves[n].dtype.itemsize for s in some if n in s.leaves) for n, some in several.items()}  # type: ignore[union-attr]
+    room_bytes = lambda unit: _direct.pages(unit.size * width[unit.name] + 2 * _direct.PAGE)
+    all_bytes = lambda unit: room_bytes(unit) * len(several[unit.name])
+    largest = max(map(all_bytes, units), default=0)
+    rooms = _Rooms(max(min(ROOMS * largest, limit), largest), ROOMS)
     todo, under_way = collections.deque(units), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
@@ -65,23 +69,23 @@ def read_ahead(
         data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
         return data.view(dtype)
 
-    def ready(unit: Unit, parts: list[concurrent.futures.Future]) -> list[np.ndarray]:
-        arrays = [part.result() for part in parts]
+    def ready(unit: Unit, reads: list[concurrent.futures.Future]) -> list[np.ndarray]:
+        arrays = [read.result() for read in reads]
         if prepare is not None:
             prepare(unit, arrays)
         return arrays
 
     with _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes, _Threads(PREPARERS, "jaxmerge-prepare") as preparers:
         for _ in units:
-            while todo and (room := rooms.take(todo[0].size * width[todo[0].name] + 2 * _direct.PAGE)) is not None:
+            while todo and (part := rooms.take(all_bytes(todo[0]))) is not None:
                 unit = todo.popleft()
-                several = inputs[:1] if unit.name in alone else inputs
-                parts = [lanes.submit(fill, source, unit, part) for source, part in zip(several, room, strict=False)]
-                under_way.append((unit, room, preparers.submit(ready, unit, parts)))
-            unit, room, arrays = under_way.popleft()
+                pairs = zip(several[unit.name], rooms.split(part, room_bytes(unit)), strict=True)
+                reads = [lanes.submit(fill, source, unit, room) for source, room in pairs]
+                under_way.append((unit, part, preparers.submit(ready, unit, reads)))
+            unit, part, arrays = under_way.popleft()
             yield unit, arrays.result()
             del arrays
-            rooms.give(room)
+            rooms.give(part)
 
 
 class _Threads(concurrent.futures.ThreadPoolExecutor):
@@ -92,33 +96,33 @@ class _Threads(concurrent.futures.ThreadPoolExecutor):
 
 
 class _Rooms:
-    """Memory for units, taken when it is first needed and used again; a larger unit takes the place of smaller ones."""
+    """One stretch of memory that is lent in parts: the lowest that are free, so that no more is touched than is needed."""
 
-    def __init__(self, inputs: int, most: int, limit: int):
-        self._inputs, self._most, self._limit = inputs, most, limit
-        self._free: list[list[np.ndarray]] = []
-        self._sizes: list[int] = []
+    def __init__(self, size: int, most: int):
+        self._memory, self._most = _direct.buffer(size), most
+        self._lent: list[slice] = []
 
-    def take(self, size: int) -> list[np.ndarray] | None:
-        """A buffer of at least so many bytes for each input; None as long as there is no memory for them."""
-        fits = [room for room in self._free if room[0].size >= size]
-        if fits:
-            room = min(fits, key=lambda room: room[0].size)
-            self._free = [other for other in self._free if other is not room]
-            return room
-        while self._free and not self._fits(size):
-            self._sizes.remove(self._free.pop()[0].size)
-        if self._sizes and not self._fits(size):
+    def take(self, size: int) -> slice | None:
+        """Where so many bytes are free; None as long as there are none, or as many parts are lent as may be."""
+        if len(self._lent) == self._most:
             return None
-        room = [_direct.buffer(size) for _ in range(self._inputs)]
-        self._sizes.append(room[0].size)
-        return room
+        start = 0
+        for lent in self._lent:
+            if lent.start - start >= size:
+                break
+            start = lent.stop
+        if start + size > self._memory.size:
+            return None
+        part = slice(start, start + size)
+        self._lent = sorted([*self._lent, part], key=lambda lent: lent.start)
+        return part
 
-    def give(self, room: list[np.ndarray]) -> None:
-        self._free.append(room)
+    def give(self, part: slice) -> None:
+        self._lent.remove(part)
 
-    def _fits(self, size: int) -> bool:
-        return len(self._sizes) < self._most and (sum(self._sizes) + size) * self._inputs <= self._limit
+    def split(self, part: slice, size: int) -> list[np.ndarray]:
+        """The memory of a part, so many bytes a piece."""
+        return [self._memory[start : start + size] for start in range(part.start, part.stop, size)]
 
 
 def flat_range(source: Source, unit: Unit) -> np.ndarray:

@@ -180,9 +180,10 @@ class Stream:
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
             if self._finds(i) and name in self.task.floating and step.open(s := self.settings[i][name]):
-                held = None
+                held, of = None, (i, unit, arrays)
                 if arrays is not None and unit.size >= SAMPLED and row_of(self.task.steps[:i], self._shape(name)) == 1:
-                    held = Held(*(functools.partial(f, i, unit, arrays) for f in (self._sample, self._tally, self._part)))
+                    part = functools.partial
+                    held = Held(part(self._sample, *of), part(self._tally, *of), part(self._part, *of))
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
                 total = functools.partial(self._total, i, unit, arrays)
                 assert step.resolve is not None
@@ -240,7 +241,7 @@ class Stream:
         """`Held.tally` of what the steps before i leave of a unit that is held."""
         look = programs.tally(self.task.steps[:i], self.task.has_base, self.task.cast)
         asked, settings = jax.device_put((patterns, [s[unit.name] for s in self.settings[:i]]))
-        above, at = np.int64(0), []
+        above, at = np.zeros(patterns.shape, np.int64), []
         for start, stop, size in programs.pieces(unit.size):
             parts = programs.padded(arrays, start, stop, size)
             counts = look(asked, settings, self._origin(unit, start), parts, np.int32(stop - start))

@@ -1,10 +1,10 @@
 """Exact order statistics on the host, for leaves that stream through it: XLA has no fast selection on a CPU, numpy does.
 
-A sample says between which two patterns the k-th largest lies. Where most of what it has there are a
-few patterns (differences of numbers that are stored in 16 bits come in lumps), entries are counted at these alone, which XLA
-does fastest. Else one look at all entries counts those above and notes the few between; the rest is found among these. Where a
-sample is not to be had, or was wrong, or too many entries are alike, histograms of the patterns take its place: one of their
-upper, one of their lower bits. Entries that tie at the threshold are kept by their flat index, lowest first, as everywhere here.
+A sample says between which two patterns the k-th largest lies. Where most of what it has there are a few patterns (differences
+of numbers that are stored in 16 bits come in lumps), entries are counted at these alone, which XLA does fastest. Else one look
+at all entries counts those above and notes the few between; the rest is found among these. Where a sample is not to be had, or
+was wrong, or too many entries are alike, histograms of the patterns take its place: one of their upper, one of their lower
+bits. Entries that tie at the threshold are kept by their flat index, lowest first, as everywhere here.
 """
 
 import math
