@@ -242,7 +242,7 @@ class Stream:
         look = programs.tally(self.task.steps[:i], self.task.has_base, self.task.cast)
         asked, settings = jax.device_put((patterns, [s[unit.name] for s in self.settings[:i]]))
         above, at = np.zeros(patterns.shape, np.int64), []
-        for start, stop, size in programs.pieces(unit.size):
+        for start, stop, size in programs.pieces(unit.size, programs.SIZES):
             parts = programs.padded(arrays, start, stop, size)
             counts = look(asked, settings, self._origin(unit, start), parts, np.int32(stop - start))
             above = above + np.asarray(counts[0]).astype(np.int64)
