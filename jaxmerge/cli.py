@@ -242,23 +242,21 @@ USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--hel
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user must change something."""
-    import tyro
-
     if argv is None:
+        gc.freeze()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
+        atexit.register(gc.freeze)  # and a quarter of one when the process ends
         _keep_compiled()
-        atexit.register(gc.freeze)  # the process ends: to look through all that is loaded takes a quarter of a second
         argv = sys.argv[1:]
-    if argv in (["-h"], ["--help"]):
-        print(f"{__doc__}\n{USAGE}")
-        return 0
-    if argv == ["doctor"]:
-        _doctor()
+    if argv in (["-h"], ["--help"], ["doctor"]):
+        _doctor() if argv == ["doctor"] else print(f"{__doc__}\n{USAGE}")
         return 0
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, file=sys.stderr)
         return 2
+    import tyro
+
     verb, method = argv[:2]
     command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
     try:
