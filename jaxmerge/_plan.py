@@ -71,7 +71,7 @@ class Plan:
             return  # a placeholder: tree_map over axes, specs or None
         if ids.ndim == 0:
             raise ValueError("Plan: segment_ids must have at least one axis, the n positions; got a scalar.")
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
+        if not jnp.issubdtype(ids.dtype, jnp.integer) and ids.dtype != jax.dtypes.float0:  # float0: a plan's cotangent
             raise TypeError(f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights.")
 
     @property
@@ -207,7 +207,7 @@ def merge(
         raise ValueError(f'merge: reduce must be "mean", "sum", "max" or "first", got {reduce!r}.')
     if reduce in ("max", "first") and weight is not None:
         raise ValueError(f'merge: weight has no meaning for reduce="{reduce}"; leave it out, or use "mean" or "sum".')
-    batch_n = (*_batch(plan), plan.num_positions)
+    batch_n = (*_batch(plan, "merge"), plan.num_positions)
     summed = reduce in ("mean", "sum")
     if implementation not in (None, "xla") and not (summed and isinstance(plan, Plan)):
         raise ValueError(f'merge: {implementation} is for "mean" and "sum" of a Plan; leave implementation out.')
@@ -227,7 +227,7 @@ def merge(
             raise TypeError(f'merge: {x.dtype} has no mean; use a Plan with reduce="sum", "max" or "first", or cast.')
         if plan.num_positions == 0 or plan.num_segments == 0:
             return segments.nothing(x, len(batch_n) - 1, plan.num_segments)
-        xla = lambda: rows()(x).astype(x.dtype)
+        xla = lambda: _cast(rows()(x), x.dtype)
         if not summed or not isinstance(plan, Plan) or (implementation in (None, "xla") and x.ndim != len(batch_n) + 1):
             return xla()
         return _by_kernel(plan, x, mass, mean=reduce == "mean", implementation=implementation, xla=xla)
@@ -266,7 +266,7 @@ def unmerge(
 
     Source: Token Merging's `unmerge` (arXiv:2210.09461), also right with a distillation token, where the official one is not.
     """
-    batch_m = (*_batch(plan), plan.num_segments)
+    batch_m = (*_batch(plan, "unmerge"), plan.num_segments)
     kept = plan.kept
     plain = implementation in (None, "xla")
     if not plain and not isinstance(plan, Plan):
@@ -283,7 +283,7 @@ def unmerge(
             ids = plan.segment_ids
             xla = lambda: segments.take(jnp.where(kept, ids, 0), y)
             x = xla() if plain and y.ndim != kept.ndim + 1 else _spread_by_kernel(plan, y, implementation, xla)
-        return segments.fill(~kept, x.astype(y.dtype), fill)
+        return segments.fill(~kept, _cast(x, y.dtype), fill)
 
     return jax.tree.map(one, y)
 
@@ -306,6 +306,7 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
       >>> jm.compose(outer, inner).segment_ids.tolist()
       [0, 0, 1, 0]
     """
+    batches = _batch(outer, "compose"), _batch(inner, "compose")
     if outer.num_positions != inner.num_segments:
         remedy = (
             " Are the arguments swapped? compose(outer, inner) applies inner first."
@@ -315,8 +316,8 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
         raise ValueError(
             f"compose: outer reads {outer.num_positions} positions but inner writes {inner.num_segments} segments.{remedy}"
         )
-    if _batch(outer) != _batch(inner):
-        raise ValueError(f"compose: batch shapes differ, outer has {_batch(outer)} and inner {_batch(inner)}; broadcast one.")
+    if batches[0] != batches[1]:
+        raise ValueError(f"compose: batch shapes differ, outer has {batches[0]} and inner {batches[1]}; broadcast one.")
     if isinstance(outer, SoftPlan) or isinstance(inner, SoftPlan):
         return SoftPlan(segments.matmul(outer.matrix.astype(_dtype(outer)), inner.matrix.astype(_dtype(inner))))
     ids = inner.segment_ids
@@ -376,7 +377,7 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops
     """
     to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
     n, here = to.shape[-1], segments.positions(to)
-    if hops is not None and hops < 1:
+    if hops is not None and (hops := operator.index(hops)) < 1:
         raise ValueError(f"from_parents: hops must be 1 or more, got {hops}.")
     inside = (to >= 0) & (to < n)
     is_root = inside & (to == here)
@@ -389,8 +390,19 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops
     return Plan(ids, num_segments)
 
 
-def _batch(plan: Plan | SoftPlan) -> tuple[int, ...]:
-    return plan.segment_ids.shape[:-1] if isinstance(plan, Plan) else plan.weights.shape[:-2]
+def _batch(plan: Plan | SoftPlan, verb: str) -> tuple[int, ...]:
+    """The plan's batch shape; every verb asks for it first, so what is no plan is refused here."""
+    held = plan.segment_ids if isinstance(plan, Plan) else plan.weights if isinstance(plan, SoftPlan) else None
+    if held is None or not hasattr(held, "shape"):
+        got = f"one that holds a {type(held).__name__}" if isinstance(plan, Plan | SoftPlan) else type(plan).__name__
+        raise TypeError(
+            f"{verb}: a Plan of an array of segment ids or a SoftPlan of an array of weights comes first; got {got}."
+        )
+    return held.shape[:-1] if isinstance(plan, Plan) else held.shape[:-2]
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else x.astype(dtype)  # keys of jax.random have no astype
 
 
 def _dtype(plan: Plan | SoftPlan) -> Any:
@@ -406,7 +418,7 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
 
 
 def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:
-    weight, shape = jnp.asarray(weight), (*_batch(plan), plan.num_positions)
+    weight, shape = jnp.asarray(weight), (*_batch(plan, "merge"), plan.num_positions)
     if weight.shape != shape:
         raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
     return weight
@@ -448,13 +460,13 @@ def _weighted_rows(plan: Plan | SoftPlan, weight: Any, *, mean: bool) -> Callabl
     """x -> sum(w x), or sum(w x) / sum(w), in each segment."""
     mass = plan.sizes
     if weight is not None:
-        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        weight = weight.astype(segments.promoted(weight.dtype, jnp.float32))
         weight = weight * plan.kept.astype(weight.dtype)  # and so laid out as the plan is
         mass = _sums(plan, weight) if mean else mass
     if not mean:
         return lambda x: _sums(plan, x, weight)
     empty = mass == 0
-    scale = 1 / jnp.where(empty, 1, mass).astype(jnp.promote_types(mass.dtype, jnp.float32))
+    scale = 1 / jnp.where(empty, 1, mass).astype(segments.promoted(mass.dtype, jnp.float32))
     if isinstance(plan, SoftPlan):
         return lambda x: segments.fill(empty, _sums(plan, x, weight, scale), 0)
     filled = Plan(jnp.where(unmerge(plan, empty), -1, plan.segment_ids), plan.num_segments)  # 0 x NaN is no 0

@@ -108,25 +108,34 @@ def firsts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
 
 def take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """x[batch, indices[batch, i]]; the indices are known to be in bounds."""
-    return batched(lambda i, x: x.at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
+    return batched(lambda i, x: jnp.asarray(x).at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
 
 
 def matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """A x over the positions, accumulated in float32 or wider, features of any rank."""
     rank = a.ndim - 2
     dims = (((rank + 1,), (rank,)), (tuple(range(rank)), tuple(range(rank))))
-    wide = jnp.promote_types(a.dtype, x.dtype)
+    wide = promoted(a.dtype, x.dtype)
     return lax.dot_general(a.astype(wide), x.astype(wide), dims, precision="highest", preferred_element_type=accumulator(wide))
 
 
 def times(x: Shaped[Array, "..."], w: Shaped[Array, "..."] | None) -> Shaped[Array, "..."]:
     """w x, in float32 or wider; x itself without a w."""
-    return x if w is None else x.astype(jnp.promote_types(accumulator(x.dtype), w.dtype)) * like(w, x)
+    if w is None:
+        return x
+    wide = promoted(accumulator(x.dtype), w.dtype)
+    return x.astype(wide) * like(w, x).astype(wide)
 
 
 def accumulator(dtype: Any) -> Any:
     """float32 or wider for floating point; exact types as they are."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+    return promoted(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+
+
+def promoted(a: Any, b: Any) -> Any:
+    """The dtype of a sum of both, also where `jax_numpy_dtype_promotion` is "strict": here it is asked for."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def positions(ids: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:

@@ -45,7 +45,7 @@ class Merge(Options):
     """Merge as a recipe says: mergekit's YAML, or ours."""
 
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace the output of an earlier merge."""
     resume: bool = True
     """Go on where the same merge was cut off."""
     parts: pathlib.Path | None = None
@@ -88,12 +88,16 @@ class Extract:
     """And not those that this one is found in."""
 
 
-VERBS: dict[str, tuple[type, tuple[str, ...], int]] = {  # options, what is named, how many names are needed
-    "plan": (Plan, ("recipe",), 1),
-    "merge": (Merge, ("recipe", "out"), 2),
-    "inspect": (Inspect, ("checkpoint", "other"), 1),
-    "verify": (Verify, ("out",), 1),
-    "extract": (Extract, ("model", "base", "out"), 3),
+VERBS: dict[str, tuple[type, dict[str, str], int]] = {  # options, what is named and what it is, how many are needed
+    "plan": (Plan, {"recipe": "A YAML file."}, 1),
+    "merge": (Merge, {"recipe": "A YAML file.", "out": "Where the merged checkpoint appears."}, 2),
+    "inspect": (Inspect, {"checkpoint": "What to show.", "other": "What to compare it with."}, 1),
+    "verify": (Verify, {"out": "What a merge has left."}, 1),
+    "extract": (
+        Extract,
+        {"model": "What was trained.", "base": "What it was trained from.", "out": "Where the adapter appears."},
+        3,
+    ),
 }
 
 
@@ -102,8 +106,17 @@ def takes(argv: Sequence[str], methods: Collection[str]) -> bool:
     if not argv or argv[0] not in VERBS:
         return False
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
-    asks = argv[0] not in ("plan", "merge") or ("--help" in argv and named not in methods)
-    return asks or named.endswith(RECIPES) or pathlib.Path(named).is_file()
+    asks = argv[0] not in ("plan", "merge") or (named not in methods and not {"-h", "--help"}.isdisjoint(argv))
+    path = pathlib.Path(named)
+    return asks or named.endswith(RECIPES) or (path.exists() and not path.is_dir())  # a pipe is a recipe too
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """The end of a sentence about a word that is unknown: what may have been meant."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,8 +125,13 @@ def main(argv: Sequence[str]) -> int:
 
     verb = argv[0]
     kind, names, needed = VERBS[verb]
-    name = lambda k: Annotated[str, tyro.conf.Positional] if k < needed else Annotated[str | None, tyro.conf.Positional]
-    fields = [(n, name(k)) if k < needed else (n, name(k), dataclasses.field(default=None)) for k, n in enumerate(names)]
+    fields: list[Any] = []
+    for k, (name, what) in enumerate(names.items()):
+        told = tyro.conf.arg(metavar=name.upper(), help=what)
+        if k < needed:
+            fields.append((name, Annotated[str, tyro.conf.Positional, told]))
+        else:
+            fields.append((name, Annotated[str | None, tyro.conf.Positional, told], dataclasses.field(default=None)))
     command = dataclasses.make_dataclass("Command", [*fields, ("options", kind, dataclasses.field(default_factory=kind))])
     try:
         parsed = tyro.cli(
@@ -128,6 +146,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         does = {"plan": _plan, "merge": _merge, "inspect": _inspect, "verify": _verify, "extract": _extract}[verb]
         return does(parsed, parsed.options) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
@@ -191,11 +211,12 @@ def _show(console: Any, plan: Any) -> None:
 
 def _coefficients(plan: Any, pattern: str) -> None:
     """One line a tensor, to be read and to be searched."""
-    import re
+    from jaxmerge.recipe._names import regex
 
+    fits = regex("--coefficients", pattern)
     number = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
     for row in plan.rows:
-        if re.search(pattern, row.name):
+        if fits.search(row.name):
             values = [
                 f"{n}={'[' + ', '.join(map(number, v)) + ']' if isinstance(v, list) else number(v)}"
                 for n, v in row.values.items()
@@ -288,10 +309,11 @@ def _inspect(files: Any, options: Inspect) -> None:
 
 
 def _leaves(source: Any, pattern: str) -> None:
-    import re
+    from jaxmerge.recipe._names import regex
 
+    fits = regex("--leaves", pattern)
     for name, leaf in source.leaves.items():
-        if re.search(pattern, name):
+        if fits.search(name):
             print(name, leaf.dtype or "not an array", list(leaf.shape))
 
 
@@ -350,7 +372,7 @@ def _made_by(recipe: Any, out: str) -> Any:
     Raises:
       ValueError: it was made in another way.
     """
-    from jaxmerge.cli import METHODS
+    from jaxmerge._methods import METHODS
 
     if not isinstance(recipe, dict) or recipe.get("method") not in METHODS:
         raise ValueError(f"{out} was not made by `jaxmerge merge`; use checkpoint.verify with its transform.")

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
+from jaxmerge._kernels import _dispatch as dispatch, attend as kernels
 from jaxmerge._plan import Plan, SoftPlan
+
+Attending = Literal["xla", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The weight of a key that must not be seen: finite, so that a query with no key at all stays free of NaN."""
@@ -138,7 +141,7 @@ def proportional_attention(
     mask: Bool[Array, "..."] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    implementation: Literal["xla", "cudnn"] | None = None,
+    implementation: Attending | None = None,
 ) -> Float[Array, "*batch t h d"]:
     """Attention in which every key weighs what it stands for: `jax.nn.dot_product_attention` with a key bias.
 
@@ -149,6 +152,8 @@ def proportional_attention(
       mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`. "cudnn" is given the bias as feature
         columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient. It has gradients
         for even lengths alone: where there are gradients to take and no mask, odd ones get one more row, that weighs nothing.
+        "mosaic_gpu" (Hopper) and "mosaic_tpu" are flash kernels of our own that add the bias on chip. They take no mask; where
+        gradients are taken, cuDNN's attention runs instead, on TPU XLA's.
 
     Law:
       with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
@@ -163,13 +168,96 @@ def proportional_attention(
       >>> bool(jnp.allclose(jm.unmerge(plan, a), b, atol=1e-6))
       True
 
+    Raises:
+      ValueError: a kernel of our own with a mask, or where it cannot run, with the reasons.
+
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
+    one_each = (k.shape[:-2], (1, *k.shape[-3:-2]), k.shape[-3:-2])  # a bias may be shared by the batch
+    if q.ndim not in (3, 4) or q.ndim != k.ndim or (bias is not None and bias.shape not in one_each):
+        raise ValueError(
+            "proportional_attention: expected q (b, t, h, d), k and v (b, s, g, d) and bias (b, s), b or not (jax.vmap over "
+            f"more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
+        )
     options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
     if implementation == "cudnn":
         return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)
-    b = None if bias is None else bias[..., None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, bias=b, mask=mask, implementation=implementation, **options)
+    if implementation in dispatch.KERNELS:
+        if mask is not None or is_causal:
+            raise ValueError(
+                f'proportional_attention: {implementation} takes no mask; use "cudnn" or "xla" for masked attention.'
+            )
+        ours: Any = dict(implementation=implementation, beside=_with_gradient(**options))
+        return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)
+    options |= dict(bias=None if bias is None else bias[..., None, None, :], mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, **options)
+
+
+def packed_attention(
+    qkv: Float[Array, "*batch rows three h d"],
+    bias: Float[Array, "*batch n"] | None,
+    *,
+    offset: Float[Array, "_ _ _"] | None = None,
+    length: int | None = None,
+    scale: float | None = None,
+    implementation: Attending | None = None,
+) -> Float[Array, "*batch n h d"]:
+    """Self-attention from one product that holds queries, keys and values; our kernels read them where they lie.
+
+    Args:
+      qkv: (*batch, rows, 3, h, d), queries, keys and values, each with all heads, as timm's and DeiT's `qkv` gives them.
+      bias, scale, implementation: as in `proportional_attention`.
+      offset: (3, h, d), what every row of `qkv` still lacks, the bias of its product: our kernels add it on the way.
+      length: how many of the rows are there, n of the result and of the bias; all of them where it is left out. "mosaic_gpu"
+        reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
+        behind must be finite.
+
+    Law:
+      packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
+
+    Raises:
+      ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; a kernel
+        where it cannot run, with the reasons.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 4, 8))
+      >>> jm.attention.packed_attention(qkv, jm.attention.key_bias(jnp.ones((2, 5)))).shape
+      (2, 5, 4, 8)
+
+    Source: Token Merging, section 3.2 (arXiv:2210.09461); the packed form, FlashAttention (arXiv:2205.14135).
+    """
+    if qkv.ndim < 4 or qkv.shape[-3] != 3:
+        raise ValueError(f"packed_attention: qkv must be (*batch, n, 3, heads, features), got {qkv.shape}.")
+    n = qkv.shape[-4] if length is None else length
+    if offset is not None and offset.shape != qkv.shape[-3:]:
+        raise ValueError(f"packed_attention: offset must have the shape {qkv.shape[-3:]} of a row of qkv, got {offset.shape}.")
+    if not 0 <= n <= qkv.shape[-4] or (bias is not None and bias.shape != (*qkv.shape[:-4], n)):
+        there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
+        raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
+    factor = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if implementation in dispatch.KERNELS:
+        wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
+        options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
+        return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)
+    if offset is not None:
+        qkv = qkv + offset.astype(qkv.dtype).reshape((1,) * (qkv.ndim - 3) + offset.shape)
+    q, k, v = (qkv[..., :n, i, :, :] for i in range(3))
+    return proportional_attention(q, k, v, bias, scale=factor, implementation=implementation)
+
+
+def _with_gradient(length: int | None = None, **options: Any) -> Any:
+    """The attention that runs where the gradient of our kernel is wanted."""
+    here = dispatch.target()
+    which: Attending = "cudnn" if here.platform == "gpu" and not here.interpret else "xla"
+
+    def attention(q, k, v, bias, offset):
+        if k is None:
+            q = q if offset is None else q + offset[:, None].astype(q.dtype)
+            q, k, v = (q[:, :length, i] for i in range(3))
+        return proportional_attention(q, k, v, bias, implementation=which, **options)
+
+    return attention
 
 
 def _even_lengths(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array, Array, Array | None]:

@@ -12,189 +12,13 @@ jaxmerge doctor
 import atexit
 import dataclasses
 import gc
-import inspect
 import os
 import pathlib
 import sys
 from typing import Any, Literal
 
 from jaxmerge import _verbs, params
-from jaxmerge.params._transform import Hyperparameter
-from jaxmerge.params.spectral._spectral import Select
-
-Numbers = tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """The weighted mean of models."""
-
-    weight: Numbers = (1.0,)
-    """One weight, or one per model."""
-    normalize: bool = True
-    """Divide the weights by their sum."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.linear(_one_or_all(self.weight), normalize=self.normalize)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskArithmetic:
-    """Base plus scale times the weighted sum of the task vectors."""
-
-    weight: Numbers = (1.0,)
-    """One weight, or one per model."""
-    scale: float = 1.0
-    """A factor for the sum."""
-    normalize: bool = False
-    """Divide the weights by their sum."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.task_arithmetic(_one_or_all(self.weight), scale=self.scale, normalize=self.normalize)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ties:
-    """Trim each task vector, elect a sign for each entry, average the models that agree."""
-
-    density: Numbers = (0.2,)
-    """The share of entries to keep: one, or one per model."""
-    weight: Numbers = (1.0,)
-    """One weight, or one per model."""
-    scale: float = 1.0
-    """A factor for the result."""
-    scope: Literal["model", "tensor"] = "model"
-    """One threshold over the whole model (the paper), or one per tensor (mergekit)."""
-    rounding: Literal["floor", "ceil"] = "floor"
-    """How the share becomes a count; see jaxmerge.params.trim."""
-    extra: int = 0
-    """Entries kept beyond the share; see jaxmerge.params.trim."""
-    ties: Literal["first", "all"] = "first"
-    """Of equal magnitudes at the threshold, keep the first, or all."""
-    rescale: bool = False
-    """Restore each tensor's l1 norm after trimming."""
-    tie: Literal["+1", "majority"] = "+1"
-    """The sign where the models' sum is exactly zero."""
-    reduce: Literal["mean", "sum", "max"] = "mean"
-    """How the models that agree become one."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.ties(**_fields(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class DareLinear:
-    """Drop entries of the task vectors at random, rescale the rest, add them up."""
-
-    seed: int
-    """The masks are a function of it, of the leaf's name and of the model; never of the sharding."""
-    density: Numbers = (0.5,)
-    """The probability to keep an entry: one, or one per model."""
-    weight: Numbers = (1.0,)
-    """One weight, or one per model."""
-    scale: float = 1.0
-    """A factor for the sum."""
-    rescale: Literal["inv_p", "l1"] = "inv_p"
-    """By 1 / density (the paper), or to each tensor's l1 norm (mergekit)."""
-    normalize: bool = False
-    """Divide the weights by their sum."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.dare_linear(**_fields(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class DareTies:
-    """Drop entries at random and rescale the rest; elect signs and reduce those that agree."""
-
-    seed: int
-    """The masks are a function of it, of the leaf's name and of the model; never of the sharding."""
-    density: Numbers = (0.5,)
-    """The probability to keep an entry: one, or one per model."""
-    weight: Numbers = (1.0,)
-    """One weight, or one per model."""
-    scale: float = 1.0
-    """A factor for the result."""
-    rescale: Literal["inv_p", "l1"] = "inv_p"
-    """By 1 / density (the paper), or to each tensor's l1 norm (mergekit)."""
-    tie: Literal["+1", "majority"] = "+1"
-    """The sign where the models' sum is exactly zero."""
-    reduce: Literal["mean", "sum"] = "sum"
-    """How the models that agree become one."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.dare_ties(**_fields(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class Slerp:
-    """Spherical interpolation between two models, tensor by tensor."""
-
-    t: float = 0.5
-    """0 is the first model, 1 the second."""
-    threshold: float = 0.9995
-    """|cos| beyond which the straight line is taken."""
-
-    def transform(self) -> params.MergeTransform:
-        return params.slerp(self.t, threshold=self.threshold)
-
-
-def _options(alias: Any) -> type:
-    """The options of a merge that is one function: its parameters, but for those that are functions or data themselves."""
-    fields = []
-    for p in inspect.signature(alias).parameters.values():
-        kind = Numbers if p.annotation == Hyperparameter else p.annotation
-        if kind == Select:
-            continue
-        default = (p.default,) if kind is Numbers and p.default is not p.empty else p.default
-        fields.append((p.name, kind) if default is p.empty else (p.name, kind, dataclasses.field(default=default)))
-    options = dataclasses.make_dataclass(
-        alias.__name__, fields, frozen=True, kw_only=True, namespace={"transform": lambda self: alias(**_fields(self))}
-    )
-    options.__doc__ = f"{alias.__doc__.splitlines()[0]}\n\nThe options: help(jaxmerge.params.{alias.__name__})."
-    return options
-
-
-METHODS = {
-    "linear": Linear,
-    "task-arithmetic": TaskArithmetic,
-    "ties": Ties,
-    "dare-linear": DareLinear,
-    "dare-ties": DareTies,
-    "slerp": Slerp,
-} | {
-    alias.__name__.replace("_", "-"): _options(alias)
-    for alias in (
-        params.arcee_fusion,
-        params.breadcrumbs,
-        params.breadcrumbs_ties,
-        params.consensus,
-        params.della,
-        params.della_linear,
-        params.iso_c,
-        params.iso_cts,
-        params.karcher,
-        params.magmax,
-        params.model_stock,
-        params.multislerp,
-        params.nearswap,
-        params.nuslerp,
-        params.passthrough,
-        params.pcb,
-        params.ram,
-        params.ramplus_tl,
-        params.sce,
-        params.tsvm,
-        params.update_selective,
-        params.varm,
-        params.widen,
-    )
-}
-NEED_NO_BASE = (
-    Linear,
-    Slerp,
-    *(METHODS[name] for name in ("arcee-fusion", "karcher", "multislerp", "nuslerp", "passthrough", "widen")),
-)
+from jaxmerge._methods import METHODS, NEED_NO_BASE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +49,7 @@ class InputsAndOutput(Inputs):
     out: str = dataclasses.field(kw_only=True)
     """Where the merged checkpoint appears."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace the output of an earlier merge."""
     integers: Literal["agree", "base"] = "agree"
     """Leaves that are not floating point must agree, or are taken from the base."""
     nonfinite: Literal["refuse", "allow"] = "refuse"
@@ -241,19 +65,45 @@ USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--hel
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when done, 2 when the user must change something."""
+    """Run one command.
+
+    Returns:
+      0 when done, 1 when a merge is not what it says, 2 when the user must change something, 130 when the user broke it off.
+    """
+    try:
+        return _main(argv)
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("jaxmerge: interrupted; a merge goes on from here when the same command is given again", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     if argv is None:
         gc.freeze()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
         atexit.register(gc.freeze)  # and a quarter of one when the process ends
         _keep_compiled()
         argv = sys.argv[1:]
-    if argv in (["-h"], ["--help"], ["doctor"]):
-        _doctor() if argv == ["doctor"] else print(f"{__doc__}\n{USAGE}")
+    if argv in (["-h"], ["--help"]):
+        print(f"{__doc__}\n{USAGE}")
+        return 0
+    if argv == ["--version"]:
+        from jaxmerge import __version__
+
+        print(f"jaxmerge {__version__}")
+        return 0
+    if argv == ["doctor"]:
+        _doctor()
+        return 0
+    if argv in (["doctor", "-h"], ["doctor", "--help"]):
+        print(f"usage: jaxmerge doctor\n\n{_doctor.__doc__}")
         return 0
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
-        print(USAGE, file=sys.stderr)
+        print(USAGE, *_not_understood(argv), sep="\n", file=sys.stderr)
         return 2
     import tyro
 
@@ -277,10 +127,23 @@ def main(argv: list[str] | None = None) -> int:
             _plan(tx, parsed.files)
         else:
             _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
+    except BrokenPipeError:
+        raise
     except (MergeError, OSError, _UserError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _not_understood(argv: list[str]) -> list[str]:
+    """What to say of the first word that means nothing."""
+    known = [*_verbs.VERBS, "doctor"]
+    if argv and argv[0] not in known:
+        return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
+    if len(argv) > 1 and argv[0] in VERBS:
+        here = f"neither a recipe (a file) nor a method{_verbs.near(argv[1], METHODS)}"
+        return [f"jaxmerge: error: {argv[1]!r} is {here}"]
+    return []
 
 
 def _keep_compiled() -> None:
@@ -474,16 +337,6 @@ def _masks(report: Any) -> tuple[list[str], list[str]] | None:
             density = next(iter(masks.values()))["density"]
             return [f"{100 * d:.0f} % at random" for d in density], ["-"] * len(density)
     return None
-
-
-def _fields(options: Any) -> dict[str, Any]:
-    """A method's options as arguments; one number stands for all models."""
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    return {k: _one_or_all(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _one_or_all(numbers: Numbers) -> float | list[float]:
-    return numbers[0] if len(numbers) == 1 else list(numbers)
 
 
 def _size(n: int | float) -> str:

@@ -301,4 +301,4 @@ def plot(rows: list[dict], numbers: list[dict], title: str, path: pathlib.Path) 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

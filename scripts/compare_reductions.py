@@ -208,4 +208,4 @@ def pictures(images: np.ndarray, plans: dict[str, jm.Plan | jm.SoftPlan], grid: 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -49,4 +49,4 @@ def convert(flags: Flags) -> str:
 
 
 if __name__ == "__main__":
-    print(convert(tyro.cli(Flags, description=__doc__)))
+    print(convert(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)))

@@ -43,8 +43,9 @@ class Flags:
     rows: int = 64
     """Windows per forward pass."""
     data: int | None = None
+    """The mesh's axis over which batches alone are split; by default what `fsdp` leaves."""
     fsdp: int | None = None
-    """The mesh: by default parameters are split in two, and batches over all devices."""
+    """The mesh's axis over which parameters are split too: by default in two."""
 
 
 def score(
@@ -115,6 +116,8 @@ def baselines(windows: dict[str, np.ndarray], hidden: dict[str, bytes_data.Hidde
 def evaluate(flags: Flags) -> dict[str, Any]:
     """All figures, by row."""
     named = [c.partition("=") for c in flags.checkpoints]
+    if len({name for name, *_ in named}) < max(len(named), 1):
+        raise ValueError(f"evaluate: give one or more checkpoints, each a name of its own; got {list(flags.checkpoints)}.")
     if bad := [name for name, eq, path in named if not (name and eq and path)]:
         raise ValueError(f"evaluate: checkpoints are given as NAME=PATH; got {bad}.")
     config = state.load_config(flags.out / "model.json")
@@ -186,4 +189,4 @@ def main(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Flags, description=__doc__))
+    main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

@@ -33,6 +33,7 @@ class Family(NamedTuple):
     """What the scripts need to know of a family.
 
     Attributes:
+      kind: the class of its configs.
       config: from the fields of a model.json.
       make: a model of a config; takes `scan=`, `dtype=` and `rngs=`.
       names: for each layout, the function that maps our paths to its names, given the config.
@@ -41,6 +42,7 @@ class Family(NamedTuple):
       stop: the byte that ends a text, where ids are bytes.
     """
 
+    kind: type
     config: Callable[[dict], Any]
     make: Callable[..., Any]
     names: dict[Layout, Callable[[Any], Callable[[str], str]]]
@@ -59,21 +61,34 @@ def read_model(path: pathlib.Path, family: str, *, tied: published.Tied = "refus
         tensors = t5x.read_t5x(path)
         config = published.t5_config_of(tensors, t5.T5Config())
     elif found == "hf":
-        if f.read_config is None:
+        if (read := f.read_config) is None:
             raise ValueError(f"read_model: {path} is in Hugging Face's layout, and {family} has none.")
-        config, tensors = f.read_config(path), load.read(path)
+        config, tensors = described(path / "config.json", family, lambda: read(path)), load.read(path)
         if family in ("byt5", "mrt5"):
             tensors = published.with_head(tensors, tied=tied)
     else:
         own = path / "model.json"
         file, tree = (own, path / "params") if own.exists() else (path.parent / "model.json", path)
-        config = f.config(json.loads(file.read_text()))
+        config = described(file, family, lambda: f.config(json.loads(file.read_text())))
         model = published.blank(f.make, config, **how)
         fill(model, read_orbax(tree))
         return config, model
     model = published.blank(f.make, config, **how)
     load.load(model, tensors, f.names[found](config))
     return config, model
+
+
+def described(file: pathlib.Path, family: str, read: Callable[[], Any]) -> Any:
+    """The config that a file describes, which must be one of this family."""
+    kind = FAMILIES[family].kind
+    try:
+        config = read()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"read_model: {file} describes no {family} ({type(error).__name__}: {error}).") from None
+    if not isinstance(config, kind):
+        others = ", ".join(name for name, f in FAMILIES.items() if isinstance(config, f.kind))
+        raise ValueError(f"read_model: {file} describes no {family} but a model of family {others}.")
+    return config
 
 
 def write_model(
@@ -151,15 +166,25 @@ def start_encoder_decoder(
     model: Any, prompt: bytes, *, room: int, capacity: int | None = None, end_mark: bool = True
 ) -> tuple[jax.Array, Any, Step]:
     """The encoder reads the prompt, with the end mark that ByT5's tokeniser adds; the decoder writes from its start."""
+    if not (prompt or end_mark):
+        raise ValueError("start_encoder_decoder: the encoder needs something to read: a prompt, or the end mark.")
     ids = jnp.asarray(np.append(words.to_ids(prompt), words.EOS) if end_mark else words.to_ids(prompt))[None]
-    extra = {} if capacity is None else dict(capacity=capacity)
+    if not isinstance(model, mrt5.MrT5):
+        _no_capacity("start_encoder_decoder", capacity)
+    extra: dict[str, Any] = {} if capacity is None else dict(capacity=capacity)
     graph, params = nnx.split(model)
 
     def begin(p, ids):
         m = nnx.merge(graph, p)
-        return decoding.start(m, encoded=m.encode(ids, **extra), room=room)
+        encoded: Any = m.encode(ids, **extra)
+        return decoding.start(m, encoded=encoded, room=room), encoded.plan.overflow if extra else 0
 
-    return *jax.jit(begin)(params, ids), stepper(model)
+    started, lost = jax.jit(begin)(params, ids)
+    if lost:
+        raise ValueError(
+            f"start_encoder_decoder: {int(lost[0])} bytes that stay found no room; make --capacity {capacity} so much larger."
+        )
+    return *started, stepper(model)
 
 
 def start_lm(
@@ -251,6 +276,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family] = {
     "byt5": Family(
+        kind=t5.T5Config,
         config=lambda fields: t5.T5Config(**fields),
         make=t5.T5,
         names={"hf": lambda config: t5.torch_name, "t5x": lambda config: t5x.t5x_name},
@@ -259,6 +285,7 @@ FAMILIES: dict[str, Family] = {
         write_config=published.config_to_json,
     ),
     "mrt5": Family(
+        kind=mrt5.MrT5Config,
         config=lambda fields: mrt5.MrT5Config(**{**fields, "base": t5.T5Config(**fields["base"])}),
         make=mrt5.MrT5,
         names={"hf": lambda config: functools.partial(mrt5.torch_name, gate_layer=config.gate_layer)},
@@ -266,8 +293,9 @@ FAMILIES: dict[str, Family] = {
         read_config=published.read_config,
         write_config=published.config_to_json,
     ),
-    "lm": Family(config=lambda fields: t5.T5Config(**fields), make=ByteLM, names={}, start=start_lm),
+    "lm": Family(kind=t5.T5Config, config=lambda fields: t5.T5Config(**fields), make=ByteLM, names={}, start=start_lm),
     "hat": Family(
+        kind=hat.TFreeConfig,
         config=hat_config,
         make=make_hat,
         names={"hf": lambda config: hat.torch_name},
@@ -277,6 +305,7 @@ FAMILIES: dict[str, Family] = {
         stop=hat.RELEASED_STOP,
     ),
     "hnet": Family(
+        kind=hnet.HNetConfig,
         config=lambda fields: hnet.HNetConfig(**fields | dict(mamba=MambaConfig(**fields["mamba"]))),
         make=lambda config, scan=False, **how: hnet.HNet(dataclasses.replace(config, scan=scan), **how),
         names={"hf": lambda config: functools.partial(hnet.torch_name, layout=config.layout)},

@@ -88,13 +88,15 @@ def generate(flags: Flags) -> Iterator[str]:
     _, model = read_model(flags.checkpoint, flags.family)
     rules = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
     how: dict[str, Any] = dict(capacity=flags.capacity, end_mark=flags.end_mark)
-    return characters(stream(flags.family, model, flags.prompt.encode(), length=flags.length, **rules, **how))
+    return characters(
+        stream(flags.family, model, flags.prompt.encode("utf-8", "surrogateescape"), length=flags.length, **rules, **how)
+    )
 
 
 if __name__ == "__main__":
     import tyro
 
-    for text in generate(tyro.cli(Flags, description=__doc__)):
+    for text in generate(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)):
         sys.stdout.write(text)
         sys.stdout.flush()
     print()

@@ -161,4 +161,4 @@ def main(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Flags, description=__doc__))
+    main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

@@ -49,6 +49,7 @@ class Flags:
     span: float = 6.0
     """The mean length of a hidden span (ByT5: 20)."""
     batch: int = 16
+    """Windows of a step, half of them prose and half code."""
     experts: bool = True
     """Whether the two experts follow the base."""
     steps: int = 1400
@@ -58,12 +59,14 @@ class Flags:
     gate_start: int = 900
     """The step from which the gate learns; before it, nothing is deleted."""
     target_deletion: float = 0.5
+    """The share of bytes that the controller steers to."""
     controller_p: float = 0.02
     controller_i: float = 5e-5
     controller_lowest: float = 0.0
     data: int | None = None
+    """The mesh's axis over which batches alone are split; by default what `fsdp` leaves."""
     fsdp: int | None = None
-    """The mesh: by default parameters are split in two, and batches over all devices."""
+    """The mesh's axis over which parameters are split too: by default in two."""
     seed: int = 0
     log_every: int = 10
     eval_every: int = 150
@@ -208,20 +211,36 @@ def latest(out: pathlib.Path, phase: str) -> pathlib.Path | None:
     return found[-1] if found else None
 
 
+def check(flags: Flags, mesh: Mesh) -> None:
+    """Refuse what cannot be trained, before anything of an earlier run is overwritten."""
+    if flags.batch < 1 or flags.batch % (2 * len(data.DOMAINS)) or flags.batch % mesh.size:
+        raise ValueError(f"train_mrt5: batch must be a multiple of 4 and of the {mesh.size} devices, got {flags.batch}.")
+    for name in ("steps", "expert_steps", "log_every", "eval_every", "save_every"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"train_mrt5: {name} must be 1 or more, got {getattr(flags, name)}.")
+    gains = dict(k_p=flags.controller_p, k_i=flags.controller_i, lowest=flags.controller_lowest)
+    words.pi_controller(target=flags.target_deletion, **gains)
+    words.span_counts(flags.length, density=flags.noise, mean=flags.span)
+    written = flags.out / "model.json"
+    if flags.resume and written.exists() and (before := state.load_config(written)) != flags.model:
+        raise ValueError(
+            f"train_mrt5: {flags.out} holds another model, {before}; give the same --model flags, or leave out --resume."
+        )
+
+
 def train(flags: Flags) -> None:
     """The three phases."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     mesh = state.make_mesh(flags.data, flags.fsdp)
-    if flags.batch % (2 * len(data.DOMAINS)) or flags.batch % mesh.size:
-        raise ValueError(f"train_mrt5: batch must be a multiple of 4 and of the {mesh.size} devices, got {flags.batch}.")
+    check(flags, mesh)
+    heldout = evaluate.hide(evaluate.heldout(32, flags.length), flags.noise, flags.span)
     flags.out.mkdir(parents=True, exist_ok=True)
     if not flags.resume:
         shutil.rmtree(flags.out / "resume", ignore_errors=True)
         (flags.out / "metrics.jsonl").unlink(missing_ok=True)
     state.save_config(flags.out / "model.json", flags.model)
     corpora = {d: data.load(d) for d in data.DOMAINS}
-    heldout = evaluate.hide(evaluate.heldout(32, flags.length), flags.noise, flags.span)
     scorer = evaluate.Scorer(flags.model, mesh, heldout, 32)
     columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TimeElapsedColumn()) as progress:
@@ -283,4 +302,4 @@ def draw(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    train(tyro.cli(Flags, description=__doc__))
+    train(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

@@ -163,4 +163,4 @@ def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.6, 0.3, 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -91,4 +91,4 @@ def filled(seed: int, shape: jax.ShapeDtypeStruct, m: int) -> jax.Array:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

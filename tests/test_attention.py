@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
-from jaxmerge.attention import MASKED, append_bias, key_bias, proportional_attention, segment_mask
+from jaxmerge.attention import MASKED, append_bias, key_bias, packed_attention, proportional_attention, segment_mask
 from tests.hlo import collectives
 
 B, T, S, H, D = 8, 5, 6, 2, 8
@@ -132,6 +132,8 @@ def test_no_collective_on_a_mesh(mesh):
         (lambda: key_bias(jnp.ones((2, 3)), mask=jnp.ones((2, 4), bool)), r"one shape.*\(2, 3\).*\(2, 4\)"),
         (lambda: append_bias(*qkv(), jnp.zeros((B, T))), r"bias \(\*batch, s\); got.*\(8, 5\)"),
         (lambda: append_bias(*qkv(), jnp.zeros((B, S)), multiple_of=0), "1 or more, got 0"),
+        (lambda: proportional_attention(*(a[None] for a in qkv()), None), r"jax.vmap over more axes.*got \(1, 8, 5"),
+        (lambda: proportional_attention(*qkv(), jnp.zeros((B, S + 1))), rf"bias \(b, s\).*and \({B}, {S + 1}\)"),
     ],
 )
 def test_bad_input(call, message, unchecked):
@@ -166,3 +168,37 @@ def test_odd_lengths_made_even_change_nothing(monkeypatch, t, s, causal):
             found = jax.value_and_grad(loss("cudnn"), argnums=(0, 1, 2))(q, k, v, some)
         assert seen[0] == (t, s) and seen[-1] == (t + t % 2, s + s % 2)
         chex.assert_trees_all_close((found, value), (wanted, wanted[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_attention_is_attention_of_its_three_parts():
+    rng, length = np.random.default_rng(0), 5
+    packed = jnp.asarray(rng.standard_normal((B, S, 3, H, D)), jnp.float32)
+    offset = jnp.asarray(rng.standard_normal((3, H, D)), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal((B, length)), jnp.float32)
+    q, k, v = (packed[:, :length, i] + offset[None, None, i] for i in range(3))
+    found = packed_attention(packed, bias, offset=offset, length=length)
+    np.testing.assert_array_equal(found, proportional_attention(q, k, v, bias))
+    # what is added to every key adds the same to all scores of a query, which a softmax does not see
+    shifted = packed_attention(packed, bias, offset=offset.at[1].add(3.0), length=length)
+    np.testing.assert_allclose(found, shifted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "packed, options, expected",
+    [
+        ((B, S, 2, H, D), {}, "3, heads, features"),
+        ((B, S, 3, H, D), {"length": S + 1}, f"length {S + 1}"),
+        ((B, S, 3, H, D), {"offset": (3, H, D + 1)}, "offset must have the shape"),
+        ((B, S, 3, H, D), {"bias": (B, S - 1)}, "a bias of shape"),
+    ],
+)
+def test_packed_attention_refuses_what_does_not_fit(packed, options, expected):
+    options = {name: jnp.zeros(x) if isinstance(x, tuple) else x for name, x in options.items()}
+    with pytest.raises(ValueError, match=expected):
+        packed_attention(jnp.zeros(packed), options.pop("bias", None), **options)
+
+
+def test_a_mask_is_refused_by_the_kernel():
+    q, k, v = qkv(jnp.bfloat16)
+    with pytest.raises(ValueError, match="takes no mask"):
+        proportional_attention(q, k, v, None, is_causal=True, implementation="mosaic_gpu")

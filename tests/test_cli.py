@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+import jaxmerge
 from jaxmerge import checkpoint, cli, params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -104,6 +106,7 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "ties", *models, *base, *out, "--mesh", "fsdp:8"], "not of the form"),
         (["merge", "linear", "--models", str(root / "nothing"), *out], "no checkpoint at"),
         (["merge", "linear", "--models", str(root), *out], "is not an Orbax checkpoint"),
+        (["merge", "linear", *models, *out, "--weight", "nan", "1"], "weight must be a number, got [nan, 1.0]"),
         (["merge", "linear", *models, "--out", str(root / "base")], "--overwrite"),
         (
             ["merge", "linear", "--models", str(root / "a"), str(tmp_path / "wrong"), *out],
@@ -113,6 +116,10 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "slerp", "--models", str(root / "a"), *out], "between two models, got 1"),
         (["merge", "linear", *models], "--out"),
         (["merge", "average"], "usage: jaxmerge {plan|merge}"),
+        (["merge", "averag"], "'averag' is neither a recipe (a file) nor a method."),
+        (["plan", "tiess"], "neither a recipe (a file) nor a method; did you mean 'ties'?"),
+        (["merg", "ties"], "there is no command 'merg'; did you mean 'merge'?"),
+        (["inspect", str(root / "a"), "--leaves", "("], "--leaves: '(' is no regular expression: missing )"),
         ([], "usage: jaxmerge {plan|merge}"),
     ):
         assert cli.main(command) == 2, command
@@ -121,7 +128,24 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_it_goes_quietly_when_nobody_reads_and_when_it_is_broken_off(saved, monkeypatch, capsys, tmp_path):
+    """`| head` prints no error; Ctrl-C says what comes next."""
+    root, _ = saved
+    code = "import sys; from jaxmerge import cli; sys.exit(cli.main(sys.argv[1:]))"
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-c", code, "inspect", str(root / "a"), "--leaves", "."]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "rror" not in done.stderr
+    monkeypatch.setattr(checkpoint, "merge", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["merge", "linear", "--models", str(root / "a"), "--out", str(tmp_path / "x")]) == 130
+    assert "interrupted; a merge goes on" in capsys.readouterr().err
+
+
 def test_help(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"jaxmerge {jaxmerge.__version__}\n"
+    assert cli.main(["doctor", "--help"]) == 0 and "usage: jaxmerge doctor" in capsys.readouterr().out
+    assert cli.main(["merge", "-h"]) == 0 and "RECIPE OUT" in capsys.readouterr().out
     assert cli.main(["--help"]) == 0 and "jaxmerge merge ties" in capsys.readouterr().out
     assert cli.main(["merge", "ties", "--help"]) == 0
     printed = capsys.readouterr().out

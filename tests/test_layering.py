@@ -28,7 +28,7 @@ BELOW = {
     "_rank": {"_segments"},
     "_kernels": {"_segments", "_rank"},
     "_plan": {"_segments", "_kernels"},
-    "attention": {"_plan"},
+    "attention": {"_plan", "_kernels"},
     "tokens": {"_plan", "_segments", "_rank", "_kernels", "attention"},
     "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},
@@ -36,8 +36,9 @@ BELOW = {
     "checkpoint": {"_plan", "params"},
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
-    "_verbs": {"params", "checkpoint", "recipe", "cli"},
-    "cli": {"_plan", "_kernels", "_verbs", "params", "checkpoint", "recipe"},
+    "_methods": {"params"},
+    "_verbs": {"_methods", "params", "checkpoint", "recipe", "cli"},
+    "cli": {"_plan", "_kernels", "_methods", "_verbs", "params", "checkpoint", "recipe"},
 }
 
 
@@ -89,7 +90,7 @@ def test_import_is_light():
 
 SURFACE = {
     "jaxmerge": "Plan SoftPlan compose from_parents identity merge unmerge",
-    "jaxmerge.attention": "MASKED append_bias key_bias proportional_attention segment_mask",
+    "jaxmerge.attention": "MASKED append_bias key_bias packed_attention proportional_attention segment_mask",
     "jaxmerge.tokens": """MergeStep Nearest Packed RunningThreshold Weighted Windows adaptive_k_means adjacent_matching assign
         attention_and_density
         attention_and_similarity attention_inhibition attention_score bind bind_attributes bipartite_matching

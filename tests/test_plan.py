@@ -165,6 +165,41 @@ def test_forward_mode_agrees_with_reverse_mode(x, reduce):
 # --- transformations
 
 
+def test_a_plan_has_a_cotangent_that_says_nothing(x):
+    plan = random_plan(jax.random.key(0), (B,), N, M)
+    y, back = jax.vjp(jm.merge, plan, x)
+    of_plan, of_x = back(jnp.ones_like(y))
+    assert isinstance(of_plan, jm.Plan) and of_plan.segment_ids.dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(of_x, jax.grad(lambda x: jm.merge(plan, x).sum())(x))
+
+
+def test_strict_promotion(x):
+    plan = random_plan(jax.random.key(0), (B,), N, M)
+    with jax.numpy_dtype_promotion("strict"):
+        for a in (x, x.astype(jnp.bfloat16), x.astype(jnp.float16)):
+            for weight in (None, jnp.ones((B, N), jnp.int32), jnp.ones((B, N), jnp.bfloat16), jnp.ones((B, N))):
+                y = jax.eval_shape(lambda a, w: jm.unmerge(plan, jm.merge(plan, a, weight=w)), a, weight)
+                assert y.dtype == a.dtype
+        jax.eval_shape(lambda: jm.attention.key_bias(jm.compose(jm.identity(M, (B,)), plan)))
+        jax.eval_shape(lambda w: jm.merge(jm.SoftPlan(w), x.astype(jnp.bfloat16)), jnp.ones((B, M, N)))
+
+
+def test_a_plan_of_numpy_arrays_is_a_plan(unchecked):
+    plan = jax.device_get(random_plan(jax.random.key(0), (2,), N, M))
+    assert isinstance(plan.segment_ids, np.ndarray)
+    assert_plan(plan)
+    assert_plan(jax.device_get(jm.SoftPlan(jax.random.normal(jax.random.key(0), (2, M, N)))))
+    np.testing.assert_array_equal(jm.compose(jax.device_get(jm.identity(M, (2,))), plan).sizes, plan.sizes)
+    hops = np.int64(1)  # as numpy counts
+    assert jm.from_parents(np.zeros(3, np.int32), 1, hops=hops).sizes.tolist() == [3]
+
+
+def test_random_keys_go_where_their_positions_go():
+    plan, keys = jm.Plan(jnp.array([1, 0, 1, -1]), 2), jax.random.split(jax.random.key(0), 4)
+    first = jm.merge(plan, keys, reduce="first")
+    assert (first == keys[jnp.array([1, 0])]).all() and (jm.unmerge(plan, first)[:3] == keys[jnp.array([0, 1, 0])]).all()
+
+
 def test_plans_cross_every_transformation(x):
     plan = random_plan(jax.random.key(0), (B,), N, M)
     want = jm.merge(plan, x)
@@ -251,6 +286,9 @@ def test_layout_survives_and_no_collective_appears(mesh, name, features, x):
         (lambda: jm.from_parents(jnp.arange(3), 3, hops=0), ValueError, "hops must be 1 or more, got 0"),
         (lambda: jm.compose(jm.identity(4), jm.Plan(jnp.zeros(4, int), 2)), ValueError, "swapped"),
         (lambda: jm.compose(jm.identity(3, (2,)), jm.identity(3)), ValueError, "batch shapes differ"),
+        (lambda: jm.merge(jnp.ones(3), jm.identity(3)), TypeError, "merge: a Plan of an array.*comes first; got ArrayImpl"),
+        (lambda: jm.unmerge(None, jnp.ones(3)), TypeError, "unmerge: a Plan.*got NoneType"),
+        (lambda: jm.merge(jm.Plan([0, 1, 1], 2), jnp.ones(3)), TypeError, "got one that holds a list"),
         (lambda: jm.tokens.keep(jnp.ones(3), 2), TypeError, "boolean, got float32"),
         (lambda: jm.tokens.keep_top_k(jnp.ones(3), 4), ValueError, "between 0 and the number of tokens, 3; got 4"),
     ],

@@ -31,6 +31,7 @@ FOLDERS = {
     "unmerge": "merge",
     "step": "step",
     "pack": "pack",
+    "attend": "attend",
 }
 """Each operation, and the folder of its implementations."""
 KERNELS: dict[str, str] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}

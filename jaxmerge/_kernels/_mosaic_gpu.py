@@ -97,6 +97,16 @@ def tiled(width: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
+def product(a: Any, b: Any) -> Array:
+    """a b in float32, by wgmma: a in shared memory or in registers, b in shared memory."""
+
+    def into(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(into, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
 Row = tuple[Array, ...]
 """The features of a token in registers, as `spans` cuts them."""
 

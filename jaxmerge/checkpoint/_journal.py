@@ -27,20 +27,36 @@ class Busy(OSError):
     """Another merge works at the same place."""
 
 
+RECEIPT = "jaxmerge.json"
+"""What marks a directory as the output of a merge."""
+
+
+def check_free(out: Any, *, overwrite: bool) -> None:
+    """An output takes no place but its own: where there is nothing, an empty directory, or, if asked to, an earlier output."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
+    if not (out / RECEIPT).exists():
+        raise FileExistsError(
+            f"{out} is not replaced: no merge has made it (it has no {RECEIPT}); remove it, or choose another place."
+        )
+
+
 class Workplace:
     """A directory beside `out` that becomes `out` when all is done.
 
     Args:
       out: where the output appears.
       rank: of this process.
-      overwrite: replace what is there.
+      overwrite: replace the output of an earlier merge.
     """
 
     def __init__(self, out: pathlib.Path, *, rank: int, overwrite: bool):
-        self.out, self.rank, self.overwrite = out, rank, overwrite
+        check_free(out, overwrite=overwrite)
+        out = pathlib.Path(os.path.realpath(out))  # through links, so that it can be renamed
+        self.out, self.rank = out, rank
         self.directory = out.parent / f"{out.name}.merging"
-        if out.exists() and not overwrite:
-            raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
         self._lock = -1
         if rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ An output in a local directory is made by ranges (`_ranges`); Orbax on accelerat
 shardings (`_sharded`).
 """
 
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ def merge(
       integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
-      overwrite: replace what is at `out`.
+      overwrite: replace what an earlier merge has left at `out`.
       resume: go on where the same merge was cut off (not in a bucket); False begins anew.
       recipe: what the receipt says was asked for, as JSON.
       beside: files that appear with the output, {name: contents}: configurations, tokenizers, a card.
@@ -151,8 +152,12 @@ def merge(
         raise MergeError(f'nonfinite must be "refuse" or "allow", got {nonfinite!r}.')
     if bucket and headers.format == "safetensors":
         raise MergeError(f"safetensors are written to local directories, not to {out}; merge, then copy, or write Orbax.")
-    if pathlib.Path(str(out)).absolute() in [pathlib.Path(str(c.path)) for c in headers.inputs]:
-        raise MergeError(f"out is one of the inputs, {out}; choose another place.")
+    real = lambda path: pathlib.Path(os.path.realpath(str(path)))
+    for c in headers.inputs:
+        if real(out) == real(c.path):
+            raise MergeError(f"out is one of the inputs, {out}; choose another place.")
+        if real(out) in real(c.path).parents:
+            raise MergeError(f"{c.path}, which is merged here, lies in {out}; choose another place for the output.")
     common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite, "resume": resume}
     common |= {"recipe": recipe, "beside": beside}
 

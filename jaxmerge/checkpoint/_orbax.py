@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxmerge.checkpoint._journal import check_free
 from jaxmerge.checkpoint._remote import Place, is_remote
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest
 from jaxmerge.params._transform import leaf_name
@@ -166,8 +167,7 @@ class Writer:
     def __init__(self, out: PathLike, leaves: Mapping[str, Leaf], *, overwrite: bool):
         self.out, self.leaves = epath.Path(out).absolute(), leaves
         self.aside = self.out.parent / f"{self.out.name}.merging"
-        if self.out.exists() and not overwrite:
-            raise FileExistsError(f"{self.out} exists; choose another place, or pass overwrite (--overwrite).")
+        check_free(self.out, overwrite=overwrite)
         self.discard()
         self._once(lambda: self.out.parent.mkdir(parents=True, exist_ok=True))
 

@@ -15,7 +15,7 @@ from jaxmerge.checkpoint import _journal, _processes, _remote
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._source import Source
 
-NAME = "jaxmerge.json"
+NAME = _journal.RECEIPT
 HEAD, PAGES, PAGE = 1 << 16, 64, 4096
 
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._deferred import Deferred, defer, last
-from jaxmerge.params._transform import Match, MergeTransform, Stacked, fold, named_leaves
+from jaxmerge.params._transform import Match, MergeTransform, Stacked, check_transforms, fold, named_leaves
 
 Integers = Literal["agree", "base"]
 
@@ -68,6 +68,7 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
 
     Raises:
       ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction.
+      TypeError: `tx` is no transform, or `models` no list.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -75,6 +76,7 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
       >>> jm.params.merge(jm.params.task_arithmetic(), base, models)["w"].tolist()
       [4.0, 1.0]
     """
+    check_transforms("merge", tx)
     stacked = _stack(base, models, lambda *leaves: defer(stack_leaf, *leaves))
     first = models[0] if base is None else base
     _check_integers([first, *models] if base is not None else list(models), integers)
@@ -146,6 +148,9 @@ def add_leaf(base: ArrayLike, delta: Array) -> Array:
 
 
 def _check_trees(base: PyTree | None, models: Sequence[PyTree]) -> None:
+    if not isinstance(models, Sequence) or isinstance(models, str | bytes):
+        kind = type(models).__name__
+        raise TypeError(f"merge: models must be a list of them, such as [model]; got one {kind}.")
     if not models:
         raise ValueError("merge: no models; pass at least one.")
     reference, which = (models[0], "model 0") if base is None else (base, "the base")

@@ -168,6 +168,7 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
       >>> jm.params.merge(mean, None, [{"w": jnp.array(1.0)}, {"w": jnp.array(3.0)}])["w"].item()
       2.0
     """
+    check_transforms("chain", *transforms)
     if all(isinstance(tx.match, Match) for tx in transforms):
         return _transform(tuple(step for tx in transforms for step in tx.match.steps))  # type: ignore[attr-defined]
 
@@ -184,6 +185,14 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
         return stacked
 
     return MergeTransform(match, merge)
+
+
+def check_transforms(name: str, *transforms: Any) -> None:
+    """A transform is what an alias or an atom returns, not the function itself, nor its name."""
+    for tx in transforms:
+        if not (hasattr(tx, "match") and hasattr(tx, "merge")):
+            call = f"; call it: {tx.__name__}(...)" if callable(tx) and hasattr(tx, "__name__") else ""
+            raise TypeError(f"{name}: a transform is asked for, such as ties(density=0.5); got a {type(tx).__name__}{call}.")
 
 
 def needs(tx: MergeTransform) -> tuple[Need, ...]:
@@ -276,7 +285,7 @@ def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
     """A hyperparameter's value for each of the models on one leaf, shape (K,).
 
     Raises:
-      ValueError: as many numbers as neither 1 nor K.
+      ValueError: as many numbers as neither 1 nor K; NaN.
     """
     if callable(value):
         value = value(name)
@@ -286,6 +295,8 @@ def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
         raise ValueError(
             f"{what} must be one number or one per model; got shape {value.shape} for {models} models at leaf {name!r}."
         )
+    if isinstance(value, np.ndarray) and np.isnan(value).any():
+        raise ValueError(f"{what} must be a number, got {value.tolist()} at leaf {name!r}.")
     return (jnp if isinstance(value, Array) else np).broadcast_to(value, (models,))
 
 

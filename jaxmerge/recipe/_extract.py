@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxmerge.checkpoint import Source
 from jaxmerge.checkpoint._safetensors import NAMES
 from jaxmerge.recipe._adapters import PREFIX, of_ranks
+from jaxmerge.recipe._names import regex
 from jaxmerge.recipe._tokenizer import dump
 
 
@@ -43,10 +43,13 @@ def extract(
       The adapter's tensors, the files beside them, and what is lost.
 
     Raises:
-      ValueError: tensors that differ in name or shape.
+      ValueError: tensors that differ in name or shape, no rank, no share, no regular expression, or no matrix to take.
     """
     import jax.numpy as jnp
 
+    if rank < 1 or not 0 <= error < 1:
+        raise ValueError(f"extract: rank must be 1 or more and error at least 0 and below 1; got {rank} and {error}.")
+    wants, leaves_out = regex("include", include), regex("exclude", exclude)
     differ = sorted(n for n in model.leaves.keys() & base.leaves.keys() if model.leaves[n].shape != base.leaves[n].shape)
     lacking = sorted(base.leaves.keys() ^ model.leaves.keys())
     if differ or lacking:
@@ -59,7 +62,7 @@ def extract(
             continue
         change = model.read(name).astype(np.float32) - base.read(name).astype(np.float32)
         norm = float(np.linalg.norm(change))
-        wanted = re.search(include, name) and not (exclude and re.search(exclude, name))
+        wanted = wants.search(name) and not (exclude and leaves_out.search(name))
         if norm == 0 or len(leaf.shape) != 2 or not name.endswith(".weight") or not wanted:
             left |= {name: norm} if norm else {}
             continue
@@ -72,6 +75,9 @@ def extract(
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(root[:, None] * v[:k]).astype(leaf.dtype)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(u[:, :k] * root).astype(leaf.dtype)
         ranks[module], errors[name] = k, float(lost[k - 1])
+    if not ranks:
+        why = "none of those that changed is a matrix whose name is included" if left else "nothing changed"
+        raise ValueError(f"extract: {model.name} has no update to take out of it over {base.name}: {why}.")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

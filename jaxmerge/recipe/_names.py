@@ -27,6 +27,18 @@ BUFFERS = re.compile(r"rotary(?:_pos)?_emb[./]inv_freq$|[./]attn[./](?:masked_)?
 VISION, PROJECTOR = re.compile(r"vision|visual"), re.compile(r"multi_modal_projector|mm_projector|merger")
 
 
+def regex(what: str, pattern: str) -> re.Pattern[str]:
+    """A regular expression of names, as somebody wrote it.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression: {e}; a backslash makes a sign a letter.") from None
+
+
 class Place(NamedTuple):
     """Where a tensor belongs.
 

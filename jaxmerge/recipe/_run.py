@@ -1,5 +1,6 @@
 """Recipes planned and carried out: document by document, everything checked before a tensor is read."""
 
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from etils import epath
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
+from jaxmerge.checkpoint._journal import check_free
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
@@ -74,7 +76,7 @@ def merge(
       out: the directory where the last document's result appears, when it is whole.
       parts: where the results of other documents go, each under its name; None is `out` with ".parts" after it.
       on_progress: called with a document's name and how far it is.
-      overwrite: replace what is at `out`.
+      overwrite: replace what an earlier merge has left at `out`.
       resume: go on where the same merge was cut off, and keep results of other documents that are as they would be made.
       options: see `plan`.
 
@@ -87,12 +89,13 @@ def merge(
     planned = plan(recipe, **options)
     _, name = _text(recipe)
     whole: Any = epath.Path(out) if is_remote(out) else pathlib.Path(out)
+    if whole.name in ("", ".."):
+        whole = pathlib.Path(os.path.abspath(whole))
     aside = pathlib.Path(parts) if parts is not None else whole.with_name(f"{whole.name}.parts")
     places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
-    if whole.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")
     for place in places:
         _no_parent(place, planned)
+    check_free(whole, overwrite=overwrite)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
     for document, place in zip([p.recipe for p in planned], places, strict=True):
@@ -184,7 +187,8 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
 def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
     """Refuse to write where something is read."""
     files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
-    inside = next((f for f in files if place.absolute() in pathlib.Path(f).parents), None)
+    real = lambda path: pathlib.Path(os.path.realpath(str(path)))
+    inside = next((f for f in files if real(place) in real(f).parents), None)
     if inside is not None:
         raise FileExistsError(f"{place} holds {pathlib.Path(inside).name}, which is merged here; choose another place.")
 

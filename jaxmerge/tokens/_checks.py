@@ -1,21 +1,47 @@
 """What every planner asks of its arguments, in one wording."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import ArrayLike, Bool
+from jaxtyping import ArrayLike, Bool, Shaped
 
 
 def checked_metric(name: str, metric: ArrayLike) -> Array:
-    """The metric, at least of rank 2, without a gradient."""
-    metric = jnp.asarray(metric)
-    if metric.ndim < 2:
-        raise ValueError(f"{name}: metric must have shape (*batch, n, d), got {metric.shape}.")
-    return lax.stop_gradient(metric)
+    """The metric, real and at least of rank 2, without a gradient."""
+    return lax.stop_gradient(checked_tokens(name, metric, "metric"))
+
+
+def checked_tokens(name: str, x: ArrayLike, what: str = "x") -> Array:
+    """Tokens, real and at least of rank 2."""
+    x = jnp.asarray(x)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: {what} must have shape (*batch, n, d), got {x.shape}.")
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"{name}: {what} must be real, got {x.dtype}; put real and imaginary parts beside each other.")
+    return x
+
+
+def floating(x: ArrayLike) -> Array:
+    """Scores as they are, whole ones in float32."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+def check_rows(name: str, x: Shaped[Array, "*batch n d"], **rows: Any) -> None:
+    """What says something of each token (a score, a mask, a plan's ids) has as many entries as there are tokens, or spreads."""
+    for what, row in rows.items():
+        if row is not None and not spreads(np.shape(row), x.shape[:-1]):
+            raise ValueError(f"{name}: {what} must have one entry per token, shape {x.shape[:-1]}; got {np.shape(row)}.")
+
+
+def spreads(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to the other."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def python_int(name: str, what: str, value: int) -> int:
@@ -34,11 +60,33 @@ def checked_r(name: str, r: int, largest: int, why: str) -> int:
     return r
 
 
+def checked_capacity(name: str, capacity: int, what: str = "capacity") -> int:
+    """Room for so many, as an int of 0 or more."""
+    capacity = python_int(name, what, capacity)
+    if capacity < 0:
+        raise ValueError(f"{name}: {what} must be 0 or more, got {capacity}.")
+    return capacity
+
+
+def checked_sizes(name: str, what: str, sizes: Sequence[int], *, rank: int | None = None) -> tuple[int, ...]:
+    """Sizes of a grid or a window, as ints of 1 or more."""
+    many = "sizes" if rank is None else f"{rank} sizes"
+    try:
+        sizes = tuple(operator.index(s) for s in sizes)
+    except TypeError:
+        raise TypeError(f"{name}: {what} must be {many}, Python ints, because shapes are static; got {sizes!r}.") from None
+    if not sizes or min(sizes) < 1 or (rank is not None and len(sizes) != rank):
+        raise ValueError(f"{name}: {what} must be {many} of 1 or more, got {sizes if len(sizes) != 1 else sizes[0]}.")
+    return sizes
+
+
 def protected_mask(name: str, protect: Sequence[int], n: int) -> Bool[np.ndarray, "n"]:
     """Static positions as a mask."""
     mask = np.zeros(n, bool)
+    if not isinstance(protect, Iterable):
+        raise TypeError(f"{name}: protect takes several positions, such as (0,) for a class token; got {protect!r}.")
     for p in protect:
-        if isinstance(p, bool | np.bool_ | jax.Array):
+        if isinstance(p, bool | np.bool_ | jax.Array) or not hasattr(p, "__index__"):
             raise TypeError(
                 f"{name}: protect takes static positions, such as (0,) or range(n - w, n), not a mask or a jax array; "
                 "np.flatnonzero(mask) turns one into the other."

@@ -10,6 +10,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.match import match
 from jaxmerge._kernels.match.ref import cosine as cosine, search, unit as unit
+from jaxmerge.tokens._checks import spreads
 
 
 class Nearest(NamedTuple):
@@ -60,6 +61,8 @@ def nearest(
     if mask is not None:
         if implementation not in (None, "xla"):
             raise ValueError(f'nearest: {implementation} takes no mask; leave it out, or use implementation="xla".')
+        if not spreads(jnp.shape(mask), (*batch, n, m)):
+            raise ValueError(f"nearest: mask must have shape {(*batch, n, m)}, queries by keys; got {jnp.shape(mask)}.")
         row = jnp.zeros_like(queries, bool).any(axis=-1, keepdims=True)  # no row is read: for the queries' layout
         mask = jnp.broadcast_to(mask, (*batch, n, m)) | row
     xla = lambda: segments.batched(search, len(batch))(unit(queries), unit(keys), mask)

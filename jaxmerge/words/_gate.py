@@ -49,7 +49,7 @@ def delete_gate(
     if not scale < 0:
         raise ValueError(f"delete_gate: scale must be negative, because deleted bytes must weigh less; got {scale}.")
     gate = scale * jax.nn.sigmoid(-_noisy(logits, key))
-    return gate if mask is None else jnp.where(mask, gate, scale)
+    return _outside("delete_gate", gate, mask, scale)
 
 
 def log_sigmoid_gate(
@@ -78,7 +78,7 @@ def log_sigmoid_gate(
     Source: MrT5's code (arXiv:2410.20771).
     """
     gate = jax.nn.log_sigmoid(_noisy(logits, key))
-    return gate if mask is None else jnp.where(mask, gate, padding)
+    return _outside("log_sigmoid_gate", gate, mask, padding)
 
 
 def kept(
@@ -177,6 +177,13 @@ def gate_entropies(
 def _entropy(log_p: Float[Array, "..."]) -> Float[Array, "..."]:
     p = jnp.exp(log_p)
     return -(p * log_p + (1 - p) * jnp.log1p(-jnp.minimum(p, 1 - jnp.finfo(jnp.float32).eps)))
+
+
+def _outside(name: str, gate: Float[Array, "*batch n"], mask: Bool[Array, "*batch n"] | None, padding: float) -> Array:
+    """The gate, with padding's where the mask says that there is no byte."""
+    if mask is not None and mask.shape != gate.shape:
+        raise ValueError(f"{name}: mask must have the shape of logits, {gate.shape}, got {mask.shape}.")
+    return gate if mask is None else jnp.where(mask, gate, padding)
 
 
 def _noisy(logits: Float[Array, "*batch n"], key: PRNGKeyArray | None) -> Float[Array, "*batch n"]:

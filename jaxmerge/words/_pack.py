@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxmerge.words._split import Rule, starts
-from jaxmerge.words._vocabulary import OFFSET, PAD
+from jaxmerge.words._vocabulary import OFFSET, PAD, Text, utf8
 
-Texts = Sequence[str | bytes]
+Texts = Sequence[Text]
 
 
 class _Budget(NamedTuple):
@@ -78,7 +78,8 @@ def pack(
       are those that `starts` gives it alone.
 
     Raises:
-      ValueError: a budget below 1, an end mark and room for one byte, an end that is a byte's id.
+      ValueError: a budget below 1, an end mark and room for one byte, an end that is a byte's id. TypeError: `texts` is a
+        single text, or holds what is none.
 
     Example:
       >>> import jaxmerge as jm
@@ -88,13 +89,14 @@ def pack(
 
     Source: best-fit packing, arXiv:2404.10830; the second budget is ours.
     """
+    _check_several("pack", texts)
     budget = _budget(max_bytes, max_words, rule, longest_word, end, offset, fill)
     pieces = _cut(texts, 0, budget)
     return _write(*_best_fit(pieces, budget), budget)
 
 
 def pack_stream(
-    texts: Iterable[str | bytes],
+    texts: Iterable[Text],
     max_bytes: int,
     max_words: int,
     *,
@@ -125,6 +127,7 @@ def pack_stream(
       >>> [p.ids.shape for p in jm.words.pack_stream(["one two"] * 10, 16, 6, rows=2, look=1)]
       [(2, 16), (2, 16), (1, 16)]
     """
+    _check_several("pack_stream", texts)
     budget = _budget(max_bytes, max_words, rule, longest_word, end, offset, fill)
     for name, value in dict(rows=rows, look=look).items():
         if value < 1:
@@ -157,6 +160,11 @@ class _Pieces(NamedTuple):
     """(pieces, 6): begin and end in `raw`, words, document, first byte in the document, whether an end mark is last."""
 
 
+def _check_several(name: str, texts: Iterable[Text]) -> None:
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{name}: texts must be several, such as [text]; got one {type(texts).__name__}.")
+
+
 def _budget(max_bytes, max_words, rule, longest_word, end, offset, fill) -> _Budget:  # noqa: PLR0917
     for name, value in dict(max_bytes=max_bytes, max_words=max_words).items():
         if value < 1:
@@ -174,7 +182,7 @@ def _cut(texts: Texts, first: int, budget: _Budget) -> _Pieces:
     Documents are joined by newlines, because no rule joins anything to a newline before it or after it. Where a document has
     an end mark, the newline stands for it.
     """
-    parts = [_bytes(text) for text in texts]
+    parts = [utf8("pack", text) for text in texts]
     end = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)  # after each newline
     if not parts:
         return _Pieces(np.zeros(0, np.uint8), np.zeros(0, bool), np.zeros((0, 6), np.int64))
@@ -319,7 +327,7 @@ def _write(pieces: _Pieces, row: np.ndarray, budget: _Budget) -> Packed:
     return Packed(lay(ids, PAD), lay(each(document), -1), lay(word, -1), lay(here - each(first), -1), table)
 
 
-def _stream(texts: Iterable[str | bytes], rows: int, look: int, budget: _Budget) -> Iterator[Packed]:
+def _stream(texts: Iterable[Text], rows: int, look: int, budget: _Budget) -> Iterator[Packed]:
     """Fill a window, give away batches of full rows, and hold the pieces of the emptiest rows for the next window."""
     texts, seen = iter(texts), 0
     held = _cut([], 0, budget)
@@ -330,7 +338,7 @@ def _stream(texts: Iterable[str | bytes], rows: int, look: int, budget: _Budget)
         while more and room > 0:
             text = next(texts, None)
             if more := text is not None:
-                new.append(_bytes(text))
+                new.append(utf8("pack_stream", text))
                 room -= len(new[-1])
         window = _join(held, _cut(new, seen, budget))
         seen += len(new)
@@ -361,7 +369,3 @@ def _pick(pieces: _Pieces, some: np.ndarray) -> _Pieces:
     return _Pieces(
         pieces.raw[at], pieces.starts[at], np.concatenate([np.stack([end - length, end], axis=1), table[:, 2:]], axis=1)
     )
-
-
-def _bytes(text: str | bytes) -> bytes:
-    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")

@@ -139,6 +139,12 @@ def dechunk(
 
     Source: H-Net (arXiv:2507.07955), section 2.2; equal to hnet_a.
     """
+    ids = plan.segment_ids
+    if p.shape != ids.shape or chunks.shape[:-1] != (*ids.shape[:-1], plan.num_segments):
+        raise ValueError(
+            f"dechunk: the plan takes {ids.shape} bytes to {plan.num_segments} chunks, so expected p of that shape and chunks "
+            f"{(*ids.shape[:-1], plan.num_segments, 'd')}; got {p.shape} and {chunks.shape}."
+        )
     p = jnp.clip(merge(plan, _f32(p), reduce="first"), 1e-4, 1 - 1e-4)
     resets = None if documents is None else document_starts(merge(plan, documents, reduce="first"))
     return unmerge(plan, moving_average(chunks, p, resets=resets).astype(chunks.dtype))

@@ -7,11 +7,12 @@ from typing import Literal
 import numpy as np
 
 from jaxmerge.words import _unicode
+from jaxmerge.words._vocabulary import Text, utf8
 
 Rule = Literal["hat", "unicode", "whitespace"]
 
 
-def starts(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None) -> np.ndarray:
+def starts(text: Text, *, rule: Rule = "hat", max_bytes: int | None = None) -> np.ndarray:
     """Where words begin, one bool per UTF-8 byte of the text.
 
     Args:
@@ -31,7 +32,8 @@ def starts(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = Non
       b"".join(split(text)) = text's bytes; with `max_bytes` no word is longer.
 
     Raises:
-      ValueError: an unknown rule, `max_bytes` below 1, or a str with lone surrogates that stand for no byte.
+      ValueError: an unknown rule, `max_bytes` below 1, or a str with lone surrogates that stand for no byte. TypeError: neither
+        text nor bytes.
 
     Example:
       >>> import jaxmerge as jm
@@ -44,7 +46,7 @@ def starts(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = Non
         raise ValueError(f'starts: rule must be "hat", "unicode" or "whitespace", got {rule!r}.')
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"starts: max_bytes must be 1 or more, or None for no limit; got {max_bytes}.")
-    raw = _utf8(text)
+    raw = utf8("starts", text)
     out = np.zeros(len(raw), bool)
     for part in _chunks(raw):
         points, lead = _decode(raw[part])
@@ -56,7 +58,7 @@ def starts(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = Non
     return out if max_bytes is None else _limit(raw, out, max_bytes)
 
 
-def split(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None) -> list[bytes]:
+def split(text: Text, *, rule: Rule = "hat", max_bytes: int | None = None) -> list[bytes]:
     """The words of a text, as bytes. See `starts`.
 
     Example:
@@ -64,7 +66,7 @@ def split(text: str | bytes, *, rule: Rule = "hat", max_bytes: int | None = None
       >>> jm.words.split("Hello, world!  iPhone")
       [b'Hello,', b' world!', b'  ', b'i', b'Phone']
     """
-    raw = _utf8(text)
+    raw = utf8("split", text)
     at = [*np.flatnonzero(starts(raw, rule=rule, max_bytes=max_bytes)).tolist(), len(raw)]
     return [raw[i:j] for i, j in itertools.pairwise(at)]
 
@@ -82,16 +84,6 @@ def _chunks(raw: bytes) -> Iterator[slice]:
             end = raw.rfind(b"\n", begin, begin + _CHUNK) + 1 or raw.find(b"\n", begin + _CHUNK) + 1 or end
         yield slice(begin, end)
         begin = end
-
-
-def _utf8(text: str | bytes) -> bytes:
-    if isinstance(text, bytes):
-        return text
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        point = ord(text[error.start])
-        raise ValueError(f"starts: the text has a lone surrogate, U+{point:04X}, that no bytes encode; pass bytes.") from None
 
 
 def _decode(raw: bytes) -> tuple[np.ndarray, np.ndarray | None]:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import ArrayLike, Int
+from jaxtyping import ArrayLike, Int, UInt8
+
+Text = str | bytes | bytearray | memoryview | UInt8[np.ndarray, "bytes"]
 
 PAD, EOS, UNK = 0, 1, 2
 OFFSET = 3
@@ -11,8 +13,11 @@ SIZE = 384
 """Rows of ByT5's table: 256 bytes, three specials, and the rest unused."""
 
 
-def to_ids(text: str | bytes) -> np.ndarray:
+def to_ids(text: Text) -> np.ndarray:
     """The ids of a text's UTF-8 bytes, int32. No end mark is added.
+
+    Raises:
+      TypeError: neither text nor bytes. ValueError: a str with lone surrogates that stand for no byte.
 
     Example:
       >>> import jaxmerge as jm
@@ -21,8 +26,22 @@ def to_ids(text: str | bytes) -> np.ndarray:
 
     Source: ByT5 (arXiv:2105.13626).
     """
-    raw = text if isinstance(text, bytes) else text.encode("utf-8")
-    return np.frombuffer(raw, np.uint8).astype(np.int32) + OFFSET
+    return np.frombuffer(utf8("to_ids", text), np.uint8).astype(np.int32) + OFFSET
+
+
+def utf8(name: str, text: Text) -> bytes:
+    """A text's bytes: a str in UTF-8, where U+DC80 to U+DCFF stand for the bytes that are no character; bytes as they are."""
+    if isinstance(text, bytes):
+        return text
+    if isinstance(text, bytearray | memoryview) or (isinstance(text, np.ndarray) and text.dtype == np.uint8):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: a text must be str or bytes, got {type(text).__name__}.")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        point = ord(text[error.start])
+        raise ValueError(f"{name}: the text has a lone surrogate, U+{point:04X}, that no bytes encode; pass bytes.") from None
 
 
 def to_bytes(ids: Int[ArrayLike, "n"] | Sequence[int]) -> bytes:

@@ -84,4 +84,4 @@ def moved(case: Case, mesh: Mesh) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -5,7 +5,8 @@
 Shapes are those of real models (jaxmerge/_kernels/arg_specs.py). Times are of one call among many in one program, on
 arguments that are in no cache; on a GPU they are what the launches took on the chip. "of copy" is the least a call must move,
 over its time, as a share of a large copy measured in the same run; "of rate" likewise its multiplications, as a share of a
-large bfloat16 product's. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
+large bfloat16 product's. Beside `attend`, attention of queries, keys and values in one product, cuDNN is given the bias in
+feature columns. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
 eager, through torch.compile, and each replayed as a CUDA graph. Writes kernels.json.
 """
 
@@ -23,11 +24,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens, cases
 from scripts.bench import device
 
-OPS = ("step", "match", "merge", "unmerge", "pack")
+OPS = ("step", "match", "merge", "unmerge", "pack", "attend")
 ROWS = 20_000
 """Tokens of a batch, if none is given: about what a training step holds."""
 
@@ -44,7 +46,7 @@ def main(
     """Time them and print a table.
 
     Args:
-      ops: of step, match, merge, unmerge, pack.
+      ops: of step, match, merge, unmerge, pack, attend.
       only: a part of the model's name.
       batch: rows of the batch; about 20 000 tokens where left out.
       dtype: of tokens and metric.
@@ -94,6 +96,9 @@ def measure(op: str, spec: Tokens, shapes: list, static: dict, chip: device.Ceil
         module = importlib.import_module(f"{folder}.{'ref' if name == 'xla' else name}")
         call = lambda *a, module=module: getattr(module, op)(*a, **static)
         row["xla" if name == "xla" else "kernel"] = device.seconds(call, shapes, draw=draw)
+    if op == "attend" and jax.default_backend() == "gpu":
+        flash = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], length=spec.n, implementation="cudnn")
+        row["cudnn"] = device.seconds(flash, shapes, draw=draw)
     if row["kernel"]:
         row |= dict(of_copy=moved / row["kernel"] / chip.bandwidth, of_rate=multiplied / row["kernel"] / chip.rate)
     return row
@@ -114,6 +119,9 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
         return everything + row(shapes[1]) * static["m"], 0.0
     if op == "pack":
         return size(shapes[0]) + 2 * row(shapes[1]) * static["capacity"], 0.0
+    if op == "attend":
+        (batch, _, _, heads, f), n = shapes[0].shape, static["length"]
+        return everything + size(shapes[0]) / 3, 4.0 * batch * heads * n * n * f
     metric, x = shapes[:2]
     batch, n, k = metric.shape
     return everything + row(x) * (n - static["r"]) + 4 * batch * (2 * n - static["r"]), 2.0 * batch * (n // 2) * (
@@ -143,6 +151,8 @@ def described(row: dict[str, Any]) -> list[str]:
         return [row["op"], row["model"], str(row["batch"]), row["why"][:40], us(row["xla"]), "", "", ""]
     shares = [f"{row['of_copy']:.0%}", f"{row['of_rate']:.0%}" if row["of_rate"] else ""]
     ratio = f"{row['xla'] / row['kernel']:.1f}"
+    if "cudnn" in row:
+        ratio += f" (cuDNN {us(row['cudnn'])})"
     return [row["op"], row["model"], str(row["batch"]), us(row["kernel"]), us(row["xla"]), ratio, *shares]
 
 
@@ -201,4 +211,4 @@ def torch_step(checkout: pathlib.Path, specs: list[Tokens], batch: int | None, d
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -9,6 +9,7 @@ bfloat16. Nothing here was run: an estimate knows no launch, no latency and no v
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -128,6 +129,7 @@ def xla(op: str, spec: Tokens, static: dict):
         "unmerge": lambda ids, y, before, after: (
             jm.unmerge(plan(ids), y * before[..., None].astype(y.dtype), **options) * after[..., None].astype(y.dtype)
         ),
+        "attend": lambda qkv, k, v, bias, offset: jm.attention.packed_attention(qkv, bias, length=spec.n),
         "pack": lambda keep, x: jm.tokens.pack(keep, x, spec.n - spec.r, **options),
     }[op]
 
@@ -151,6 +153,8 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
             1
         ] * 2
     batch, n = arrays[0].shape[:2]
+    if op == "attend":
+        return 4.0 * batch * static["length"] ** 2 * math.prod(arrays[0].shape[3:]), read + size(arrays[0]) / 3
     if op == "step":
         metric, x = arrays[0], arrays[1]
         return batch * n * n / 2 * metric.shape[2], read + batch * (n - static["r"]) * x.shape[
@@ -161,4 +165,4 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -235,4 +235,4 @@ def measure(ours: dict, peer: subprocess.Popen | None, rounds: int, *, step: boo
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

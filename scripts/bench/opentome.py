@@ -151,4 +151,4 @@ def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

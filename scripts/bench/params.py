@@ -278,4 +278,4 @@ def _gram(shapes: dict[str, Shape]) -> Tensors:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

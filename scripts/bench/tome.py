@@ -164,4 +164,4 @@ def load(path: pathlib.Path) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -30,6 +30,9 @@ from jaxmerge._kernels import _dispatch as dispatch
 from models.vit import VARIANTS, Flash, ViT, ViTConfig
 from scripts.bench import device, meter
 
+WITHOUT: dict[Flash, Flash] = {"mosaic_gpu": "cudnn", "mosaic_tpu": "xla"}
+"""What runs in place of our attention where our kernels do not."""
+
 
 def main(
     *,
@@ -51,7 +54,7 @@ def main(
       rs: tokens removed per block, 0 first.
       rounds: how often each r has a turn, on a CPU.
       train: the gradient too, on an accelerator.
-      attention: "cudnn" for a flash kernel on a GPU.
+      attention: "cudnn" for a flash kernel on a GPU, "mosaic_gpu" for ours; without our kernels it is cuDNN's.
       out: directory for vit.json.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -115,17 +118,20 @@ def measure(config: ViTConfig, batch: int, rs: tuple[int, ...], rounds: int) -> 
 
 def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, attention: Flash) -> list[dict]:
     """A row for each r and each way to lose tokens: our kernels, XLA alone, a slice. Ratios are to the first."""
-    model = nnx.eval_shape(lambda: ViT(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    weights, tree = jax.tree.flatten_with_path(state)
+
+    def split(attention: Flash) -> Any:
+        return nnx.split(nnx.eval_shape(lambda: ViT(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0))))
+
+    weights, tree = jax.tree.flatten_with_path(split(attention)[1])
     weights = [jax.ShapeDtypeStruct(w.shape, w.dtype if train else held(path)) for path, w in weights]
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     here = jax.default_backend()
     rows = []
     for r in rs:
         for merging in ("kernel", "XLA", "cut") if r else ("none",):
+            graph, _ = split(WITHOUT.get(attention, attention) if merging == "XLA" else attention)
             whole = (lambda model, images, r=r: cut(model, images, r)) if merging == "cut" else (lambda m, i, r=r: m(i, r=r))
-            forward = lambda state, images, whole=whole: whole(nnx.merge(graph, state), images)
+            forward = lambda state, images, whole=whole, graph=graph: whole(nnx.merge(graph, state), images)
             loss = lambda state, images, forward=forward: forward(state, images).var()
             call = jax.grad(loss) if train else forward
             flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
@@ -181,4 +187,4 @@ def flops(config: ViTConfig, batch: int, r: int, multiple: int = 1) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -107,4 +107,4 @@ def released() -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,34 @@ def test_an_input_that_is_cut_while_it_is_read(models, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cut short: asked for"):
         checkpoint.merge(params.linear(), models[0]["base"], [path], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["short"]
+
+
+def test_nothing_is_replaced_but_what_a_merge_has_made(models, tmp_path):
+    """Not a home directory, not a folder of notes, not a file; and links lead where they point."""
+    home = tmp_path / "home"
+    home.mkdir()
+    merge(models, home)  # an empty directory is a place like any other
+    (home / "jaxmerge.json").unlink()
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for out in (home, file):
+        with pytest.raises(FileExistsError, match=r"is not replaced: no merge has made it \(it has no jaxmerge.json\)"):
+            merge(models, out, overwrite=True)
+    assert (home / "model.safetensors").exists() and file.read_text() == "precious"
+    (tmp_path / "nothing yet").symlink_to(tmp_path / "far" / "away")
+    for _ in range(2):
+        merge(models, tmp_path / "nothing yet", overwrite=True)
+    assert (tmp_path / "nothing yet").is_symlink() and (tmp_path / "far/away/jaxmerge.json").exists()
+    assert sorted(p.name for p in tmp_path.rglob("*.merging")) == []
+
+
+def test_no_output_takes_the_place_of_its_parents(models, tmp_path):
+    for name in "ab":
+        shutil.copytree(models[0][name], tmp_path / "all" / name)
+    (tmp_path / "all/jaxmerge.json").write_text("{}")
+    with pytest.raises(checkpoint.MergeError, match=r"a, which is merged here, lies in .*all; choose another place"):
+        checkpoint.merge(params.linear(), None, [tmp_path / "all/a", tmp_path / "all/b"], tmp_path / "all", overwrite=True)
+    assert (tmp_path / "all/a/model.safetensors").exists()
 
 
 def test_another_merge_does_not_go_on_from_this_one(models, tmp_path, monkeypatch):

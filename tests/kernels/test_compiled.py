@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch, merge as merges, pack as packs, step as steps
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
+from jaxmerge._kernels.attend import mosaic_tpu as attend_tpu
 from jaxmerge._kernels.match import mosaic_tpu as match_tpu
 from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu
 from jaxmerge._kernels.pack import mosaic_tpu as pack_tpu
@@ -37,7 +38,8 @@ def on_every_chip(topology, dtype, spec, ops=None):
         "step": lambda *a, r, protected: steps.differentiable(step_tpu, r, protected, *a),
         "merge": lambda *a, m, mean: merges.differentiable(merge_tpu, m, mean, *a),
         "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
-        "unmerge": merge_tpu.unmerge, "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
+        "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend,
+        "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
     }  # fmt: skip
     at = cases(spec, mesh.size, dtype)
     with dispatch.aim("tpu", CHIPS[topology]):
@@ -45,6 +47,9 @@ def on_every_chip(topology, dtype, spec, ops=None):
             arguments, static = at[op]
             if op == "step":
                 arguments = [*arguments[:3], arguments[1]]  # with the residual, as models call it
+            if op == "attend":
+                batch, _, *heads = arguments[0].shape
+                arguments = [*arguments[:4], jax.ShapeDtypeStruct((batch, *heads), jnp.float32)]  # with the product's bias
             assert not dispatch.refusals(op, "mosaic_tpu", arguments, **static)
             arguments, call = [shape(a) for a in arguments], partial(calls[op], **static)
             if op in ("step", "merge", "pack"):

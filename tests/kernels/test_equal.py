@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxmerge._kernels import merge as merges, pack as packs, step as steps
+from jaxmerge._kernels.attend import mosaic_tpu as attend_tpu, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_tpu as match_tpu, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu, ref as merge_ref
 from jaxmerge._kernels.pack import ref as pack_ref
 from jaxmerge._kernels.step import mosaic_tpu as step_tpu, ref as step_ref
+from jaxmerge.attention import MASKED
 from tests.kernels import cases
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -142,3 +144,27 @@ def test_pack(spec, dtype):
     back = jax.grad(lambda x: jnp.sum(packs.differentiable(pack_tpu, capacity, keep, x)[0].astype(jnp.float32)))(x)
     slot = jnp.cumsum(keep, axis=1)
     assert (back == jnp.where((keep & (slot <= capacity))[..., None], 1, 0)).all()
+
+
+@pytest.mark.parametrize("n, rows, h, f, dtype", [(37, 40, 4, 64, BF16), (300, 300, 2, 64, F32), (29, 29, 8, 80, F32)])
+def test_attend(n, rows, h, f, dtype):
+    """One rounding of the weights and one of the result in bfloat16; in float32 sums of n and of f products."""
+    rng = np.random.default_rng(0)
+    qkv = cases.tokens(rng, 2, rows, 3 * h * f, dtype).reshape(2, rows, 3, h, f)
+    bias = jnp.asarray(rng.standard_normal((2, n)), F32).at[1].set(MASKED)  # one row sees nothing
+    offset = cases.tokens(rng, 2, 3, h * f, F32).reshape(2, 3, h, f)
+    options = dict(scale=f**-0.5, length=n)
+    found = jax.jit(partial(attend_tpu.attend, **options))(qkv, None, None, bias, offset)
+    q, k, v = (qkv[:, :n, i] + (0 if i == 1 else offset[:, i, None].astype(F32)) for i in range(3))
+    q = q.astype(dtype)  # rounded with its offset; that of the keys does not matter
+    wanted = attend_ref.attend(*(x.astype(F32) for x in (q, k, v)), bias, scale=f**-0.5)
+    unit = 2.0**-9 if dtype == BF16 else 2.0**-24 * (n + f * largest(q) * largest(k))
+    assert found.dtype == dtype and (np.abs(found.astype(F32) - wanted) <= unit * (2 * largest(v) + np.abs(wanted))).all()
+
+
+def test_attend_refuses_what_does_not_fit():
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, BF16)
+    why = attend_tpu.refusals("attend", shape(1, 8, 3, 3, 64), None, None, None, scale=1.0)
+    assert "192" in why[0] and "multiple of 128" in why[0]
+    assert "share 1" in attend_tpu.refusals("attend", shape(1, 8, 2, 64), *[shape(1, 8, 1, 64)] * 2, None, scale=1.0)[0]
+    assert "MiB" in attend_tpu.refusals("attend", shape(1, 2**17, 3, 2, 64), None, None, None, scale=1.0)[0]

@@ -104,3 +104,25 @@ def test_pack(dtype):
         return pack(x), back(y)
 
     same(packed, cases.tokens(rng, 3, spec.n, spec.d, dtype))
+
+
+@pytest.mark.parametrize("spec", [VIT[2], VIT[3], VIT[6], Tokens("long", 2000, 128, 512, 0)], ids=lambda s: s.name)
+def test_attend(spec):
+    """Beside XLA's attention in float32: weights and results are rounded to bfloat16, 2^-9 of the largest value each."""
+    rng, heads = np.random.default_rng(0), spec.d // spec.k
+    qkv = cases.tokens(rng, 2, -(-spec.n // 8) * 8, 3 * spec.d, jnp.bfloat16).reshape(2, -1, 3, heads, spec.k)
+    bias = jm.attention.key_bias(cases.sizes(rng, 2, spec.n)).at[:, 5].set(jm.attention.MASKED)
+    offset = cases.tokens(rng, 3, heads, spec.k, jnp.float32)
+
+    def attend(which, qkv, bias):
+        options = dict(offset=offset, length=spec.n, implementation=which)
+        pull = lambda qkv: jm.attention.packed_attention(qkv, bias, **options)
+        out, back = jax.vjp(pull, qkv)
+        q, k, v = (qkv[:, : spec.n, i] for i in range(3))
+        return pull(qkv), jm.attention.proportional_attention(q, k, v, None, implementation=which), back(out)[0]
+
+    found = jax.jit(attend, static_argnums=0)("mosaic_gpu", qkv, bias)
+    wanted = jax.jit(attend, static_argnums=0)("xla", qkv.astype(jnp.float32), bias)
+    for a, b, parts in zip(found, wanted, (1, 1, 8), strict=True):  # a gradient is a sum of products of rounded ones
+        b = np.asarray(b)
+        assert a.dtype == jnp.bfloat16 and np.abs(np.asarray(a, np.float32) - b).max() <= parts * 2.0**-8 * np.abs(b).max()

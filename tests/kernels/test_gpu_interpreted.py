@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import jaxmerge as jm
+from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels._dispatch import aim
+from jaxmerge._kernels.attend import mosaic_gpu as attending, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
 from jaxmerge._kernels.pack import mosaic_gpu as packing, ref as pack_ref
@@ -90,3 +94,54 @@ def test_pack(interpret, dtype):
     x = cases.tokens(rng, 2, n, 200, dtype)
     found = packing.pack(keep, x, capacity=40, interpret=interpret)
     assert all((a == b).all() for a, b in zip(found, pack_ref.pack(keep, x, capacity=40), strict=True))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Products of what is in registers, which the interpreter does not have."""
+    on_chip, in_registers = mgpu.product, lambda a, b: jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    monkeypatch.setattr(mgpu, "product", lambda a, b: (in_registers if isinstance(a, jax.Array) else on_chip)(a, b))
+
+
+def test_attention_over_batch_axes_and_its_gradient(interpret, products):
+    rng, length = np.random.default_rng(0), 69
+    packed = jnp.asarray(rng.standard_normal((2, 1, 72, 3, 2, 64)), jnp.bfloat16)
+    bias, offset = jnp.zeros((2, 1, length)), jnp.asarray(rng.standard_normal((3, 2, 64)), jnp.float32)
+
+    def attention(packed, which):
+        return jm.attention.packed_attention(packed, bias[0], offset=offset, length=length, implementation=which)
+
+    with aim("gpu", "NVIDIA H200", interpret=interpret):
+        found = jax.jit(jax.vmap(lambda x: attention(x, "mosaic_gpu")))(packed)
+        back = jax.grad(lambda x: attention(x, "mosaic_gpu").astype(jnp.float32).sum())(packed[0])
+    wanted = jax.vmap(lambda x: attention(x, "xla"))(packed)
+    # each of both is rounded like weights and queries, 2^-9 a time
+    assert np.abs(np.asarray(found, np.float32) - np.asarray(wanted, np.float32)).max() <= 2.0**-6 * float(
+        jnp.abs(wanted).max()
+    )
+    assert (back == jax.grad(lambda x: attention(x, "xla").astype(jnp.float32).sum())(packed[0])).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", ["packed", "ring", "shared heads"])
+def test_attend(monkeypatch, interpret, products, case, bias):
+    rng, (n, s, h, g, f, threads) = np.random.default_rng(0), (150, 150, 2, 2, 64, None)
+    if case == "ring":
+        monkeypatch.setattr(attending, "SHARED", 1)  # one tile at a time
+    if case == "shared heads":
+        n, s, h, g, f, threads = 70, 200, 4, 2, 80, 1
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    q, k, v = draw(2, n, h, f), draw(2, s, g, f), draw(2, s, g, f)
+    b = jnp.asarray(rng.standard_normal((2, s)), jnp.float32).at[:, 7].set(jm.attention.MASKED) if bias else None
+    given, length = ((q, k, v), None) if case == "shared heads" else ((jnp.stack([q, k, v], axis=2), None, None), n - 3)
+    b = b if b is None or length is None else b[:, :length].at[1].set(jm.attention.MASKED)  # a row that sees nothing
+    offset = draw(2, 3, h, f).astype(jnp.float32) if case == "ring" else None
+    options = dict(scale=f**-0.5, length=length)
+    found = jax.jit(lambda *a: attending.attend(*a, **options, threads=threads, interpret=interpret))(*given, b, offset)
+    if offset is not None:  # queries are rounded again with it; of keys it does not matter
+        q, v = (q + offset[:, 0, None]).astype(jnp.bfloat16), v + offset[:, 2, None]
+        given = (jnp.stack([q.astype(jnp.float32), k.astype(jnp.float32), v], axis=2), None, None)
+    wanted = attend_ref.attend(*(None if x is None else x.astype(jnp.float32) for x in given), b, **options)
+    # weights of bfloat16 are off by 2^-9 of themselves, their mean by 2^-9 of the largest value; the result by 2^-9 of itself
+    bound = 2.0**-9 * float(jnp.abs(v).max()) + 2.0**-9 * np.abs(wanted) + 2.0**-16
+    assert found.dtype == jnp.bfloat16 and (np.abs(np.asarray(found, np.float32) - wanted) <= bound).all()

@@ -78,6 +78,21 @@ def test_packing_and_its_gradient_are_one_launch_each():
     assert lowered(jax.value_and_grad(loss), shape(2, n, d), shape(2, n, dtype=bool)) == 2
 
 
+@pytest.mark.parametrize("spec", [VIT[2], VIT[6]], ids=lambda s: s.name)
+def test_attention_is_one_launch(spec):
+    heads, rows = spec.d // spec.k, -(-spec.n // 8) * 8
+    packed = partial(jm.attention.packed_attention, length=spec.n, implementation="mosaic_gpu")
+    assert lowered(packed, shape(2, rows, 3, heads, spec.k), shape(2, spec.n, dtype=jnp.float32)) == 1
+    three = lambda q, k, v: jm.attention.proportional_attention(q, k, v, None, implementation="mosaic_gpu")
+    assert lowered(three, shape(2, 70, 8, spec.k), shape(2, 300, 2, spec.k), shape(2, 300, 2, spec.k)) == 1
+
+
+def test_reasons_against_attention():
+    q = jnp.zeros((1, 64, 2, 72), jnp.float32)
+    with dispatch.aim("gpu", H200), pytest.raises(ValueError, match=r"(?s)queries are float32.*72 features"):
+        jm.attention.proportional_attention(q, q, q, None, implementation="mosaic_gpu")
+
+
 def test_reasons_against_a_kernel():
     spec = BYTES[0]
     arrays = jnp.zeros((1, spec.n), jnp.int32), jnp.zeros((1, spec.n, spec.d + 1))

@@ -185,6 +185,15 @@ def test_wrong_values(tx, message):
 
 
 def test_wrong_models(unchecked):
+    one = {"w": jnp.ones(2)}
+    for models in (one, (m for m in [one]), {"a": one}):
+        with pytest.raises(TypeError, match=r"models must be a list of them, such as \[model\]; got one (dict|generator)"):
+            params.merge(params.linear(), None, models)
+    for tx, message in ((params.ties, r"a function; call it: ties\(\.\.\.\)"), ("ties", "got a str")):
+        with pytest.raises(TypeError, match=f"merge: a transform is asked for.*{message}"):
+            params.merge(tx, None, [one])
+        with pytest.raises(TypeError, match=f"chain: a transform is asked for.*{message}"):
+            params.chain(tx, params.sum_experts())
     with pytest.raises(ValueError, match="no models"):
         params.merge(params.linear(), None, [])
     with pytest.raises(ValueError, match="integers must be"):

@@ -190,6 +190,16 @@ def test_extraction_keeps_what_it_says(models, tmp_path, capsys):
         lost = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1] / np.sum(s**2))  # of what is left from each rank on
         np.testing.assert_allclose(found.errors[n], lost[k] if k < len(s) else 0, atol=1e-4)
         assert found.errors[n] <= 0.3 and (k == 1 or lost[k - 1] > 0.3)
+    for wrong, message in (
+        (dict(rank=0), "rank must be 1 or more"),
+        (dict(error=-0.1), "error at least 0 and below 1; got 32 and -0.1"),
+        (dict(include="("), r"include: '\(' is no regular expression"),
+        (dict(include="nowhere"), "none of those that changed is a matrix whose name is included"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.extract(full, base, **wrong)
+    with pytest.raises(ValueError, match="nothing changed"):
+        recipe.extract(base, base)
     assert "lm_head.weight" in found.left and "model.norm.weight" in found.left
     assert cli.main(["extract", str(models / "a"), str(models / "base"), str(tmp_path / "out"), "--rank", "8"]) == 0
     printed = capsys.readouterr().out

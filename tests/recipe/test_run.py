@@ -164,13 +164,17 @@ def test_settings_without_effect_are_said(models):
     assert any("t has no effect on ties" in s for s in said) and any("one value for all models" in s for s in said)
 
 
-def test_no_parent_is_overwritten(models, tmp_path):
+def test_no_parent_is_overwritten(models, tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()
         save_file(tensors(models / name), tmp_path / name / "model.safetensors")
     text = f"merge_method: linear\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\nparameters: {{weight: 1}}\n"
     with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which is merged here"):
         recipe.merge(text, tmp_path / "b", overwrite=True)
+    monkeypatch.chdir(tmp_path / "b")
+    for here in (".", ".."):
+        with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which is merged here"):
+            recipe.merge(text, here, overwrite=True)
     assert tensors(tmp_path / "b").keys() == tensors(models / "b").keys()
 
 

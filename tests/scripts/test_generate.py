@@ -125,3 +125,23 @@ def test_mistakes_are_named(tmp_path):
         run(pathlib.Path("x"), tmp_path / "y", "gpt", "hf")
     with pytest.raises(ValueError, match="must be 1 or more, got 0"):
         next(generate.stream("lm", None, b"a", length=0))
+    write = lambda model, prompt=b"hello", **how: next(generate.stream("mrt5", model, prompt, length=1, **how))
+    gated, plain = mrt5.MrT5(GATED, rngs=nnx.Rngs(0)), t5.T5(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the encoder needs something to read"):
+        write(gated, b"", end_mark=False)
+    with pytest.raises(ValueError, match=r"\d bytes that stay found no room; make --capacity 1 so much larger"):
+        write(gated, capacity=1)
+    with pytest.raises(ValueError, match="deletes nothing; leave --capacity out"):
+        write(plain, capacity=3)
+
+
+def test_another_family_is_named(tmp_path):
+    (tmp_path / "own").mkdir()
+    state.save_config(tmp_path / "own" / "model.json", GATED)
+    with pytest.raises(ValueError, match=r"model\.json describes no byt5 .*unexpected keyword"):
+        families.read_model(tmp_path / "own", "byt5")
+    with pytest.raises(ValueError, match=r"model\.json describes no hat \(KeyError: 'encoder'\)"):
+        families.read_model(tmp_path / "own", "hat")
+    families.write_model(tmp_path / "hf", "mrt5", GATED, mrt5.MrT5(GATED, rngs=nnx.Rngs(0)), "hf")
+    with pytest.raises(ValueError, match=r"config\.json describes no byt5 but a model of family mrt5"):
+        families.read_model(tmp_path / "hf", "byt5")

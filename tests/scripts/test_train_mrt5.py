@@ -98,6 +98,9 @@ def test_evaluation(trained):
             assert d["hard"] == pytest.approx(d["soft"], abs=0.5) and d["input"] != 0
     with pytest.raises(ValueError, match=r"NAME=PATH; got \['nothing'\]"):
         evaluate.evaluate(dataclasses.replace(flags, checkpoints=("nothing",)))
+    for checkpoints in ((), ("a=x", "a=y")):
+        with pytest.raises(ValueError, match="one or more checkpoints, each a name of its own"):
+            evaluate.evaluate(dataclasses.replace(flags, checkpoints=checkpoints))
     with pytest.raises(ValueError, match="no checkpoint at"):
         evaluate.evaluate(dataclasses.replace(flags, checkpoints=(f"x={trained / 'absent'}",)))
 
@@ -118,9 +121,23 @@ def test_pictures(trained, tmp_path, capsys):
         show_bytes.show(dataclasses.replace(flags, file=tmp_path / "absent"))
 
 
+@pytest.mark.parametrize("wrong", [dict(noise=0.0), dict(target_deletion=2.0), dict(length=0), dict(resume=True)])
+def test_bad_flags_cost_no_earlier_run(tmp_path, wrong):
+    """Everything is refused before the state that `--resume` needs is dropped, or another model's description written."""
+    kept = tmp_path / "resume" / "base-000004", tmp_path / "metrics.jsonl", tmp_path / "model.json"
+    kept[0].mkdir(parents=True)
+    kept[1].write_text("{}\n")
+    state.save_config(kept[2], dataclasses.replace(TINY, gate_layer=0))
+    with pytest.raises(ValueError, match="holds another model" if "resume" in wrong else "density|target|length"):
+        train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, **wrong))
+    assert all(path.exists() for path in kept) and state.load_config(kept[2]).gate_layer == 0
+
+
 def test_bad_flags(tmp_path):
     with pytest.raises(ValueError, match="batch must be a multiple of 4 and of the 8 devices, got 6"):
         train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, batch=6))
+    with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
+        train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, steps=0))
     with pytest.raises(ValueError, match="3 x 2 must equal the number of devices, 8"):
         state.make_mesh(3, 2)
     assert dict(state.make_mesh().shape) == {"data": 4, "fsdp": 2} == dict(state.make_mesh(fsdp=2).shape)

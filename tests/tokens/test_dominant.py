@@ -126,7 +126,7 @@ def test_labels_follow_their_tokens():
         (lambda x, s: dominant_and_contextual(s[:, :4], x, 1, 2), r"got \(3, 4\) and \(3, 21, 8\)"),
         (lambda x, s: representatives(s, 1, -2), "contextual=-2"),
         (lambda x, s: assign(x, s[:, :4] > 0, 2), r"metric \(3, 21, 8\), \{'mask': \(3, 4\)\}"),
-        (lambda x, s: assign(x, s > 0, -1), "num_segments must be 0 or more, got -1"),
+        (lambda x, s: assign(x, s > 0, -1), "assign: capacity must be 0 or more, got -1"),
     ],
 )
 def test_bad_input(call, message, x, score, unchecked):

@@ -71,6 +71,13 @@ def test_laws(case: Case, x):
 
 
 @every_planner
+def test_strict_promotion(case: Case, x):
+    """No dtype is promoted that nobody asked for: whole programs are written under `jax_numpy_dtype_promotion="strict"`."""
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda x: jm.unmerge(p := case.plan(x), jm.merge(p, x)), x[:2])
+
+
+@every_planner
 def test_values_that_could_break_a_plan(case: Case, x):
     """Equal tokens, zero rows, NaN and infinity: the plan keeps its shape and its law, and nothing turns into NaN unasked."""
     rows = jnp.stack([

@@ -102,7 +102,7 @@ def test_their_size_can_be_negative_and_ours_cannot():
         (lambda x, s: prune_and_merge(s, x, 5, 1, protect=(0, 1)), ValueError, "merged must be between 2"),
         (lambda x, s: prune_and_merge(s, x, 5, 4, protect=(21,)), ValueError, "position 21 is not among n=21"),
         (lambda x, s: prune_and_merge(s, x, jnp.int32(5), 4), TypeError, "give a capacity: shapes are static"),
-        (lambda x, s: merged_similarity(s[:, :3], x, 3, 2), ValueError, r"metric \(3, 21, 8\)"),
+        (lambda x, s: merged_similarity(s[:, :3], x, 3, 2), ValueError, r"shape \(3, 21\); got \(3, 3\)"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -121,6 +121,11 @@ def test_other_rules_and_numberings():
 
 
 def test_bad_arguments(unchecked):
+    for call in (lambda t: words.pack(t, 8, 2), lambda t: list(words.pack_stream(t, 8, 2, rows=1))):
+        with pytest.raises(TypeError, match=r"texts must be several, such as \[text\]; got one str"):
+            call("one text")
+        with pytest.raises(TypeError, match="a text must be str or bytes, got int"):
+            call([7])
     with pytest.raises(ValueError, match="max_words must be 1 or more, got 0"):
         words.pack(["a"], 8, 0)
     with pytest.raises(ValueError, match="end must be no byte's id, 3 to 258; got 7"):

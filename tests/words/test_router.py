@@ -159,6 +159,9 @@ def test_on_a_mesh(mesh):
 
 
 def test_bad_arguments(unchecked):
+    plan, p = jm.words.segments(jnp.ones((2, 5), bool), 4), jnp.ones((2, 5))
+    with pytest.raises(ValueError, match=r"dechunk: .*chunks \(2, 4, 'd'\); got \(2, 5\) and \(2, 3, 1\)"):
+        jm.words.dechunk(plan, jnp.ones((2, 3, 1)), p)
     h = jnp.zeros((2, 5, 4))
     with pytest.raises(ValueError, match=r"q and k must have one shape, got \(2, 5, 4\) and \(2, 5\)"):
         words.route(h, h[..., 0])

@@ -126,7 +126,20 @@ def test_bytes_that_are_no_character_stand_alone():
     assert words.split(b"caf\xc3", rule="whitespace") == [b"caf\xc3"]
 
 
+def test_every_kind_of_bytes_is_text():
+    raw = "é, b".encode()
+    for same in (bytearray(raw), memoryview(raw), np.frombuffer(raw, np.uint8)):
+        assert words.split(same) == words.split(raw)
+        np.testing.assert_array_equal(words.to_ids(same), words.to_ids(raw))
+    assert words.to_bytes(words.to_ids("\udcff")) == b"\xff"  # as Python reads a byte of no character
+
+
 def test_bad_arguments(unchecked):
+    for name in ("split", "starts", "to_ids"):
+        with pytest.raises(TypeError, match=f"{name}: a text must be str or bytes, got NoneType"):
+            getattr(words, name)(None)
+        with pytest.raises(ValueError, match=f"{name}: the text has a lone surrogate, U.D800"):
+            getattr(words, name)("\ud800")
     with pytest.raises(ValueError, match=r'rule must be "hat", "unicode" or "whitespace", got \'bpe\''):
         words.starts("a", rule="bpe")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_bytes must be 1 or more"):

@@ -278,6 +278,8 @@ def test_bfloat16_logits_give_float32_gates():
 
 
 def test_bad_arguments(unchecked):
+    with pytest.raises(ValueError, match=r"delete_gate: mask must have the shape of logits, \(2, 8\), got \(2, 4\)"):
+        jm.words.delete_gate(jnp.zeros((2, 8)), mask=jnp.ones((2, 4), bool))
     starts = jnp.asarray(STARTS)
     with pytest.raises(TypeError, match="starts and mask must be boolean, got int32; compare scores"):
         words.segments(starts.astype(jnp.int32), 3)

@@ -1,11 +1,13 @@
 """`merge` and `unmerge` on Hopper: every row of the result is read from its members, added in float32 and written once.
 
-A block has 64 segments. Its threads share the ids out and compare all of them with all 64 segments: how many members, and
-which is first. Then each thread takes rows in turn, several at a time: a segment of one is copied, a longer one looks for its
-next member, id by id. So nothing is sorted and no sum is atomic: members are added in the order of their positions. It suits
-plans that keep most tokens as they are, and those whose segments are runs.
+A block has 64 segments. Its threads share the ids out and compare all of them with all 64 segments: how many members, which
+is first and which last. Then each thread takes rows in turn, several at a time, and asks for the next before it writes: a
+segment of one is copied, of two added up, a longer one looks for the members between, id by id. So nothing is sorted and no sum
+is atomic: members are added in the order of their positions. It suits plans that keep most tokens as they are, and those whose
+segments are runs.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -48,7 +50,7 @@ def merge(
     share = TILE // threads
     at_once = next(u for u in (8, 4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
 
-    def merge_rows(ids, x, weight, y, mass, ids_here, first, count, one_first, one_count, sync):
+    def merge_rows(ids, x, weight, y, mass, ids_here, first, last, count, one_first, one_last, one_count, sync):
         b, tile, t = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("thread")
 
         def together():
@@ -60,10 +62,7 @@ def merge(
 
         @pl.when(t == 0)
         def _():
-            for at in (padded - LANES, padded):
-                ids_here[pl.ds(at, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
-
-        together()
+            ids_here[pl.ds(width, LANES)] = line(jnp.full((LANES,), -1, jnp.int32))
 
         @pl.loop(0, -(-padded // LANES // threads))
         def _(i):
@@ -79,27 +78,21 @@ def merge(
         def scan(i, found):
             at = pl.multiple_of((i * threads + t) * TILE, TILE)
             same = lax.broadcast_in_dim(mgpu.columns(ids_here.at[pl.ds(at, TILE)]), square, (1,)) == mine
-            lowest = jnp.min(jnp.where(same, mgpu.iota(square, 1) + at, NONE), axis=1)
-            return jnp.minimum(found[0], lowest), found[1] + jnp.sum(jnp.where(same, 1, 0), axis=1)
+            lowest = jnp.min(jnp.where(same, mgpu.iota(square, 1), NONE), axis=1) + at
+            highest = jnp.max(jnp.where(same, mgpu.iota(square, 1), -NONE), axis=1) + at
+            count = jnp.sum(jnp.where(same, 1, 0), axis=1)
+            return jnp.minimum(found[0], lowest), jnp.maximum(found[1], highest), found[2] + count
 
         rounds = (padded // TILE - t + threads - 1) // threads
-        one_first[t], one_count[t] = lax.fori_loop(0, rounds, scan, (column(NONE), column(0)))
+        of_none = column(NONE), column(0), column(0)
+        one_first[t], one_last[t], one_count[t] = lax.fori_loop(0, rounds, scan, of_none)
         together()
-
-        @pl.when(t == 0)
-        def _():
-            lowest, members = mgpu.rows(one_first.at[0]), mgpu.rows(one_count.at[0])
-            for other in range(1, threads):
-                lowest = jnp.minimum(lowest, mgpu.rows(one_first.at[other]))
-                members = members + mgpu.rows(one_count.at[other])
-            first[...] = lowest
-            count[...] = members
-
-        together()
+        for whole, parts, both in ((first, one_first, jnp.minimum), (last, one_last, jnp.maximum), (count, one_count, jnp.add)):
+            whole[t] = functools.reduce(both, [mgpu.rows(parts.at[other]) for other in range(threads)])
         w = (lambda p: weight[b, p]) if weight is not None else (lambda p: jnp.float32(1))
 
-        def after(segment, p):
-            """The next member of a segment, which there is."""
+        def after(segment, p, known):
+            """The next member of a segment, which there is; `known`, if it is not NONE."""
 
             def look(state):
                 at, _ = state
@@ -108,50 +101,58 @@ def merge(
                     found = jnp.where(ids_here[at + u] == segment, at + u, found)
                 return at + AHEAD, found
 
-            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, jnp.int32(NONE)))[1]
+            return lax.while_loop(lambda state: state[1] == NONE, look, (p + 1, known))[1]
 
-        @pl.loop(0, share // at_once)
-        def _(i):
+        def ask(i):
+            """Some segments' first members, all asked for before any is waited for."""
             some = [(i * threads + t) * at_once + u for u in range(at_once)]
-            sizes = [count[s] for s in some]
-            at = [jnp.where(size > 0, first[s], 0) for size, s in zip(sizes, some, strict=True)]
-            read = [mgpu.read_row(x, b, p) for p in at]  # all asked for before any is waited for
-            weights = [w(p) for p in at]
-            for u, (s, size) in enumerate(zip(some, sizes, strict=True)):
-                segment = tile * TILE + s
+            at = [jnp.where(count[t, s] > 0, first[t, s], 0) for s in some]
+            return [(mgpu.read_row(x, b, p), w(p)) for p in at]
+
+        def write(i, asked):
+            for u, (row, own) in enumerate(asked):
+                s = (i * threads + t) * at_once + u
+                segment, size = tile * TILE + s, count[t, s]
 
                 def put(total, f, *rows, segment=segment):
                     mass[b, segment] = total
                     mgpu.write_row(y, b, segment, mgpu.per_part(f, *rows))
 
                 @pl.when((segment < m) & (size <= 1))
-                def _(u=u, size=size, put=put):
-                    own = jnp.where(size > 0, weights[u], 0.0)
+                def _(size=size, row=row, own=own, put=put):
+                    own = jnp.where(size > 0, own, 0.0)
                     there = own != 0 if mean else size > 0
                     itself = mean or weight is None  # the mean of one is itself
                     scaled = lambda row: row if itself else row.astype(jnp.float32) * own
-                    put(own, lambda row: or_zero(there, scaled(row)), read[u])
+                    put(own, lambda row: or_zero(there, scaled(row)), row)
 
                 @pl.when((segment < m) & (size > 1))
-                def _(u=u, size=size, put=put, segment=segment):
-                    def add(_, state):
+                def _(s=s, segment=segment, size=size, row=row, own=own, put=put):
+                    def add(i, state):
                         p, total, sum = state
-                        p = after(segment, p)
+                        p = after(segment, p, jnp.where(i == size - 1, last[t, s], NONE))
                         more = w(p)
                         joined = lambda sum, row: sum + row.astype(jnp.float32) * more
                         return p, total + more, mgpu.per_part(joined, sum, mgpu.read_row(x, b, p))
 
-                    begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * weights[u], read[u])
-                    _, total, sum = lax.fori_loop(1, size, add, (at[u], weights[u], begin))
+                    start = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
+                    _, total, sum = lax.fori_loop(1, size, add, (first[t, s], own, start))
                     factor = 1 / jnp.where(total == 0, 1.0, total)
                     put(total, lambda row: or_zero(total != 0, row * factor) if mean else row, sum)  # 0 times NaN is no 0
 
+        turns = share // at_once
+
+        def turn(i, asked):
+            more = ask(jnp.minimum(i + 1, turns - 1))
+            write(i, asked)
+            return more
+
+        lax.fori_loop(0, turns, turn, ask(jnp.int32(0)))
+
     scratch = dict(
         ids_here=plgpu.SMEM((padded + LANES,), jnp.int32),
-        first=plgpu.SMEM((TILE,), jnp.int32),
-        count=plgpu.SMEM((TILE,), jnp.int32),
-        one_first=plgpu.SMEM((threads, TILE), jnp.int32),
-        one_count=plgpu.SMEM((threads, TILE), jnp.int32),
+        **{name: plgpu.SMEM((threads, TILE), jnp.int32) for name in ("first", "last", "count")},
+        **{f"one_{name}": plgpu.SMEM((threads, TILE), jnp.int32) for name in ("first", "last", "count")},
         sync=plgpu.Barrier(num_arrivals=threads),
     )
     return mgpu.kernel(
@@ -195,6 +196,7 @@ def unmerge(
         unmerge_rows, (ids, y, before, after), {},
         out=(jax.ShapeDtypeStruct((B, n, d), y.dtype),),
         grid=dict(row=B, block=-(-n // (THREADS * at_once))), threads=THREADS, interpret=interpret,
+        unsafe_no_auto_barriers=True,  # nothing that is written is read here
     )[0]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_rows, checked_capacity, checked_tokens, python_int, spreads
 from jaxmerge.tokens.clustering._distance import distances, smallest
 
 Order = Literal["first", "center"]
@@ -96,10 +96,10 @@ def density_centers(
 
     Source: see `density_peaks`.
     """
-    x = jnp.asarray(x)
-    _check(x, "density_centers")
+    x = checked_tokens("density_centers", x)
+    check_rows("density_centers", x, mask=mask)
     *batch, n, d = x.shape
-    k = python_int("density_centers", "k", k)
+    k, neighbors = python_int("density_centers", "k", k), python_int("density_centers", "neighbors", neighbors)
     if not 0 <= k <= n:
         raise ValueError(f"density_centers: k must be between 0 and the number of tokens, {n}; got {k}.")
     if not 1 <= neighbors <= max(n, 1):
@@ -117,7 +117,7 @@ def density_centers(
         squared = jnp.where(valid[None, :] & valid[:, None], squared, jnp.inf)
         nearest = smallest(squared, neighbors)
         used = (jnp.arange(neighbors) < near)[None, :] & jnp.isfinite(nearest)
-        mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1)
+        mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1).astype(squared.dtype)
         log_rho = jnp.where(used.any(axis=-1), -((scale * jnp.sqrt(mean / d)) ** 2), -jnp.inf)
 
         place = ranks(log_rho)
@@ -162,8 +162,8 @@ def nearest_center(
       >>> jm.tokens.nearest_center(x, centers, 2, order="center").segment_ids.tolist()
       [1, 0, 1, 0]
     """
-    x = jnp.asarray(x)
-    _check(x, "nearest_center")
+    x = checked_tokens("nearest_center", x)
+    check_rows("nearest_center", x, centers=centers, mask=mask)
     if order not in ("first", "center"):
         raise ValueError(f'nearest_center: order must be "first" or "center", got {order!r}.')
     x = lax.stop_gradient(x)
@@ -222,7 +222,9 @@ def keep_apart(plan: Plan, mask: Bool[ArrayLike, "*batch n"], capacity: int) -> 
       >>> jm.tokens.keep_apart(rest, jnp.array([False, True, False, False]), 1).segment_ids.tolist()
       [0, 1, 2, 0]
     """
-    mask = jnp.asarray(mask)
+    mask, capacity = jnp.asarray(mask), checked_capacity("keep_apart", capacity)
+    if not spreads(mask.shape, plan.segment_ids.shape):
+        raise ValueError(f"keep_apart: mask must have the plan's shape {plan.segment_ids.shape}, got {mask.shape}.")
     ids, m = jnp.where(mask, -1, plan.segment_ids), plan.num_segments
     if plan.num_positions == 0:
         return Plan(ids, m + capacity)
@@ -236,8 +238,3 @@ def keep_apart(plan: Plan, mask: Bool[ArrayLike, "*batch n"], capacity: int) -> 
 def _everyone(x: Array) -> Bool[Array, "*batch n"]:
     """True for every token, laid out as they are."""
     return jnp.ones_like(x[..., 0], bool)
-
-
-def _check(x: Array, name: str) -> None:
-    if x.ndim < 2:
-        raise ValueError(f"{name}: x must have shape (*batch, n, d), got {x.shape}.")

@@ -26,7 +26,7 @@ def distances(x: Float[Array, "n d"]) -> Distances:
     x = x.astype(segments.accumulator(x.dtype))
     sound = jnp.isfinite(x).all(axis=-1)
     x, far = _unit_box(jnp.where(sound[:, None], x, 0))
-    mean = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(sound), 1)
+    mean = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(sound), 1).astype(x.dtype)
     x, near = _unit_box(jnp.where(sound[:, None], x - mean[None, :], 0))
     product = segments.matmul(x, x.T)
     length = jnp.diagonal(product)

@@ -9,6 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import check_rows, checked_tokens
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
@@ -62,7 +63,8 @@ def attention_and_density(
     Source: `merge_tokens_by_attention_density` of HoliTom (arXiv:2505.21334); its line for D > 0 raises, for the shape of a
     mask. With keep=0 it is `merge_tokens_by_density`. beta=None is NO_BETA=1.
     """
-    x = jnp.asarray(x)
+    x, attention = checked_tokens("attention_and_density", x), jnp.asarray(attention)
+    check_rows("attention_and_density", x, attention=attention)
     kept = keep_top_k(lax.stop_gradient(attention), keep).kept
     if k == 0:
         plan = keep_apart(Plan(jnp.where(kept, 0, -1), 0), kept, keep)
@@ -104,7 +106,8 @@ def attention_and_similarity(
 
     Source: what HoliTom (arXiv:2505.21334) does inside the language model, from one layer on (HOLITOM_k, HOLITOM_r).
     """
-    x = jnp.asarray(x)
+    x, attention = checked_tokens("attention_and_similarity", x), jnp.asarray(attention)
+    check_rows("attention_and_similarity", x, attention=attention)
     kept = keep_top_k(lax.stop_gradient(attention), keep).kept
     to = nearest(x, x, mask=jnp.broadcast_to(kept[..., None, :], (*kept.shape, kept.shape[-1]))).index.astype(jnp.int32)
     parents = jnp.where(kept, segments.positions(to), to if keep else -1)
@@ -137,7 +140,7 @@ def center_weight(plan: Plan, centers: Bool[Array, "*batch n"], beta: float | No
     if beta is None or plan.num_segments == 0:
         return plan.kept.astype(jnp.float32)
     others = segments.take(jnp.where(plan.kept, plan.segment_ids, 0), plan.sizes) - 1
-    weight = jnp.where(centers, jnp.where(others > 0, beta, 1.0), (1 - beta) / jnp.maximum(others, 1))
+    weight = jnp.where(centers, jnp.where(others > 0, beta, 1.0), (1 - beta) / jnp.maximum(others, 1).astype(jnp.float32))
     return jnp.where(plan.kept, weight, 0.0)
 
 
@@ -203,10 +206,10 @@ def holitom(
     moving = ~windows.static
 
     share = jnp.minimum(ratio * frames * n / (frames * n - windows.saved).astype(jnp.float32), 1.0)[..., None]
-    budget = lambda mask: jnp.broadcast_to(share, mask.shape[:-1]) * mask.sum(axis=-1)
+    budget = lambda mask: jnp.broadcast_to(share, mask.shape[:-1]) * mask.sum(axis=-1).astype(share.dtype)
     still_clusters = jnp.round(budget(first)).astype(jnp.int32)
     slots = jnp.ceil(budget(moving)).astype(jnp.int32)
-    dominant = jnp.round(slots * (1 - density)).astype(jnp.int32)
+    dominant = jnp.round(slots.astype(share.dtype) * (1 - density)).astype(jnp.int32)
     kept = moving & (ranks(jnp.where(moving, attention, -jnp.inf)) < dominant[..., None])
 
     near = min(neighbors, n)
@@ -227,5 +230,5 @@ def holitom(
     inner = from_parents(flat(jnp.where(first | moving, parents, -1)), plan.num_segments, hops=1)
     outer = center_weight(inner, flat(kept | first_centers | rest_centers), beta)
     length = flat(jnp.where(windows.static, (windows.end - windows.start + 1)[..., None], 1))
-    weight = segments.take(still.segment_ids, outer) / length
+    weight = segments.take(still.segment_ids, outer) / length.astype(outer.dtype)
     return Weighted(plan, jnp.where(plan.kept, weight, 0.0))

@@ -1,6 +1,5 @@
 """k-means over the tokens of each row, and how to choose k."""
 
-import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +10,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_rows, checked_sizes, checked_tokens, python_int
 from jaxmerge.tokens._nearest import unit
 from jaxmerge.tokens.clustering._density import in_order
 from jaxmerge.tokens.clustering._distance import distances
@@ -67,9 +66,8 @@ def k_means(
 
     Source: VQToken (arXiv:2503.16980): cosine, "k-means++"; its codes are means of normalised tokens.
     """
-    x = jnp.asarray(x)
-    if x.ndim < 2:
-        raise ValueError(f"k_means: x must have shape (*batch, n, d), got {x.shape}.")
+    x = checked_tokens("k_means", x)
+    check_rows("k_means", x, mask=mask)
     n = x.shape[-2]
     k = python_int("k_means", "k", k)
     if not 1 <= k <= n:
@@ -137,8 +135,8 @@ def adaptive_k_means(
     Source: VQToken's adaptive K (arXiv:2503.16980), in 12 to 20. Its "silhouette" ignores the labels, so that it always takes
     the first K tried; ours is the definition (Rousseeuw 1987), and the elbow's rule is ours.
     """
-    ks = [operator.index(k) for k in ks]
-    if not ks or ks != sorted(set(ks)):
+    ks = list(checked_sizes("adaptive_k_means", "ks", ks))
+    if ks != sorted(set(ks)):
         raise ValueError(f"adaptive_k_means: ks must be increasing candidates, at least one; got {ks}.")
     if criterion not in ("silhouette", "elbow"):
         raise ValueError(f'adaptive_k_means: criterion must be "silhouette" or "elbow", got {criterion!r}.')
@@ -173,7 +171,7 @@ def silhouette(x: Float[ArrayLike, "*batch n d"], plan: Plan, *, metric: Metric 
 
     Source: Rousseeuw (1987), as scikit-learn's `silhouette_score`.
     """
-    x = lax.stop_gradient(_space(jnp.asarray(x), metric))
+    x = lax.stop_gradient(_grouped("silhouette", x, plan, metric))
     m = plan.num_segments
 
     def row(x, ids):
@@ -199,7 +197,7 @@ def inertia(x: Float[ArrayLike, "*batch n d"], plan: Plan, *, metric: Metric = "
       >>> jm.tokens.inertia(jnp.array([[0.0], [2.0], [5.0]]), jm.Plan(jnp.array([0, 0, 1]), 2), metric="euclidean").item()
       2.0
     """
-    x = _space(jnp.asarray(x), metric)
+    x = _grouped("inertia", x, plan, metric)
 
     def row(x, ids):
         member = jax.nn.one_hot(ids, plan.num_segments, axis=0, dtype=jnp.float32)
@@ -207,6 +205,14 @@ def inertia(x: Float[ArrayLike, "*batch n d"], plan: Plan, *, metric: Metric = "
         return jnp.sum(((x - segments.matmul(member.T, mean)) * member.sum(axis=0)[:, None]) ** 2)
 
     return segments.batched(row, x.ndim - 2)(x, plan.segment_ids)
+
+
+def _grouped(name: str, x: ArrayLike, plan: Plan, metric: Metric) -> Float[Array, "*batch n d"]:
+    """The tokens of a plan, as the metric sees them."""
+    x = checked_tokens(name, x)
+    if x.shape[:-1] != plan.segment_ids.shape:
+        raise ValueError(f"{name}: x must be the plan's tokens, {(*plan.segment_ids.shape, 'd')}; got {x.shape}.")
+    return _space(x, metric)
 
 
 def _space(x: Float[Array, "*batch n d"], metric: Metric) -> Float[Array, "*batch n d"]:

@@ -11,6 +11,7 @@ from jaxtyping import ArrayLike, Int, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import python_int
 
 Order = Literal["first", "last"]
 
@@ -45,7 +46,7 @@ def members(
     Source: PPE's `select_pos_topk`. It means to sort members by weight, but sorts its two columns apart and with an unstable
     sort, so that which members it takes is arbitrary; with a stable one it would be order="last".
     """
-    if k < 1:
+    if (k := python_int("members", "k", k)) < 1:
         raise ValueError(f"members: k must be 1 or more, got {k}.")
     if order not in ("first", "last"):
         raise ValueError(f'members: order must be "first" or "last", got {order!r}.')
@@ -54,6 +55,8 @@ def members(
     turn = here if order == "first" else n - 1 - here
     if weight is not None:
         weight = jnp.asarray(weight)
+        if weight.shape != ids.shape:
+            raise ValueError(f"members: weight must have the plan's shape {ids.shape}, got {weight.shape}.")
         flip = (lambda w: w) if order == "first" else (lambda w: jnp.flip(w, axis=-1))
         turn = flip(ranks(flip(weight)))
 
@@ -98,6 +101,11 @@ def carry_positions(
     """
     chosen = members(plan, k, weight=weight, order=order)
     positions = jnp.asarray(positions)
+    if positions.shape[:-1] != plan.segment_ids.shape:
+        raise ValueError(
+            f"carry_positions: positions must be the coordinates of the plan's tokens, {(*plan.segment_ids.shape, 'axes')}; "
+            f"got {positions.shape}."
+        )
     flat = chosen.reshape(*chosen.shape[:-2], -1)
     empty = flat < 0
     taken = segments.fill(empty, segments.take(jnp.where(empty, 0, flat), positions), 0)

@@ -8,6 +8,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import highest
 from jaxmerge.attention import MASKED
+from jaxmerge.tokens._checks import check_rows, checked_tokens, python_int
 from jaxmerge.tokens.clustering._density import keep_apart
 from jaxmerge.tokens.clustering._k_means import k_means
 from jaxmerge.tokens.pruning._prune import keep_top_k
@@ -45,7 +46,9 @@ def primary_and_clusters(
     Source: VMTC (arXiv:2411.15453): primary tokens are retained, redundant ones condensed by clustering and averaging. No
     official code; cosine, the deterministic start and the fixed number of iterations are ours.
     """
-    n = jnp.shape(x)[-2]
+    x, score = checked_tokens("primary_and_clusters", x), jnp.asarray(score)
+    check_rows("primary_and_clusters", x, score=score)
+    n = x.shape[-2]
     if not 1 <= k <= n - keep:
         raise ValueError(f"primary_and_clusters: k={k} clusters need as many tokens, but {n} tokens less keep={keep} are left.")
     primary = keep_top_k(lax.stop_gradient(score), keep).kept
@@ -84,6 +87,12 @@ def attention_inhibition(
     of low score are inhibited. No official code; the fixed number per text token, in place of a threshold, is ours.
     """
     a, b = (lax.stop_gradient(jnp.asarray(x)) for x in (text_to_text, text_to_image))
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            "attention_inhibition: expected text_to_text (*batch, t, t) and text_to_image (*batch, t, n), "
+            f"got {a.shape} and {b.shape}."
+        )
+    keep = python_int("attention_inhibition", "keep", keep)
     if not 0 <= keep <= b.shape[-1]:
         raise ValueError(f"attention_inhibition: keep must be between 0 and the image tokens, {b.shape[-1]}; got {keep}.")
     focus = segments.matmul(a, b)

@@ -5,7 +5,6 @@ batch axes, and `jax.vmap(jm.merge, in_axes=(None, 0))` applies it to every row 
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from jaxtyping import ArrayLike, Shaped
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan
+from jaxmerge.tokens._checks import checked_sizes
 
 
 def grid_pool(
@@ -50,7 +50,7 @@ def grid_pool(
 
     Source: adaptive average pooling of TokenFLEX (arXiv:2504.03154), with PyTorch's windows.
     """
-    grid, out = _sizes(grid, "grid_pool", "grid"), _sizes(out, "grid_pool", "out")
+    grid, out = checked_sizes("grid_pool", "grid", grid), checked_sizes("grid_pool", "out", out)
     if len(grid) != len(out) or any(m > n for n, m in zip(grid, out, strict=True)):
         raise ValueError(f"grid_pool: out must be as long as grid, with no size larger than the grid's; got {grid} to {out}.")
     if all(n % m == 0 for n, m in zip(grid, out, strict=True)):
@@ -86,8 +86,8 @@ def matryoshka_pool(grid: Sequence[int], tokens: int, *, like: Shaped[ArrayLike,
 
     Source: Matryoshka Multimodal Models (arXiv:2405.17430), `mu-cai/matryoshka-mm`.
     """
-    h, w = grid = _sizes(grid, "matryoshka_pool", "grid", rank=2)
-    (tokens,) = _sizes((tokens,), "matryoshka_pool", "tokens")
+    h, w = grid = checked_sizes("matryoshka_pool", "grid", grid, rank=2)
+    (tokens,) = checked_sizes("matryoshka_pool", "tokens", (tokens,))
     side = math.isqrt(h * w // tokens)
     if side == 0 or h % side or w % side or side * side * tokens != h * w:
         sides = [s for s in range(1, min(h, w) + 1) if h % s == 0 and w % s == 0]
@@ -123,7 +123,7 @@ def sequence_pool(n: int, m: int, *, like: Shaped[ArrayLike, "*batch n d"] | Non
 
     Source: ARC-Encoder (arXiv:2510.20535), both of its rates: a number of tokens, and a pooling factor.
     """
-    (n,), (m,) = _sizes((n,), "sequence_pool", "n"), _sizes((m,), "sequence_pool", "m")
+    (n,), (m,) = checked_sizes("sequence_pool", "n", (n,)), checked_sizes("sequence_pool", "m", (m,))
     if m > n:
         raise ValueError(f"sequence_pool: m must be between 1 and n={n}, got {m}.")
     short, longer = divmod(n, m)
@@ -163,7 +163,8 @@ def temporal_pairs(
     Source: temporal dimension token merging of On-device Sora (arXiv:2502.04363), `eai-lab/On-device-Sora`. Its unmerge adds a
     frame if the number of *pairs* is odd and not 15, so that 6 frames come back as 7, and 5 as 4; ours returns what went in.
     """
-    (frames,), (tokens,) = _sizes((frames,), "temporal_pairs", "frames"), _sizes((tokens,), "temporal_pairs", "tokens")
+    (frames,) = checked_sizes("temporal_pairs", "frames", (frames,))
+    (tokens,) = checked_sizes("temporal_pairs", "tokens", (tokens,))
     if last not in ("keep", "drop"):
         raise ValueError(f'temporal_pairs: last must be "keep" or "drop", got {last!r}.')
     if frames == 1 and last == "drop":
@@ -172,17 +173,6 @@ def temporal_pairs(
     m = (frames + (last == "keep")) // 2
     ids = pair // 2 * tokens + place
     return _hard(np.where(ids < m * tokens, ids, -1), m * tokens, like)
-
-
-def _sizes(sizes: Sequence[int], who: str, name: str, *, rank: int | None = None) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(s) for s in sizes)
-    except TypeError:
-        raise TypeError(f"{who}: {name} must be Python ints, because shapes are static; got {sizes!r}.") from None
-    if not sizes or min(sizes) < 1 or (rank is not None and len(sizes) != rank):
-        many = "sizes" if rank is None else f"{rank} sizes"
-        raise ValueError(f"{who}: {name} must be {many} of 1 or more, got {sizes if len(sizes) != 1 else sizes[0]}.")
-    return sizes
 
 
 def _hard(ids: np.ndarray, m: int, like: Any) -> Plan:

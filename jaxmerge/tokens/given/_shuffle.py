@@ -3,6 +3,8 @@
 from jax import Array
 from jaxtyping import Shaped
 
+from jaxmerge.tokens._checks import checked_sizes
+
 
 def space_to_depth(x: Shaped[Array, "*batch n d"], grid: tuple[int, int], window: int) -> Shaped[Array, "*batch m e"]:
     """Put the tokens of each window side by side into one, row by row of the window: n / window² tokens, d window² features.
@@ -68,7 +70,7 @@ def depth_to_space(y: Shaped[Array, "*batch m e"], grid: tuple[int, int], window
 
 
 def _checked(who: str, grid: tuple[int, int], window: int) -> tuple[int, int]:
-    h, w = grid
+    h, w = checked_sizes(who, "grid", grid, rank=2)
     if window < 1 or h % window or w % window:
         raise ValueError(f"{who}: the window must divide the grid; got window {window} and grid {h} x {w}.")
     return h, w

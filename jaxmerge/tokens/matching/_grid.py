@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float, Int, Key
 
 from jaxmerge._plan import Plan, identity
-from jaxmerge.tokens._checks import checked_metric, checked_r
+from jaxmerge.tokens._checks import checked_metric, checked_r, checked_sizes
 from jaxmerge.tokens.matching._two_sided import drawn, two_sided_matching
 
 
@@ -54,11 +54,12 @@ def grid_matching(
     """
     name = "grid_matching"
     metric = checked_metric(name, metric)
-    n, (h, w), (sy, sx) = metric.shape[-2], grid, stride
+    n, (h, w) = metric.shape[-2], checked_sizes(name, "grid", grid, rank=2)
+    sy, sx = checked_sizes(name, "stride", stride, rank=2)
     if h * w != n:
         raise ValueError(f"{name}: grid {grid} holds {h * w} tokens, metric has n={n}.")
-    if not (1 <= sy <= h and 1 <= sx <= w):
-        raise ValueError(f"{name}: stride {stride} must be at least (1, 1) and fit into grid {grid}.")
+    if sy > h or sx > w:
+        raise ValueError(f"{name}: stride {stride} must fit into grid {grid}.")
     cells = _cells(h, w, sy, sx)
     count = len(cells)
     why = f"a grid of {grid} in cells of {stride} has {count} receivers and {n - count} sources"

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
+from jaxmerge.tokens._checks import checked_capacity, checked_metric, checked_r, protected_mask
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.matching._two_sided import look, sent
 
@@ -60,7 +60,7 @@ def threshold_matching(
     The official batch form divides by size + 1e-4 and orders tokens by an unstable sort; groups and sizes are the same.
     """
     name = "threshold_matching"
-    metric = checked_metric(name, metric)
+    metric, capacity = checked_metric(name, metric), checked_capacity(name, capacity)
     sources, best, goal = _pairs(name, metric, protect, valid)
     threshold = jnp.asarray(threshold, jnp.float32)
     moves = best > threshold.reshape(*(1,) * (best.ndim - 1 - threshold.ndim), *threshold.shape, 1)
@@ -174,6 +174,7 @@ def earlier_matching(
     """
     metric = checked_metric("earlier_matching", metric)
     n = metric.shape[-2]
+    capacity = checked_capacity("earlier_matching", capacity)
     best, to = nearest(metric, metric, mask=np.tri(n, k=-1, dtype=bool))
     to = jnp.where((best + 1) / 2 > threshold, to.astype(jnp.int32), segments.positions(to))
     return from_parents(to, capacity, hops=hops)

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
-from jaxmerge.tokens._checks import checked_metric
+from jaxmerge.tokens._checks import checked_metric, checked_sizes
 from jaxmerge.tokens._nearest import unit
 
 
@@ -59,8 +59,8 @@ def trajectory_matching(
     name = "trajectory_matching"
     metric = checked_metric(name, metric)
     *batch, n, d = metric.shape
-    h, w = grid
-    if h < 1 or w < 1 or n % (h * w):
+    h, w = checked_sizes(name, "grid", grid, rank=2)
+    if n % (h * w):
         raise ValueError(f"{name}: n={n} tokens are no whole number of frames of grid {grid}.")
     if window < 0:
         raise ValueError(f"{name}: window must be 0 or more, got {window}.")

@@ -7,6 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import floating, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -90,10 +91,12 @@ def flow_budget(
     if layers_left == 0:
         return most
     p = _share(jnp.where(there, attention, 0))
-    p = jnp.where(p.sum(axis=-1, keepdims=True) > 0, p, there / jnp.maximum(count, 1)[..., None])
+    p = jnp.where(
+        p.sum(axis=-1, keepdims=True) > 0, p, there.astype(p.dtype) / jnp.maximum(count, 1)[..., None].astype(p.dtype)
+    )
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), axis=-1)
-    even = entropy / jnp.log(jnp.maximum(count, 2))
-    return jnp.clip(jnp.round(most / layers_left**0.5 * (1 - even**2)).astype(jnp.int32), 0, most)
+    even = entropy / jnp.log(jnp.maximum(count, 2).astype(p.dtype))
+    return jnp.clip(jnp.round(most.astype(p.dtype) / layers_left**0.5 * (1 - even**2)).astype(jnp.int32), 0, most)
 
 
 def flow_cut(
@@ -128,7 +131,7 @@ def flow_cut(
 
     Source: FlowCut (arXiv:2505.19536), which cuts as many from every row of a batch.
     """
-    score = jnp.asarray(score)
+    score, capacity = floating(score), python_int("flow_cut", "capacity", capacity)
     n = score.shape[-1]
     if not 0 <= capacity <= n:
         raise ValueError(f"flow_cut: capacity must be between 0 and the number of tokens, {n}; got {capacity}.")

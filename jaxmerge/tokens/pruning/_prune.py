@@ -11,6 +11,7 @@ from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.pack import pack as kernel
 from jaxmerge._plan import Plan, merge
 from jaxmerge._rank import highest
+from jaxmerge.tokens._checks import checked_capacity, python_int
 
 
 def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
@@ -39,7 +40,8 @@ def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
     """
     if mask.dtype != bool:
         raise TypeError(f"keep: mask must be boolean, got {mask.dtype}; compare your scores with a threshold first.")
-    return Plan(jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, -1), capacity)
+    slots = checked_capacity("keep", capacity)
+    return Plan(jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, -1), slots)
 
 
 class Packed(NamedTuple):
@@ -117,6 +119,7 @@ def keep_top_k(score: Shaped[Array, "*batch n"], k: int) -> Plan:
       [-1, 0, -1, 1]
     """
     n = score.shape[-1]
+    k = python_int("keep_top_k", "k", k)
     if not 0 <= k <= n:
         raise ValueError(f"keep_top_k: k must be between 0 and the number of tokens, {n}; got {k}.")
     return keep(highest(score, k), k)

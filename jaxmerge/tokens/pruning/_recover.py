@@ -9,6 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -48,7 +49,10 @@ def local_outlier_factor(
     points = jnp.asarray(points)
     if points.ndim < 2 or k < 1:
         raise ValueError(f"local_outlier_factor: expected points (*batch, n, d) and k of 1 or more; got {points.shape}, k={k}.")
+    k = python_int("local_outlier_factor", "k", k)
     there = jnp.ones_like(points[..., 0], bool) if mask is None else mask
+    if there.shape != points.shape[:-1]:
+        raise ValueError(f"local_outlier_factor: mask must have shape {points.shape[:-1]}, one per point; got {there.shape}.")
     return segments.batched(lambda p, m: _factor(p, m, k), points.ndim - 2)(lax.stop_gradient(points), there)
 
 
@@ -148,8 +152,9 @@ def _factor(points: Float[Array, "n d"], there: Bool[Array, "n"], k: int) -> Flo
 
     _, near = lax.fori_loop(0, min(k, max(n - 1, 1)), nearest, (away, pairs & ~pairs))
     count = near.sum(axis=-1)
+    others = jnp.maximum(count, 1).astype(p.dtype)
     radius = jnp.where(near, away, -jnp.inf).max(axis=-1)
     reach = jnp.where(near, jnp.maximum(jnp.where(near, away, 0), radius[None]), 0)
-    density = 1 / (reach.sum(axis=-1) / jnp.maximum(count, 1) + 1e-10)
-    around = jnp.where(near, density[None], 0).sum(axis=-1) / jnp.maximum(count, 1)
+    density = 1 / (reach.sum(axis=-1) / others + 1e-10)
+    around = jnp.where(near, density[None], 0).sum(axis=-1) / others
     return jnp.where(there & (count > 0), around / density, 1)

@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, merge
+from jaxmerge.tokens._checks import checked_sizes
 from jaxmerge.tokens._nearest import cosine, unit
 from jaxmerge.tokens.clustering._distance import smallest
 
@@ -121,8 +122,10 @@ def token_graph(
     n = x.shape[-2] - prefix
     if grid is None and neighbors is None:
         raise ValueError("token_graph: give grid=(height, width), neighbors=M, or both.")
-    if grid is not None and grid[0] * grid[1] != n:
-        raise ValueError(f"token_graph: a grid of {grid} holds {grid[0] * grid[1]} tokens, but x has {n} after the prefix.")
+    if grid is not None:
+        h, w = checked_sizes("token_graph", "grid", grid, rank=2)
+        if h * w != n:
+            raise ValueError(f"token_graph: a grid of {grid} holds {h * w} tokens, but x has {n} after the prefix.")
     if neighbors is not None and not 1 <= neighbors < n:
         raise ValueError(f"token_graph: neighbors must be between 1 and {n - 1}, one less than the tokens; got {neighbors}.")
     spatial = _grid_neighbors(*grid) if grid is not None else np.zeros((n, n), bool)
@@ -174,6 +177,11 @@ def attention_score(
     if rule.startswith("CLS") and prefix == 0:
         raise ValueError(f"attention_score: {rule} reads the class token's attention, but prefix=0 says there is none.")
     a = lax.stop_gradient(jnp.asarray(attention))
+    if a.ndim < 3 or a.shape[-1] != a.shape[-2] or not 0 <= prefix <= a.shape[-1]:
+        raise ValueError(
+            "attention_score: expected attention (*batch, heads, n, n) and a prefix between 0 and n; "
+            f"got {a.shape} and prefix={prefix}."
+        )
     a = a.astype(segments.accumulator(a.dtype))
     heads = (lambda s: s.mean(axis=-2)) if rule.endswith("Mean") else (lambda s: s.max(axis=-2))
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=bool), a.shape)

@@ -1,0 +1,127 @@
+"""`attend` on TPU: the scores of one block of queries with all keys stay on chip, the bias of every key is added there.
+
+Heads lie side by side along the lanes, as a product writes them: a block has the heads that fill whole registers, two of 64
+features, and picks each by a slice. Keys and values of a row are on chip as a whole; a softmax looks at all of its scores.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jaxtyping import Float
+
+from jaxmerge._kernels import _tpu as tpu
+from jaxmerge._kernels._dispatch import target
+
+QUERIES = 256
+"""Of a block, at most."""
+ROWS = 16
+"""What blocks of queries are multiples of: a register of bfloat16."""
+
+
+def attend(
+    q: Float[Array, "B t *three h f"],
+    k: Float[Array, "B s g f"] | None,
+    v: Float[Array, "B s g f"] | None,
+    bias: Float[Array, "B s"] | None,
+    offset: Float[Array, "B three h f"] | None = None,
+    *,
+    scale: float,
+    length: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B n h f"]:
+    """`ref.attend`."""
+    B, n, *_, h, f = q.shape
+    q, k, v, parts = (q, q, q, 3) if k is None or v is None else (q, k, v, 1)
+    rows, here = k.shape[1], target()
+    n, s = (length or n, length or n) if parts == 3 else (n, rows)
+    width, queries = _width(h, f), _queries(n)
+    blocks, groups = -(-n // queries), h * f // width
+    of = lambda i: i * groups if parts == 3 else 0  # where the blocks of queries, keys, values begin
+    block = lambda count, i, at: pl.BlockSpec((1, count, width), lambda b, g, t: (b, t * at, of(i) + g))
+    flat = lambda x: x.reshape(B, x.shape[1], -1)
+    given = [flat(q), flat(k), flat(v)]
+    specs = [block(queries, 0, 1), block(rows, 1, 0), block(rows, 2, 0)]
+    if bias is not None or s < rows:
+        bias = jnp.zeros((B, s), jnp.float32) if bias is None else bias[:, :s].astype(jnp.float32)
+        given.append(jnp.pad(bias, ((0, 0), (0, rows - s)), constant_values=-jnp.inf)[:, None])
+        specs.append(pl.BlockSpec((1, 1, rows), lambda b, g, t: (b, 0, 0)))
+    if offset is not None:
+        given.append(offset.reshape(B, 3, h * f))
+        specs.append(pl.BlockSpec((1, 3, width), lambda b, g, t: (b, 0, g)))
+    moved = q.dtype.itemsize * B * h * f * (2 * n + 2 * s) + 4 * B * s
+    out = pl.pallas_call(
+        partial(_kernel, f=f, scale=scale, biased=bias is not None, shifted=offset is not None),
+        grid=(B, groups, blocks),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((1, queries, width), lambda b, g, t: (b, t, g)),
+        out_shape=tpu.out((B, n, h * f), q.dtype, q),
+        compiler_params=tpu.params(("parallel", "parallel", "parallel"), _need(rows, queries, width, q.dtype)),
+        cost_estimate=tpu.cost(4 * B * h * n * s * f, moved, B * h * n * s),
+        interpret=here.interpret if interpret is None else interpret,
+        name="attend",
+    )(*given)
+    return out.reshape(B, n, h, f)
+
+
+def _kernel(*refs: Any, f: int, scale: float, biased: bool, shifted: bool) -> None:
+    q_ref, k_ref, v_ref, *more, out_ref = refs
+    bias = more[0][0] if biased else None
+    for at in range(0, out_ref.shape[2], f):
+        head = slice(at, at + f)
+        q, k, v = (ref[0, :, head] for ref in (q_ref, k_ref, v_ref))
+        if shifted:  # of keys it adds the same to all scores of a query
+            q = (q.astype(jnp.float32) + more[-1][0, 0:1, head]).astype(q.dtype)
+        score = tpu.inner(q, k) * scale
+        score = score if bias is None else score + bias
+        weight = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))
+        mass = jnp.sum(weight, axis=1, keepdims=True)
+        precision = tpu.ONE_PASS if v.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+        sum = lax.dot_general(weight.astype(v.dtype), v, (((1,), (0,)), ((), ())), precision, jnp.float32) / mass
+        out_ref[0, :, head] = (sum + more[-1][0, 2:3, head] if shifted else sum).astype(out_ref.dtype)
+
+
+def refusals(
+    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None
+) -> list[str]:
+    """Why this attention cannot be a kernel."""
+    why, (n, *_, h, f) = [], q.shape[1:]
+    if {x.dtype for x in (q, k, v) if x is not None} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
+        why.append(f"queries are {q.dtype}: bfloat16 or float32, keys and values alike")
+    if k is not None and k.shape[2] != h:
+        why.append(f"{h} heads share {k.shape[2]} of keys: as many of keys as of queries")
+    if h * f % tpu.LANES and k is None:
+        why.append(f"{h} heads of {f} features are {h * f}: a multiple of {tpu.LANES}, or queries, keys and values apart")
+    rows = n if k is None else k.shape[1]
+    need = _need(rows, _queries(length or n), _width(h, f), q.dtype)
+    if min(n, rows) == 0:
+        why.append("there is nothing to do")
+    elif need > 0.9 * tpu.vmem(target().kind):
+        why.append(f"{rows} keys take {need >> 20} MiB on chip, more than the {tpu.vmem(target().kind) >> 20} MiB there are")
+    return why
+
+
+def faster(op: str, *arrays: Any, kind: str, **static: Any) -> bool:
+    """Not unless asked by name: XLA's attention has derivatives of every kind."""
+    return False
+
+
+def _width(h: int, f: int) -> int:
+    """Lanes of a block: the fewest heads that fill whole registers, or all."""
+    width = math.lcm(f, tpu.LANES)
+    return width if h * f % width == 0 else h * f
+
+
+def _queries(n: int) -> int:
+    """Of a block: as even as can be."""
+    return tpu.padded(-(-n // max(1, -(-n // QUERIES))), ROWS)
+
+
+def _need(rows: int, queries: int, width: int, dtype: Any) -> int:
+    """Bytes of VMEM: both buffers of each block, the heads of keys and values by themselves, the scores of one."""
+    side = tpu.nbytes((rows, width), dtype)
+    blocks = 2 * side + 2 * tpu.nbytes((queries, width), dtype)
+    return 2 * blocks + 2 * side + 4 * tpu.nbytes((queries, rows), jnp.float32) + 2 * tpu.MIB

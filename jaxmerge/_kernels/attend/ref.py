@@ -1,0 +1,26 @@
+"""The spec of `attend` in plain XLA."""
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+
+def attend(
+    q: Float[Array, "B t *three h f"],
+    k: Float[Array, "B s g f"] | None,
+    v: Float[Array, "B s g f"] | None,
+    bias: Float[Array, "B s"] | None,
+    offset: Float[Array, "B three h f"] | None = None,
+    *,
+    scale: float,
+    length: int | None = None,
+) -> Float[Array, "B n h f"]:
+    """softmax(scale q·k + bias) v: one number for each key, shared by heads and queries.
+
+    Without k and v, q is all three, (B, t, 3, h, f), of whose rows the first `length` are there; to each the offset is added.
+    """
+    if k is None or v is None:
+        q = q if offset is None else q + offset[:, None].astype(q.dtype)
+        q, k, v = (q[:, :length, i] for i in range(3))
+    b = None if bias is None else bias[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, bias=b, scale=scale)
