@@ -81,11 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    import tyro
-
     if argv is None:
+        gc.freeze()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
+        atexit.register(gc.freeze)  # and a quarter of one when the process ends
         _keep_compiled()
-        atexit.register(gc.freeze)  # the process ends: to look through all that is loaded takes a quarter of a second
         argv = sys.argv[1:]
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{USAGE}")
@@ -106,6 +105,8 @@ def _main(argv: list[str] | None) -> int:
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
         print(USAGE, *_not_understood(argv), sep="\n", file=sys.stderr)
         return 2
+    import tyro
+
     verb, method = argv[:2]
     command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
     try:

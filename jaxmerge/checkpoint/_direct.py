@@ -18,16 +18,18 @@ PAGE = mmap.PAGESIZE
 LINE = 64
 """XLA takes host arrays as they are where they begin at a multiple of it."""
 STEP = 1 << 20
-LARGE = 1 << 25
+HUGE = 1 << 21
+"""A large page; direct I/O moves them faster than small ones."""
 
 
 def buffer(size: int) -> np.ndarray:
-    """So many bytes, rounded up to pages, that begin at a page."""
-    room = mmap.mmap(-1, _up(max(size, 1)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size <= LARGE:
-        with contextlib.suppress(AttributeError, OSError):  # fewer, larger pages, where they need not be searched for long
-            room.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(room, np.uint8)
+    """So many bytes, rounded up to pages, that begin at a page; in large pages as far as they fill such."""
+    size = pages(max(size, 1))
+    room = mmap.mmap(-1, pages(size, HUGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a whole number of them begins at one
+    if size >= HUGE:
+        with contextlib.suppress(AttributeError, OSError):
+            room.madvise(mmap.MADV_HUGEPAGE, 0, size - size % HUGE)
+    return np.frombuffer(room, np.uint8, size)
 
 
 class Reader:
@@ -48,7 +50,7 @@ class Reader:
         if direct:
             begin = offset - offset % PAGE
             try:
-                got = _fill(fd, room[: _up(offset + size) - begin], begin)
+                got = _fill(fd, room[: pages(offset + size) - begin], begin)
             except OSError:  # refused for this range
                 self._refuse(file)
             else:
@@ -150,5 +152,6 @@ def _check(got: int, size: int, file: str, offset: int) -> None:
         raise OSError(f"{file} is cut short: asked for {size} bytes from {offset} on, got {max(got, 0)}.")
 
 
-def _up(n: int) -> int:
-    return -(-n // PAGE) * PAGE
+def pages(n: int, page: int = PAGE) -> int:
+    """So many bytes, rounded up to whole pages."""
+    return -(-n // page) * page

@@ -1,10 +1,11 @@
 """Reading ahead and writing behind: units of leaves into rooms that are used again and again, results in order to disk."""
 
+import collections
 import concurrent.futures
+import contextlib
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,11 +53,13 @@ def read_ahead(
       alone: leaves of which only the first input is wanted.
       prepare: what is to be done with a unit while those before are worked on; in threads of its own.
     """
-    if not units:
-        return
-    width = {u.name: max(s.leaves[u.name].dtype.itemsize for s in inputs if u.name in s.leaves) for u in units}  # type: ignore[union-attr]
-    free = _Rooms(len(inputs), ROOMS, limit)
-    ready: queue.Queue = queue.Queue()
+    several = {u.name: inputs[:1] if u.name in alone else inputs for u in units}
+    width = {n: max(s.leaves[n].dtype.itemsize for s in some if n in s.leaves) for n, some in several.items()}  # type: ignore[union-attr]
+    room_bytes = lambda unit: _direct.pages(unit.size * width[unit.name] + 2 * _direct.PAGE)
+    all_bytes = lambda unit: room_bytes(unit) * len(several[unit.name])
+    largest = max(map(all_bytes, units), default=0)
+    rooms = _Rooms(max(min(ROOMS * largest, limit), largest), ROOMS)
+    todo, under_way = collections.deque(units), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
         dtype, extent = source.leaves[unit.name].dtype, source.extent(unit.name)
@@ -66,81 +69,60 @@ def read_ahead(
         data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
         return data.view(dtype)
 
-    def reading() -> None:
-        try:
-            for unit in units:
-                room = free.take(unit.size * width[unit.name] + 2 * _direct.PAGE)
-                if room is None:
-                    return
-                several = inputs[:1] if unit.name in alone else inputs
-                arrays = list(lanes.map(lambda pair, unit=unit: fill(pair[0], unit, pair[1]), zip(several, room, strict=False)))
-                prepared = None if prepare is None else preparers.submit(prepare, unit, arrays)
-                ready.put((unit, arrays, room, prepared))
-        except BaseException as e:
-            ready.put(e)
+    def ready(unit: Unit, reads: list[concurrent.futures.Future]) -> list[np.ndarray]:
+        arrays = [read.result() for read in reads]
+        if prepare is not None:
+            prepare(unit, arrays)
+        return arrays
 
-    with (
-        concurrent.futures.ThreadPoolExecutor(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
-        concurrent.futures.ThreadPoolExecutor(PREPARERS, "jaxmerge-prepare") as preparers,
-    ):
-        thread = threading.Thread(target=reading, name="jaxmerge-read", daemon=True)
-        thread.start()
-        try:
-            for _ in units:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                unit, arrays, room, prepared = item
-                if prepared is not None:
-                    prepared.result()
-                yield unit, arrays
-                del item, arrays, prepared
-                free.give(room)
-        finally:
-            free.close()
-            thread.join()
+    with _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes, _Threads(PREPARERS, "jaxmerge-prepare") as preparers:
+        for _ in units:
+            while todo and (part := rooms.take(all_bytes(todo[0]))) is not None:
+                unit = todo.popleft()
+                pairs = zip(several[unit.name], rooms.split(part, room_bytes(unit)), strict=True)
+                reads = [lanes.submit(fill, source, unit, room) for source, room in pairs]
+                under_way.append((unit, part, preparers.submit(ready, unit, reads)))
+            unit, part, arrays = under_way.popleft()
+            yield unit, arrays.result()
+            del arrays
+            rooms.give(part)
+
+
+class _Threads(concurrent.futures.ThreadPoolExecutor):
+    """Threads of which nothing is wanted any more once the block is left."""
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(cancel_futures=True)
 
 
 class _Rooms:
-    """Memory for units, taken when it is first needed and used again; a larger unit takes the place of smaller ones."""
+    """One stretch of memory that is lent in parts: the lowest that are free, so that no more is touched than is needed."""
 
-    def __init__(self, inputs: int, most: int, limit: int):
-        self._inputs, self._most, self._limit = inputs, most, limit
-        self._free: list[list[np.ndarray]] = []
-        self._sizes: list[int] = []
-        self._closed = False
-        self._changed = threading.Condition()
+    def __init__(self, size: int, most: int):
+        self._memory, self._most = _direct.buffer(size), most
+        self._lent: list[slice] = []
 
-    def take(self, size: int) -> list[np.ndarray] | None:
-        """A buffer of at least so many bytes for each input; None when closed."""
-        with self._changed:
-            while not self._closed:
-                fits = [room for room in self._free if room[0].size >= size]
-                if fits:
-                    room = min(fits, key=lambda room: room[0].size)
-                    self._free = [other for other in self._free if other is not room]
-                    return room
-                while self._free and not self._fits(size):
-                    self._sizes.remove(self._free.pop()[0].size)
-                if not self._sizes or self._fits(size):
-                    room = [_direct.buffer(size) for _ in range(self._inputs)]
-                    self._sizes.append(room[0].size)
-                    return room
-                self._changed.wait()
+    def take(self, size: int) -> slice | None:
+        """Where so many bytes are free; None as long as there are none, or as many parts are lent as may be."""
+        if len(self._lent) == self._most:
             return None
+        start = 0
+        for lent in self._lent:
+            if lent.start - start >= size:
+                break
+            start = lent.stop
+        if start + size > self._memory.size:
+            return None
+        part = slice(start, start + size)
+        self._lent = sorted([*self._lent, part], key=lambda lent: lent.start)
+        return part
 
-    def give(self, room: list[np.ndarray]) -> None:
-        with self._changed:
-            self._free.append(room)
-            self._changed.notify_all()
+    def give(self, part: slice) -> None:
+        self._lent.remove(part)
 
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _fits(self, size: int) -> bool:
-        return len(self._sizes) < self._most and (sum(self._sizes) + size) * self._inputs <= self._limit
+    def split(self, part: slice, size: int) -> list[np.ndarray]:
+        """The memory of a part, so many bytes a piece."""
+        return [self._memory[start : start + size] for start in range(part.start, part.stop, size)]
 
 
 def flat_range(source: Source, unit: Unit) -> np.ndarray:
@@ -175,21 +157,19 @@ class Sink(Protocol):
 
 
 class WriteBehind:
-    """Bytes, in order, to a few files; a thread writes while the next are computed."""
+    """Bytes to a few files; a thread writes them while the next are computed, another says what is safe."""
 
     def __init__(self, rooms: int = 4):
         self._free: queue.Queue = queue.Queue()
         for _ in range(rooms):
-            self._free.put(_direct.buffer(FLUSH + _direct.PAGE))
-        self._full: queue.Queue = queue.Queue()
+            self._free.put(_direct.buffer(FLUSH))
+        self._writer, self._keeper = _Threads(1, "jaxmerge-write"), _Threads(1, "jaxmerge-keep")
         self._files: dict[str, _direct.Writer] = {}
         self._file, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
-        self._error: BaseException | None = None
+        self._last: concurrent.futures.Future | None = None
+        self._error: Exception | None = None
         self.buffered: set[str] = set()
-        self.written = 0
-        self._thread = threading.Thread(target=self._work, name="jaxmerge-write", daemon=True)
-        self._thread.start()
 
     def write(self, file: str, offset: int, data: np.ndarray) -> None:
         """Write bytes, soon."""
@@ -208,28 +188,34 @@ class WriteBehind:
             if used + n == FLUSH:
                 self._flush()
 
-    def mark(self, note: Any) -> None:
+    def mark(self, note: Callable[[], None]) -> None:
         """Call `note` when all that came before is on disk."""
         self._flush()
-        self._full.put(note)
+        self._keeper.submit(self._keep, self._last, note)
         self._check()
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until everything is written, and noted.
 
         Raises:
           OSError: it could not be written.
         """
         self._flush()
-        self._full.put(None)
-        self._thread.join()
+        self._leave(cancel=False)
         self._check()
 
     def abandon(self) -> None:
         """Leave off, whatever is under way."""
-        self._error = self._error or RuntimeError("abandoned")
-        self._full.put(None)
-        self._thread.join()
+        self._leave(cancel=True)
+
+    def _leave(self, *, cancel: bool) -> None:
+        for threads in (self._writer, self._keeper):
+            threads.shutdown(cancel_futures=cancel)
+        for file, writer in self._files.items():
+            if writer.buffered:
+                self.buffered.add(file)
+            writer.close()
+        self._files.clear()
 
     def _take(self) -> np.ndarray:
         room = self._free.get()
@@ -237,37 +223,37 @@ class WriteBehind:
         return room
 
     def _flush(self) -> None:
-        if self._room is not None:
-            lead = self._begin % _direct.PAGE
-            self._full.put((self._file, self._begin, self._room, lead, lead + self._at - self._begin))
-            self._room = None
+        if self._room is None:
+            return
+        if self._file not in self._files:
+            self._files[self._file] = _direct.Writer(self._file)
+        lead = self._begin % _direct.PAGE
+        part = slice(lead, lead + self._at - self._begin)
+        self._last = self._writer.submit(self._put, self._files[self._file], self._begin, self._room, part)
+        self._room = None
+
+    def _put(self, writer: _direct.Writer, offset: int, room: np.ndarray, part: slice) -> None:
+        with self._noting_errors():
+            writer.write(room[part], offset)
+        self._free.put(room)
+
+    def _keep(self, last: concurrent.futures.Future | None, note: Callable[[], None]) -> None:
+        """What was written last, and all before it, made safe; not where one failed, or was not begun."""
+        with self._noting_errors():
+            if last is not None:
+                last.result()
+            self._check()
+            for writer in list(self._files.values()):
+                writer.sync()
+            note()
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            self._error = self._error or e
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _work(self) -> None:
-        while (item := self._full.get()) is not None:
-            try:
-                if self._error is None:
-                    self._do(item)
-            except BaseException as e:
-                self._error = e
-            if isinstance(item, tuple):
-                self._free.put(item[2])
-        for file, writer in self._files.items():
-            if writer.buffered:
-                self.buffered.add(file)
-            writer.close()
-
-    def _do(self, item: Any) -> None:
-        if not isinstance(item, tuple):
-            for writer in self._files.values():
-                writer.sync()
-            item()
-            return
-        file, offset, room, start, stop = item
-        if file not in self._files:
-            self._files[file] = _direct.Writer(file)
-        self._files[file].write(room[start:stop], offset)
-        self.written += stop - start

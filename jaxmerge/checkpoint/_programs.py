@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxmerge.params._deferred import Entries, defer, last
-from jaxmerge.params._stack import reduced
-from jaxmerge.params._transform import Step, left
+from jaxmerge.params._stack import reduced, rounded
+from jaxmerge.params._transform import Step, left, models
+from jaxmerge.params.order._host import RUN
 from jaxmerge.params.order._quantile import magnitude_bits
 
 SIZES = (1 << 21, 1 << 18, 1 << 12)
@@ -53,7 +54,7 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
-        return (x if zero is None else zero + x).astype(out), plans, _largest(arrays)
+        return rounded(x if zero is None else zero + x, out), plans, _largest(arrays)
 
     return jax.jit(merge)
 
@@ -64,6 +65,29 @@ def patterns(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
 
     def look(settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
         return magnitude_bits(after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+
+    return jax.jit(look)
+
+
+@functools.lru_cache(maxsize=64)
+def tally(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
+    """(patterns (c, n K), settings, origin, inputs, how many entries count) -> of what these steps leave of a flat block, how
+    many magnitudes are above each pattern (c, n K), and how many of each run are it (c, n K, runs).
+
+    One loop over the inputs as they are: nothing is written but a word for each run, half of it for either count.
+    """
+
+    def look(patterns: Array, settings: Any, origin: Array, arrays: Sequence[Array], size: Array) -> tuple[Array, Array]:
+        signed = lambda bits: lax.bitcast_convert_type(bits, jnp.int32)  # magnitudes have no sign; compared in one operation
+        left = models(after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+        bits = [signed(magnitude_bits(x)).reshape(-1, RUN) for x in left]
+        counts = lambda t, u: (u > t).astype(jnp.uint32) + ((u == t).astype(jnp.uint32) << 16)
+        words = [counts(t, bits[j % len(bits)]) for row in signed(patterns) for j, t in enumerate(row)]
+        if words[0].size == RUN:  # zeros may fill it up
+            words = [jnp.where(jnp.arange(RUN) < size, word, 0) for word in words]
+        add = lambda a, b: [p + q for p, q in zip(a, b, strict=True)]
+        found = jnp.stack(lax.reduce(words, [np.uint32(0)] * len(words), add, (1,))).reshape(*patterns.shape, -1)
+        return jnp.sum(found & 0xFFFF, axis=-1, dtype=jnp.uint32), found >> 16
 
     return jax.jit(look)
 

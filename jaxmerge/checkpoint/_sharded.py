@@ -26,7 +26,7 @@ from jaxmerge.checkpoint._source import digest
 from jaxmerge.checkpoint._tree import Leafwise, Tree
 from jaxmerge.checkpoint._units import GROUP, Span
 from jaxmerge.params._deferred import last
-from jaxmerge.params._stack import Integers, reduced
+from jaxmerge.params._stack import Integers, reduced, rounded
 from jaxmerge.params._transform import MergeTransform, Step, left, settled
 
 
@@ -192,7 +192,7 @@ def _merger(steps: tuple[Step, ...], sharding: Sharding, has_base: bool, cast: A
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
-        leaf = (x if zero is None else zero + x).astype(arrays[0].dtype if out is None else out)
+        leaf = rounded(x if zero is None else zero + x, arrays[0].dtype if out is None else out)
         counts = jnp.stack([jnp.sum(~jnp.isfinite(a), dtype=jnp.uint32) for a in arrays])
         return leaf, plans, counts
 

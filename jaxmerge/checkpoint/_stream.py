@@ -16,7 +16,7 @@ from jaxmerge.checkpoint import _direct, _processes, _programs as programs
 from jaxmerge.checkpoint._feed import Sink, Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.params._transform import Step, Survey
-from jaxmerge.params.order._host import Streamed
+from jaxmerge.params.order._host import Held, Streamed
 from jaxmerge.params.order._quantile import position, row_size
 
 LOOK = 1 << 17
@@ -180,13 +180,14 @@ class Stream:
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
             if self._finds(i) and name in self.task.floating and step.open(s := self.settings[i][name]):
-                sample = None
+                held, of = None, (i, unit, arrays)
                 if arrays is not None and unit.size >= SAMPLED and row_of(self.task.steps[:i], self._shape(name)) == 1:
-                    sample = functools.partial(self._sample, i, unit, arrays)
+                    part = functools.partial
+                    held = Held(part(self._sample, *of), part(self._tally, *of), part(self._part, *of))
                 blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
                 total = functools.partial(self._total, i, unit, arrays)
                 assert step.resolve is not None
-                self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, sample, total))
+                self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, held, total))
             models = step.models or models
 
     def _placed(self, before: int, name: str) -> Any:
@@ -235,6 +236,22 @@ class Stream:
         step = unit.size // LOOK
         some = [np.ascontiguousarray(a[step // 2 :: step][:LOOK]) for a in arrays]
         return np.asarray(look([s[unit.name] for s in self.settings[:i]], np.zeros(2, np.uint32), some))
+
+    def _tally(self, i: int, unit: Unit, arrays: list[np.ndarray], patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`Held.tally` of what the steps before i leave of a unit that is held."""
+        look = programs.tally(self.task.steps[:i], self.task.has_base, self.task.cast)
+        asked, settings = jax.device_put((patterns, [s[unit.name] for s in self.settings[:i]]))
+        above, at = np.zeros(patterns.shape, np.int64), []
+        for start, stop, size in programs.pieces(unit.size, programs.SIZES):
+            parts = programs.padded(arrays, start, stop, size)
+            counts = look(asked, settings, self._origin(unit, start), parts, np.int32(stop - start))
+            above = above + np.asarray(counts[0]).astype(np.int64)
+            at.append(np.asarray(counts[1]))
+        return above, np.concatenate(at, axis=-1)
+
+    def _part(self, i: int, unit: Unit, arrays: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+        part = Unit(unit.name, unit.start + start, unit.start + stop)
+        return np.concatenate([u for _, u in self._magnitudes(i, None, part, [a[start:stop] for a in arrays])], axis=1)
 
     # --- units ---
 

@@ -1,22 +1,23 @@
 """Whole models in memory: stack them, merge them, add the result to the base."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._deferred import Deferred, defer, last
-from jaxmerge.params._transform import Match, MergeTransform, Stacked, check_transforms, fold, named_leaves
+from jaxmerge.params._transform import Match, MergeTransform, Stacked, a_merge, fold, named_leaves
 
 Integers = Literal["agree", "base"]
 
 
-def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
+def task_vectors(base: PyTree | None, models: Iterable[PyTree]) -> Stacked:
     """What each model changed: every leaf gets a leading axis K and becomes float32; integer leaves become None.
 
     Args:
@@ -27,7 +28,8 @@ def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
       add(base, task_vectors(base, [m])) = m, up to float32 rounding.
 
     Raises:
-      ValueError: no models, or trees that differ; all differing leaves in one message. TypeError: complex leaves.
+      ValueError: no models, or trees that differ; all differing leaves in one message. TypeError: complex leaves; one tree in
+        place of a list of them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -36,7 +38,7 @@ def task_vectors(base: PyTree | None, models: Sequence[PyTree]) -> Stacked:
 
     Source: Editing models with task arithmetic (arXiv:2212.04089).
     """
-    return _stack(base, models, stack_leaf)
+    return _stack(base, _several(models, "task_vectors"), stack_leaf)
 
 
 def add(base: PyTree, delta: Stacked) -> PyTree:
@@ -53,7 +55,7 @@ def add(base: PyTree, delta: Stacked) -> PyTree:
     return jax.tree.map(lambda d, b: b if d is None else add_leaf(b, d), delta, base, is_leaf=lambda d: d is None)
 
 
-def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, integers: Integers = "agree") -> PyTree:
+def merge(tx: MergeTransform, base: PyTree | None, models: Iterable[PyTree], *, integers: Integers = "agree") -> PyTree:
     """Merge whole models in memory.
 
     Args:
@@ -68,7 +70,7 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
 
     Raises:
       ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction.
-      TypeError: `tx` is no transform, or `models` no list.
+        TypeError: `tx` is no merge (`ties` in place of `ties()`); one tree in place of a list of them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -76,18 +78,19 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Sequence[PyTree], *, 
       >>> jm.params.merge(jm.params.task_arithmetic(), base, models)["w"].tolist()
       [4.0, 1.0]
     """
-    check_transforms("merge", tx)
+    models = _several(models, "merge")
     stacked = _stack(base, models, lambda *leaves: defer(stack_leaf, *leaves))
     first = models[0] if base is None else base
-    _check_integers([first, *models] if base is not None else list(models), integers)
-    if isinstance(tx.match, Match):
+    _check_integers([first, *models] if base is not None else models, integers)
+    if isinstance(a_merge(tx, "merge").match, Match):
         merged = fold(tx.match.steps, stacked)[1]
     else:
         stacked = jax.tree.map(last, stacked, is_leaf=lambda x: isinstance(x, Deferred))
         merged = tx.merge(tx.match(stacked), stacked)
     if base is not None:
         return add(base, merged)
-    return jax.tree.map(lambda d, m: m if d is None else reduced(d).astype(m.dtype), merged, first, is_leaf=lambda d: d is None)
+    cast = lambda d, m: m if d is None else rounded(reduced(d), jnp.result_type(m))
+    return jax.tree.map(cast, merged, first, is_leaf=lambda d: d is None)
 
 
 def nonfinite(tree: PyTree) -> dict[str, int]:
@@ -141,16 +144,41 @@ def reduced(delta: Array) -> Array:
 
 
 def add_leaf(base: ArrayLike, delta: Array) -> Array:
-    return (jnp.asarray(base, jnp.float32) + reduced(delta)).astype(jnp.result_type(base))
+    return rounded(jnp.asarray(base, jnp.float32) + reduced(delta), jnp.result_type(base))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x: Array, dtype: Any) -> Array:
+    """x.astype(dtype), bit for bit: what XLA on a CPU rounds to bfloat16 with makes the loop around it slow, up to twice."""
+    return _bfloat16(x) if x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16 else x.astype(dtype)
+
+
+@rounded.defjvp
+def _rounded_jvp(dtype, primals, tangents):
+    return rounded(primals[0], dtype), tangents[0].astype(dtype)
+
+
+@jax.jit
+def _bfloat16(x: Array) -> Array:
+    def on_cpu(x):  # to the nearest, of two to the even one; of a NaN the sign is left
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        nearest = bits + (0x7FFF + (bits >> 16 & 1)) >> 16
+        upper = jnp.where(jnp.isnan(x), bits >> 16 & 0x8000 | 0x7FC0, nearest)
+        return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(jnp.bfloat16))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _several(models: Iterable[PyTree], what: str) -> list[PyTree]:
+    if isinstance(models, Mapping):
+        raise TypeError(f"{what}: models must be a list of pytrees, got one pytree; pass [model] if there is one.")
+    return list(models)
+
+
 def _check_trees(base: PyTree | None, models: Sequence[PyTree]) -> None:
-    if not isinstance(models, Sequence) or isinstance(models, str | bytes):
-        kind = type(models).__name__
-        raise TypeError(f"merge: models must be a list of them, such as [model]; got one {kind}.")
     if not models:
         raise ValueError("merge: no models; pass at least one.")
     reference, which = (models[0], "model 0") if base is None else (base, "the base")

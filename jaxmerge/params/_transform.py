@@ -55,11 +55,12 @@ class Need(NamedTuple):
 
     Attributes:
       statistic: "random" bits of the entry's own; "sum" (norms, products, counts); "order" (a threshold, a rank); "spectral"
-        (singular vectors, linear systems); "data" (arrays as large as the model that are passed in).
+        (singular vectors, linear systems); "data" (arrays as large as the model that are passed in); "unknown": what your own
+        functions look at (`per_leaf`).
       scope: over what it is taken: the entry (over the models alone), its row or column, its tensor, or the whole model.
     """
 
-    statistic: Literal["random", "sum", "order", "spectral", "data"]
+    statistic: Literal["random", "sum", "order", "spectral", "data", "unknown"]
     scope: Literal["entry", "row", "column", "tensor", "model"]
 
 
@@ -82,6 +83,8 @@ class Step(NamedTuple):
       resolve: (settings, x as it streams through the host) -> settings with which `match` need not look at the tensor; None
         where nothing is to be found.
       open: settings -> whether `resolve` has still to find something.
+      written: `merge` for who adds up what it leaves, the random choice in memory: XLA adds one by one, and would draw so too.
+        None: as `merge`.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -94,6 +97,7 @@ class Step(NamedTuple):
     blocks: bool | Literal["rows"] = False
     resolve: Callable[[Any, Streamed], Any] | None = None
     open: Callable[[Any], bool] = lambda settings: True
+    written: Callable[[Any, Any], Entries] | None = None
 
 
 class Match(NamedTuple):
@@ -153,7 +157,8 @@ def per_leaf(
       >>> jm.params.merge(largest, None, [{"w": jnp.array([1.0, 5.0])}, {"w": jnp.array([3.0, 2.0])}])["w"].tolist()
       [3.0, 5.0]
     """
-    return atom(Step(lambda name, shape: (), lambda settings, x: match(x), merge, models))
+    needs = (Need("unknown", "tensor"),)
+    return atom(Step(lambda name, shape: (), lambda settings, x: match(x), merge, models, needs=needs))
 
 
 def chain(*transforms: MergeTransform) -> MergeTransform:
@@ -168,8 +173,7 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
       >>> jm.params.merge(mean, None, [{"w": jnp.array(1.0)}, {"w": jnp.array(3.0)}])["w"].item()
       2.0
     """
-    check_transforms("chain", *transforms)
-    if all(isinstance(tx.match, Match) for tx in transforms):
+    if all(isinstance(a_merge(tx, "chain").match, Match) for tx in transforms):
         return _transform(tuple(step for tx in transforms for step in tx.match.steps))  # type: ignore[attr-defined]
 
     def match(stacked):
@@ -187,14 +191,6 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
     return MergeTransform(match, merge)
 
 
-def check_transforms(name: str, *transforms: Any) -> None:
-    """A transform is what an alias or an atom returns, not the function itself, nor its name."""
-    for tx in transforms:
-        if not (hasattr(tx, "match") and hasattr(tx, "merge")):
-            call = f"; call it: {tx.__name__}(...)" if callable(tx) and hasattr(tx, "__name__") else ""
-            raise TypeError(f"{name}: a transform is asked for, such as ties(density=0.5); got a {type(tx).__name__}{call}.")
-
-
 def needs(tx: MergeTransform) -> tuple[Need, ...]:
     """What a merge must find out: its statistics and their scopes, in the order of the chain. Empty: every entry for itself.
 
@@ -202,11 +198,11 @@ def needs(tx: MergeTransform) -> tuple[Need, ...]:
       tx: a chain of this package's atoms.
 
     Law:
-      Without "sum" and "spectral" among them the result has the same bits on any sharding (`pcb`, which exponentiates, up to
-      the compiler's rounding).
+      Without "sum", "spectral" and "unknown" among them the result has the same bits on any sharding (`pcb`, which
+      exponentiates, up to the compiler's rounding).
 
     Raises:
-      ValueError: `tx` is not made of this package's atoms.
+      ValueError: `tx` is not made of this package's atoms. TypeError: it is no merge.
 
     Example:
       >>> import jaxmerge as jm
@@ -215,7 +211,7 @@ def needs(tx: MergeTransform) -> tuple[Need, ...]:
       >>> [tuple(need) for need in jm.params.needs(jm.params.della(0.5, seed=0, rescale="l1"))]
       [('order', 'row'), ('random', 'entry'), ('sum', 'tensor')]
     """
-    if not isinstance(tx.match, Match):
+    if not isinstance(a_merge(tx, "needs").match, Match):
         raise ValueError("needs: pass a chain of this package's atoms; what your own functions look at cannot be seen.")
     return tuple(dict.fromkeys(need for step in tx.match.steps for need in step.needs))
 
@@ -238,7 +234,7 @@ def fold(steps: tuple[Step, ...], stacked: PyTree[Entries]) -> tuple[Plan, Stack
     plan = []
     for step in steps:
         settings = {name: step.settings(name, leaves[name].shape) for name in ordered}
-        if step.survey is not None:
+        if step.survey is not None and settings:
             settings = settled(step.survey.settle(settings, {name: leaves[name] for name in ordered}))
         plans = {name: settled(step.match(settings[name], leaves[name])) for name in ordered}
         leaves = {name: settled(left(step, plans[name], x)) for name, x in leaves.items()}
@@ -281,23 +277,51 @@ def leaf_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def a_merge(tx: Any, what: str) -> MergeTransform:
+    """tx, which was passed to `what`.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(tx, MergeTransform):
+        remedy = "call it first" if callable(tx) else "make one of this package's atoms"
+        raise TypeError(f"{what}: expected a merge, such as ties(0.2); got {tx!r}; {remedy}.")
+    return tx
+
+
 def resolve(value: Hyperparameter, name: str, models: int, what: str) -> Any:
     """A hyperparameter's value for each of the models on one leaf, shape (K,).
 
     Raises:
-      ValueError: as many numbers as neither 1 nor K; NaN.
+      ValueError: what is no number; as many numbers as neither 1 nor K.
     """
     if callable(value):
         value = value(name)
     if not isinstance(value, Array):  # arrays may be traced: coefficients can be learned
-        value = np.asarray(value, np.float64)
+        given = np.asarray(value)
+        numbers = np.asarray(np.nan) if given.dtype.kind in "OSUcmM" else given.astype(np.float64)
+        if np.isnan(numbers).any():
+            raise ValueError(f"{what} must be one number, one per model, or a function of the leaf's name; got {value!r}.")
+        value = numbers
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != models):
         raise ValueError(
             f"{what} must be one number or one per model; got shape {value.shape} for {models} models at leaf {name!r}."
         )
-    if isinstance(value, np.ndarray) and np.isnan(value).any():
-        raise ValueError(f"{what} must be a number, got {value.tolist()} at leaf {name!r}.")
     return (jnp if isinstance(value, Array) else np).broadcast_to(value, (models,))
+
+
+def normalized(w: Any, name: str, what: str) -> Any:
+    """Resolved weights over their sum.
+
+    Raises:
+      ValueError: the sum is 0.
+    """
+    if isinstance(w, np.ndarray) and abs(w.sum()) < 1e-12:
+        raise ValueError(
+            f"{what}: the weights {w.tolist()} at leaf {name!r} sum to 0 and cannot be normalized; "
+            "change them, or do not normalize."
+        )
+    return w / w.sum()
 
 
 def float32(value: Any) -> Any:

@@ -71,13 +71,15 @@ def shapes(case: Case) -> dict[str, Shape]:
 
 def moved(case: Case, mesh: Mesh) -> str:
     """The collectives of one merge over this mesh, in words."""
-    tx, models = case.ours(params, shapes(case)), case.models + (case.base == "first")
-    split = lambda shape: P(None, *(AXES if len(shape) > 1 else AXES[:1]))
-    stacked = {
-        n: jax.ShapeDtypeStruct((models, *s), jnp.float32, sharding=NamedSharding(mesh, split(s)))
-        for n, s in shapes(case).items()
-    }
-    compiled = jax.jit(lambda x: tx.merge(tx.match(x), x)).lower(stacked).compile()
+    tx = case.ours(params, shapes(case))
+    split = lambda shape: NamedSharding(mesh, P(*(AXES if len(shape) > 1 else AXES[:1])))
+    model = {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=split(s)) for n, s in shapes(case).items()}
+
+    def merge(first, rest):
+        base, models = (first, rest) if case.base == "base" else (None, [first, *rest])
+        return params.merge(tx, base, models)
+
+    compiled = jax.jit(merge).lower(model, [model] * (case.models - (case.base == "none"))).compile()
     found: dict[str, list[int]] = {}
     for collective in testing.collectives(compiled):
         found.setdefault(collective.name, []).append(collective.bytes)

@@ -9,6 +9,8 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint import _stream
+from jaxmerge.params.order import _host
 from tests.checkpoint.conftest import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -66,6 +68,22 @@ def test_equals_the_merge_in_memory(models, tmp_path, name):
         assert len(checked.leaves) == 3 and not checked.problems and not checked.notes
     assert {p.name for p in tmp_path.iterdir()} == {"outNone", f"out{IN_PARTS}"}
     assert sorted(p.name for p in out.iterdir()) == ["jaxmerge.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("tx", [params.ties(0.5, scope="tensor"), params.breadcrumbs(0.3, 0.4)], ids=["ties", "breadcrumbs"])
+def test_thresholds_among_lumps(tmp_path, monkeypatch, tx):
+    """Differences of few magnitudes are counted where they lie: nothing is collected, and the cut is where it is in memory."""
+    rng, shape = np.random.default_rng(0), (97, 501)
+    trees = [{"w": (rng.integers(-8, 8, shape) / 64).astype(jnp.bfloat16)}]
+    trees += [{"w": (trees[0]["w"] + rng.choice([-2, -1, 0, 1, 3], shape) / 64).astype(jnp.bfloat16)} for _ in range(3)]
+    base, *experts = (save(tmp_path / str(i), tree) for i, tree in enumerate(trees))
+    monkeypatch.setattr(_stream, "SAMPLED", shape[0] * shape[1])
+    monkeypatch.setattr(_stream, "LOOK", 1 << 10)
+    monkeypatch.setattr(_stream.programs, "SIZES", (1 << 14, 1 << 12))
+    monkeypatch.setattr(_host, "_collect", None)
+    checkpoint.merge(tx, base, experts, tmp_path / "out")
+    expected = params.merge(tx, trees[0], trees[1:])
+    np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["w"], expected["w"])
 
 
 def test_what_must_be_seen_whole_counts_against_memory(models, tmp_path):

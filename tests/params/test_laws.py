@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jaxmerge import params
 from jaxmerge.params._laws import assert_merge
 from jaxmerge.params._layout import whole
+from jaxmerge.params._stack import rounded
 
 
 def test_the_laws_can_fail():
@@ -177,6 +178,12 @@ def test_wrong_arguments(unchecked, make, message):
         (params.nearswap(0.1), "takes one model beside the base, got 2"),
         (params.chain(params.sum_experts(), params.nuslerp()), "between two models, got 1"),
         (params.chain(params.sum_experts(), params.arcee_fusion()), "base first and one model"),
+        (params.multislerp([1.0, -1.0]), "multislerp: the weights .* sum to 0"),
+        (params.karcher([1.0, -1.0]), "karcher: the weights .* sum to 0"),
+        (params.rescale(params.scale(1.0), "inv_p"), "no density"),
+        (params.weigh(None), "weight must be one number, one per model, .* got None"),  # type: ignore[arg-type]
+        (params.weigh("0.5"), "weight must be one number, one per model, .* got '0.5'"),  # type: ignore[arg-type]
+        (params.trim(np.nan, scope="tensor"), "density must be one number, one per model, .* got nan"),
     ],
 )
 def test_wrong_values(tx, message):
@@ -185,15 +192,6 @@ def test_wrong_values(tx, message):
 
 
 def test_wrong_models(unchecked):
-    one = {"w": jnp.ones(2)}
-    for models in (one, (m for m in [one]), {"a": one}):
-        with pytest.raises(TypeError, match=r"models must be a list of them, such as \[model\]; got one (dict|generator)"):
-            params.merge(params.linear(), None, models)
-    for tx, message in ((params.ties, r"a function; call it: ties\(\.\.\.\)"), ("ties", "got a str")):
-        with pytest.raises(TypeError, match=f"merge: a transform is asked for.*{message}"):
-            params.merge(tx, None, [one])
-        with pytest.raises(TypeError, match=f"chain: a transform is asked for.*{message}"):
-            params.chain(tx, params.sum_experts())
     with pytest.raises(ValueError, match="no models"):
         params.merge(params.linear(), None, [])
     with pytest.raises(ValueError, match="integers must be"):
@@ -202,3 +200,40 @@ def test_wrong_models(unchecked):
         params.merge(params.linear(), None, [{"w": jnp.ones(2, jnp.complex64)}])
     with pytest.raises(ValueError, match=r"occur twice: \['a/b'\]"):
         params.merge(params.linear(), None, [{"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}])
+    with pytest.raises(TypeError, match="models must be a list"):
+        params.merge(params.linear(), None, {"w": jnp.ones(2)})  # type: ignore[arg-type]
+
+
+def test_what_is_no_merge(unchecked):
+    models: list = [{"w": jnp.ones(2)}]
+    for call in (
+        lambda: params.merge(params.ties, None, models),  # type: ignore[arg-type]
+        lambda: params.chain(params.ties(), params.ties),  # type: ignore[arg-type]
+        lambda: params.needs(params.ties),  # type: ignore[arg-type]
+        lambda: params.rescale(params.ties, "l1"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"expected a merge, .*ties.*; call it first"):
+            call()
+    for seed in (1.5, None):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            params.random_mask(0.5, seed=seed)  # type: ignore[arg-type]
+    own = params.per_leaf(lambda x: None, lambda plan, x: x, models=1)
+    assert [need.statistic for need in params.needs(own)] == ["unknown"]
+
+
+@pytest.mark.parametrize("tx", [params.ties(0.5), params.pcb(), params.ties(tie="majority")], ids=["ties", "pcb", "majority"])
+def test_without_a_leaf_to_merge(tx):
+    """Statistics of a whole model that has no floating-point leaf; and models that come one by one."""
+    base = {"step": np.arange(3)}
+    assert params.merge(tx, {}, [{}]) == {}
+    np.testing.assert_array_equal(params.merge(tx, base, (dict(base) for _ in range(2)))["step"], base["step"])
+
+
+def test_rounding_is_xlas():
+    """To bfloat16, written out for the CPU: of every upper half the lower halves about the middle and at the ends, NaN too."""
+    halves = np.arange(1 << 16, dtype=np.uint32) << 16
+    x = np.concatenate([halves | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    round_, cast = (jax.jit(f)(x) for f in (lambda x: rounded(x, jnp.bfloat16), lambda x: x.astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(np.asarray(round_).view(np.uint16), np.asarray(cast).view(np.uint16))
+    slope = jax.grad(lambda x: rounded(3 * x, jnp.bfloat16).astype(jnp.float32).sum())(jnp.ones(2))
+    np.testing.assert_array_equal(slope, [3, 3])

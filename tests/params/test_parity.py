@@ -239,5 +239,5 @@ def test_probabilities_of_the_rank_mask(golden, case):
     (step,) = params.rank_mask(p["density"], p["epsilon"], seed=0).match.steps
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         x = np.stack([m[name] - base[name] for m in models])
-        got = np.asarray(_chances(step.settings(name, x.shape), jnp.asarray(x)), np.float64) / 2**32
+        got = np.asarray(jnp.stack(_chances(step.settings(name, x.shape), jnp.asarray(x))), np.float64) / 2**32
         np.testing.assert_allclose(got, np.stack([w[name] for w in wanted]), atol=2e-7)

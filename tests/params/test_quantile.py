@@ -269,8 +269,15 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
 
 def test_ranks_for_one_device(one_device):
     bits = np.abs(np.concatenate([_values(0), np.round(_values(1))])).view(np.uint32)
-    want = np.argsort(np.argsort(bits, axis=-1, kind="stable"), axis=-1)
-    np.testing.assert_array_equal(jax.jit(rank_in_row)(jnp.asarray(bits)), want)
+    for rows in (bits, bits[..., :1]):
+        want = np.argsort(np.argsort(rows, axis=-1, kind="stable"), axis=-1)
+        np.testing.assert_array_equal(jax.jit(rank_in_row)(jnp.asarray(rows)), want)
+
+
+def test_counts_for_one_device(one_device):
+    masks = np.random.default_rng(0).random((3, 2, 12, 10)) < [[[[0.5]], [[0.02]]]]
+    found = jax.jit(q.counts)(*map(jnp.asarray, masks))
+    np.testing.assert_array_equal([q.from_words(c) for c in found], masks.sum((2, 3)))
 
 
 def test_rank_mask_has_just_its_probabilities():

@@ -17,7 +17,13 @@ KINDS = {
 def streamed(u: np.ndarray, block: int, sample: bool) -> _host.Streamed:
     n = u.shape[1]
     blocks = lambda: ((i, u[:, i : i + block]) for i in range(0, n, block))
-    return _host.Streamed(len(u), (n,), blocks, (lambda: u[:, :: max(n >> 8, 1)]) if sample else None)
+
+    def tally(patterns):
+        above, at = (np.stack([f(u[np.arange(t.size) % len(u)], t[:, None]) for t in patterns]) for f in (np.greater, np.equal))
+        return above.sum(axis=-1), np.add.reduceat(at, range(0, n, _host.RUN), axis=-1, dtype=np.uint32)
+
+    held = _host.Held(lambda: u[:, :: max(n >> 8, 1)], tally, lambda start, stop: u[:, start:stop])
+    return _host.Streamed(len(u), (n,), blocks, held if sample else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

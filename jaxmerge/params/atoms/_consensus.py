@@ -86,9 +86,9 @@ def elect_sign(*, tie: Literal["+1", "majority"] = "+1", scope: Literal["model",
     return atom(Step(settings, as_is, merge, survey=survey, needs=(Need("order", "model"),), blocks=True))
 
 
-def _ups_and_downs(x: Array) -> tuple[q.Words, q.Words]:
+def _ups_and_downs(x: Array) -> list[q.Words]:
     s = total(x)
-    return q.count(s > 0), q.count(s < 0)
+    return q.counts(s > 0, s < 0)
 
 
 def _sign(up: q.Words, down: q.Words) -> Array:

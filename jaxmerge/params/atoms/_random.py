@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,7 +14,7 @@ from jaxtyping import UInt8, UInt32
 
 from jaxmerge.params._deferred import Entries, defer, entries
 from jaxmerge.params._layout import like
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, models, over, resolve
+from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, models, resolve
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order._blocks import by_rows
 from jaxmerge.params.order._quantile import ORIGIN, coordinates, magnitude_bits
@@ -34,7 +36,7 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
       density = 1 changes nothing; the result has the same bits on any sharding.
 
     Raises:
-      ValueError: density outside [0, 1].
+      ValueError: density outside [0, 1]. TypeError: a seed that is no integer.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -46,6 +48,8 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
     bits from a hash of its index under its key (`hashed`), which takes a quarter of the time.
     """
 
+    seed = _seed(seed, "random_mask")
+
     def settings(name, shape):
         d = _density(density, name, shape[0], "random_mask")
         below = np.minimum(np.round(d * 2.0**32), 2.0**32 - 1).astype(np.uint32)
@@ -56,15 +60,22 @@ def random_mask(density: Hyperparameter, *, seed: int) -> MergeTransform:
             "origin": ORIGIN,
         }
 
-    def merge(plan, x):
+    def keep(plan, x, start):
         below, everything = jnp.asarray(plan["below"]), jnp.asarray(plan["density"]) >= 1
+        return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
 
-        def keep(x, start):
-            return [(u < below[k]) | everything[k] for k, u in enumerate(_words(plan["key"], start, x, plan["origin"]))]
+    @jax.jit
+    def kept(plan, x):
+        return jnp.stack([jnp.where(kept, one, 0) for kept, one in zip(keep(plan, x, np.uint32(0)), models(x), strict=True)])
 
-        return _masked(x, keep)
+    def merge(plan, x):
+        return defer(kept, plan, x)
 
-    return atom(Step(settings, lambda settings, x: settings, merge, needs=(Need("random", "entry"),), lazy=True, blocks=True))
+    def written(plan, x):
+        return _masked(x, functools.partial(keep, plan))
+
+    needs = (Need("random", "entry"),)
+    return atom(Step(settings, lambda settings, x: settings, merge, needs=needs, lazy=True, blocks=True, written=written))
 
 
 def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: int, divide: bool = False) -> MergeTransform:
@@ -87,7 +98,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
       density = 1 changes nothing; the result has the same bits on any sharding.
 
     Raises:
-      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1).
+      ValueError: density outside [0, 1]; density +- epsilon outside (0, 1). TypeError: a seed that is no integer.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -98,6 +109,8 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
 
     Source: DELLA-Merging (arXiv:2406.11617): divide=True; mergekit's `della`, `della_linear`: the l1 norm.
     """
+
+    seed = _seed(seed, "rank_mask")
 
     def settings(name, shape):
         d = _density(density, name, shape[0], "rank_mask")
@@ -146,26 +159,38 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
         return _masked(x, draw, keep)
 
     def divided(plan, x):
-        x = entries(x)
-        below, d = _chances(plan, x), over(plan["density"], x)
-        keep = (jnp.stack(_words(plan["key"], np.uint32(0), x, plan["origin"])) < below) & (d > 0)
-        rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
-        return jnp.where(d >= 1, x, jnp.where(keep, rescaled, 0))
+        chances, x = _chances(plan, entries(x)), entries(x)
+
+        def one(x, u, below, density):
+            keep = (u < below) & (density > 0)
+            rescaled = x / jnp.where(keep, below.astype(jnp.float32) * 2.0**-32, 1)
+            return jnp.where(density >= 1, x, jnp.where(keep, rescaled, 0))
+
+        words = _words(plan["key"], np.uint32(0), x, plan["origin"])
+        return jnp.stack([one(*parts) for parts in zip(models(x), words, chances, jnp.asarray(plan["density"]), strict=True)])
 
     needs = (Need("order", "row"), Need("random", "entry"))
     merge = divided if divide else drawn
     return atom(Step(settings, lambda settings, x: settings, merge, needs=needs, lazy=True, blocks="rows"))
 
 
-def _chances(plan: dict, x: Array) -> UInt32[Array, "..."]:
-    """MAGPRUNE's probability for each entry of x (K, *shape), in units of 2^-32."""
-    rank = rank_in_row(as_rows(magnitude_bits(x))).astype(jnp.uint32).reshape(x.shape)
-    return over(plan["low"], x) + over(plan["step"], x) * like(rank, x)
+def _chances(plan: dict, x: Array) -> list[UInt32[Array, "..."]]:
+    """MAGPRUNE's probability for each entry of every model of x (K, *shape), in units of 2^-32."""
+    rank = rank_in_row(as_rows(each(magnitude_bits, x))).astype(jnp.uint32).reshape(x.shape)
+    chances = zip(models(rank), models(x), jnp.asarray(plan["low"]), jnp.asarray(plan["step"]), strict=True)
+    return [low + step * like(rank, one) for rank, one, low, step in chances]
+
+
+def _seed(seed: Any, what: str) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"{what}: seed must be an integer, the same for the same masks; got {seed!r}.") from None
 
 
 def _keys(seed: int, name: str, models: int) -> UInt32[np.ndarray, "pairs 2"]:
     """One for every two models."""
-    keys = [hashlib.sha256(f"{int(seed)}/{pair}/{name}".encode()).digest()[:8] for pair in range((models + 1) // 2)]
+    keys = [hashlib.sha256(f"{seed}/{pair}/{name}".encode()).digest()[:8] for pair in range((models + 1) // 2)]
     return np.stack([np.frombuffer(k, "<u4") for k in keys]).astype(np.uint32)
 
 

@@ -8,7 +8,20 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.params._deferred import entries, last
-from jaxmerge.params._transform import Hyperparameter, Match, MergeTransform, Need, Step, atom, each, float32, left, resolve
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    Match,
+    MergeTransform,
+    Need,
+    Step,
+    a_merge,
+    atom,
+    each,
+    float32,
+    left,
+    normalized,
+    resolve,
+)
 from jaxmerge.params.order._sums import sums
 
 
@@ -31,14 +44,7 @@ def weigh(weight: Hyperparameter, *, normalize: bool = False) -> MergeTransform:
 
     def settings(name, shape):
         w = resolve(weight, name, shape[0], "weigh: weight")
-        if normalize:
-            if isinstance(w, np.ndarray) and abs(w.sum()) < 1e-12:
-                raise ValueError(
-                    f"weigh: the weights {w.tolist()} at leaf {name!r} sum to 0 and cannot be normalized; "
-                    "change them, or leave normalize out."
-                )
-            w = w / w.sum()
-        return {"weight": float32(w)}
+        return {"weight": float32(normalized(w, name, "weigh") if normalize else w)}
 
     return atom(Step(settings, _as_is, _times("weight"), blocks=True))
 
@@ -84,14 +90,14 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     """
     if norm not in ("inv_p", *NORMS):
         raise ValueError(f"rescale: norm must be one of {('inv_p', *NORMS)}, got {norm!r}.")
-    if not isinstance(tx.match, Match) or len(tx.match.steps) != 1 or tx.match.steps[0].models is not None:
+    if not isinstance(a_merge(tx, "rescale").match, Match) or len(tx.match.steps) != 1 or tx.match.steps[0].models is not None:
         raise ValueError("rescale: wrap one masking atom, such as rescale(random_mask(0.5, seed=0), 'inv_p'); got a chain.")
     (step,) = tx.match.steps
     of, combine, finish = NORMS.get(norm, (None, None, None))
 
     def match(settings, x):
-        if "factor" in settings:  # `on_host` has been there
-            return {"mask": step.match(settings["mask"], x), "factor": settings["factor"]}
+        if "ratio" in settings:  # `on_host` has been there
+            return {"mask": step.match(settings["mask"], x), "factor": settings["ratio"]}
         plan = step.match(settings, x)
         if norm == "inv_p":
             if not isinstance(plan, dict) or "density" not in plan:
@@ -102,7 +108,8 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
 
     def part(plan, x):
         """Of every model before, and of every model after, what its norm is made of."""
-        return of(jnp.concatenate([entries(x), entries(left(step, plan, x))]))
+        seen = step._replace(merge=step.written or step.merge)
+        return of(jnp.concatenate([entries(x), entries(left(seen, plan, x))]))
 
     def ratio(norms, np):
         was, now = norms.reshape(2, -1)
@@ -113,7 +120,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
         if step.resolve is not None and step.open(settings):
             settings = step.resolve(settings, x)
         norms = np.asarray(finish(x.total(of_block, settings, combine)))
-        return {"mask": settings, "factor": ratio(norms, np).astype(np.float32)}
+        return {"mask": settings, "ratio": ratio(norms, np).astype(np.float32)}
 
     def of_block(settings, x):
         return part(step.match(settings, x), x)
@@ -124,7 +131,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     needs = step.needs if norm == "inv_p" else (*step.needs, Need("sum", "tensor"))
     if norm == "inv_p":
         return atom(step._replace(match=match, merge=merge, needs=needs, lazy=True))
-    more = {"resolve": on_host, "open": lambda settings: "factor" not in settings} if step.blocks else {}
+    more = {"resolve": on_host, "open": lambda settings: "ratio" not in settings} if step.blocks else {}
     return atom(step._replace(match=match, merge=merge, needs=needs, lazy=True, **more))
 
 

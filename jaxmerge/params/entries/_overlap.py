@@ -52,7 +52,8 @@ def _overlap(threshold: float, boost: float, limit: float) -> MergeTransform:
         if not boost:
             return {}
         several = _how_many(x) > 1
-        shared, unique = (q.number(q.count(each(lambda x, mask=mask: _changed(x) & mask, x))) for mask in (several, ~several))
+        of_several = [each(lambda x, mask=mask: _changed(x) & mask, x) for mask in (several, ~several)]
+        shared, unique = map(q.number, q.counts(*of_several))
         ratio = shared / jnp.maximum(unique, threshold)
         return {"factor": 1 + boost * jnp.clip(ratio, 0, limit)}
 

@@ -72,9 +72,8 @@ def pcb(
         return {"size": int(np.prod(shape[1:], dtype=object)), "models": shape[0]}
 
     def order_statistics(count, leaves):
-        magnitudes = lambda x: each(lambda one: _ordered(jnp.abs(one)), entries(x))
-        tails = q.kth_largest(leaves, tuple(count[0]), magnitudes, bits=32)
-        low, high = _value(tails).reshape(2, -1)
+        tails = q.kth_largest(leaves, tuple(count[0]), lambda x: each(q.magnitude_bits, entries(x)))
+        low, high = lax.bitcast_convert_type(tails, jnp.float32).reshape(2, -1)
         balances = [_ordered(_balance(entries(x), low, high)) for x in leaves]
         balance = q.kth_largest(balances, tuple(count[1]), bits=32)
         cut, top = _value(balance).reshape(2, -1)

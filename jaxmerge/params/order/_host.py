@@ -1,9 +1,10 @@
 """Exact order statistics on the host, for leaves that stream through it: XLA has no fast selection on a CPU, numpy does.
 
-A sample says between which two patterns the k-th largest lies; one look at all entries counts those above and notes the few
-between; the rest is found among these. Where a sample is not to be had, or was wrong, or too many entries are alike, histograms
-of the patterns take its place: one of their upper, one of their lower bits. Entries that tie at the threshold are kept by their
-flat index, lowest first, as everywhere here.
+A sample says between which two patterns the k-th largest lies. Where most of what it has there are a few patterns (differences
+of numbers that are stored in 16 bits come in lumps), entries are counted at these alone, which XLA does fastest. Else one look
+at all entries counts those above and notes the few between; the rest is found among these. Where a sample is not to be had, or
+was wrong, or too many entries are alike, histograms of the patterns take its place: one of their upper, one of their lower
+bits. Entries that tie at the threshold are kept by their flat index, lowest first, as everywhere here.
 """
 
 import math
@@ -15,6 +16,24 @@ import numpy as np
 HALF = 16
 FEW = 1 << 22
 """Entries between two patterns that are noted one by one, per model."""
+LUMPS = 3
+"""Patterns at which entries are counted."""
+RUN = 1 << 12
+"""Entries that are counted together."""
+
+
+class Held(NamedTuple):
+    """What can be asked of a leaf that is in memory.
+
+    Attributes:
+      sample: () -> the magnitudes of entries from all over it, uint32 (K, m).
+      tally: patterns (c, n K) -> how many entries are above each (c, n K), and how many of each run are it (c, n K, runs).
+      part: (start, stop) -> the magnitudes of these entries, uint32 (K, stop - start).
+    """
+
+    sample: Callable[[], np.ndarray]
+    tally: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    part: Callable[[int, int], np.ndarray]
 
 
 class Streamed(NamedTuple):
@@ -23,7 +42,7 @@ class Streamed(NamedTuple):
     Attributes:
       models, shape: K, and the leaf's shape, of n entries.
       blocks: () -> (offset, uint32 (K, m)) until all have been seen, in order.
-      sample: () -> uint32 (K, m) from all over the leaf; or None.
+      held: what else can be asked, of a large leaf that is in memory; or None.
       total: (f, settings, combine) -> what f(settings, block) comes to over all blocks, float64; f must not see zeros that fill
         a block up.
     """
@@ -31,7 +50,7 @@ class Streamed(NamedTuple):
     models: int
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
-    sample: Callable[[], np.ndarray] | None = None
+    held: Held | None = None
     total: Callable[[Callable, Any, np.ufunc], np.ndarray] = lambda f, settings, combine: np.zeros(0)
 
     @property
@@ -50,9 +69,10 @@ class Found(NamedTuple):
 
 def select(x: Streamed, k: np.ndarray) -> Found:
     """The k-th largest of each model; k (n K,), 1 or more: the first order statistic of every model, the second, ..."""
-    if x.sample is not None:
-        low, high = _around(x.sample(), k, x)
-        found = _collect(x, k, low, high)
+    if x.held is not None:
+        low, high, lumps = _around(x.held.sample(), k, x)
+        found = None if lumps is None else _among(x, x.held, k, lumps)
+        found = found or _collect(x, k, low, high)
         if found is not None:
             return found
     histogram = _histogram(x, len(k), lambda u, c: u >> HALF)
@@ -83,19 +103,48 @@ def locate(x: Streamed, pattern: np.ndarray, quota: np.ndarray) -> Found:
     return Found(pattern, above, tied, np.where(tied <= quota, x.size, cut))
 
 
-def _around(sample: np.ndarray, k: np.ndarray, x: Streamed) -> tuple[np.ndarray, np.ndarray]:
-    """Streamed about the k-th largest: where the sample puts it, give or take five times what it scatters."""
+def _around(sample: np.ndarray, k: np.ndarray, x: Streamed) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Between which patterns a sample puts the k-th largest, give or take five times what it scatters; the lumps there."""
     many = sample.shape[1]
     part = k / x.size
     reach = 5 * np.sqrt(part * (1 - part) * many) + 8
     at = np.stack([(1 - part) * many - reach, (1 - part) * many + reach]).astype(np.int64)
     low, high = np.zeros(len(k), np.int64), np.full(len(k), 1 << 31)
+    lumps = []
     for c, (first, last) in enumerate(at.T):
         ends = [i for i in (first, last) if 0 <= i < many]
         values = np.partition(sample[c % x.models], ends) if ends else sample[0]
         low[c] = values[first] if first >= 0 else 0
         high[c] = int(values[last]) + 1 if last < many else 1 << 31
-    return low, high
+        lumps.append(_lumps(values[max(first, 0) : last + 1]))
+    few = [patterns for patterns in lumps if patterns is not None]
+    return low, high, np.stack(few, axis=1) if len(few) == len(k) else None
+
+
+def _lumps(values: np.ndarray) -> np.ndarray | None:
+    """The patterns that occur most often, if they are more than half of all."""
+    patterns, many = np.unique(values, return_counts=True)
+    most = np.argsort(many)[::-1][:LUMPS]
+    return np.resize(patterns[most], LUMPS) if 2 * many[most].sum() > values.size else None
+
+
+def _among(x: Streamed, held: Held, k: np.ndarray, patterns: np.ndarray) -> Found | None:
+    """The k-th largest, if it is one of these patterns (c, n K)."""
+    above, at = held.tally(patterns)
+    tied = at.sum(axis=-1, dtype=np.int64)
+    here = (above < k) & (k <= above + tied)
+    if not here.any(axis=0).all():
+        return None
+    which = here.argmax(axis=0), np.arange(len(k))
+    pattern, above, tied, at = patterns[which], above[which], tied[which], at[which]
+    cut = np.full(len(k), x.size)
+    for c in np.flatnonzero(k < above + tied):
+        reached = np.cumsum(at[c], dtype=np.int64)
+        run = int(np.searchsorted(reached, k[c] - above[c]))
+        left = k[c] - above[c] - (reached[run] - at[c, run])
+        row = held.part(run * RUN, min((run + 1) * RUN, x.size))[c % x.models]
+        cut[c] = run * RUN + np.flatnonzero(row == pattern[c])[left - 1] + 1
+    return Found(pattern, above, tied, cut)
 
 
 def _collect(x: Streamed, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:

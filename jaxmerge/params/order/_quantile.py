@@ -26,6 +26,7 @@ from jaxmerge.params.order._words import (
     add as add,
     at_least as at_least,
     count as count,
+    counts as counts,
     from_words as from_words,
     number as number,
     share as share,

@@ -58,44 +58,53 @@ def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
     return fastest(_ranks_side_by_side, sort)(bits) if bits.shape[-1] <= 1 << 16 else sort(bits)
 
 
-LANES = 128
+LANES = 64
 """Rows that are sorted side by side on the CPU, whose sort takes one number at a time."""
 
 
 def _ranks_side_by_side(bits: UInt32[Array, "*rows n"]) -> Int[Array, "*rows n"]:
     n = bits.shape[-1]
-    size = 1 << (n - 1).bit_length()
+    digits = (n - 1).bit_length()
+    size = 1 << digits
     rows = bits.reshape(-1, n)
-    padded = jnp.pad(rows, ((0, -rows.shape[0] % LANES), (0, size - n)), constant_values=np.uint32(0xFFFFFFFF))
+    padded = jnp.pad(rows, ((0, -rows.shape[0] % LANES), (0, size - n)), constant_values=np.uint32(0x7FFFFFFF))
 
     def ranks(rows):
-        at = jnp.broadcast_to(jnp.arange(size, dtype=jnp.uint32)[:, None], (size, LANES))
-        _, order = _bitonic(rows.T, at)
-        (ranked,) = _bitonic(order * np.uint32(size) + at)  # both in one word: where each came from, and where it is
-        return (ranked % np.uint32(size)).T
+        at = jnp.arange(size, dtype=jnp.uint32)[None]
+        # by their lower bits, then by their upper bits: each time one word, that of an entry before and where it is
+        order = (_bitonic((rows << digits | at).T) % np.uint32(size)).T.astype(jnp.int32)
+        upper = jnp.take_along_axis(rows >> (32 - digits), order, axis=1, mode="promise_in_bounds")
+        place = (_bitonic((upper << digits | at).T) % np.uint32(size)).T.astype(jnp.int32)
+        return lax.map(inverse, (order, place))
+
+    def inverse(orders):
+        order, place = orders
+        return jnp.zeros_like(order).at[order[place]].set(jnp.arange(size), unique_indices=True, mode="promise_in_bounds")
 
     found = lax.map(ranks, padded.reshape(-1, LANES, size)).reshape(-1, size)
-    return found[: rows.shape[0], :n].reshape(bits.shape).astype(jnp.int32)
+    return found[: rows.shape[0], :n].reshape(bits.shape)
 
 
-def _bitonic(*words: UInt32[Array, "n lanes"]) -> tuple[UInt32[Array, "n lanes"], ...]:
-    """Sorted along the first axis, a power of two, by the first word, then the second: Batcher's network, in which everyone
-    meets the one at index ^ distance."""
-    n = words[0].shape[0]
-    at = jnp.arange(n, dtype=jnp.uint32)
-    meetings = [(run, 1 << d) for r in range(1, n.bit_length()) for run in [1 << r] for d in reversed(range(r))]
-    run, distance = jnp.asarray(np.array(meetings, np.uint32).reshape(-1, 2).T)
+def _bitonic(x: UInt32[Array, "n lanes"]) -> UInt32[Array, "n lanes"]:
+    """Sorted along the first axis, a power of two: Batcher's network, in which everyone meets the one at index ^ distance."""
+    n = x.shape[0]
+    if n == 1:
+        return x
+    far = range(n.bit_length() - 1)
+    run, distance = np.array([(run, d) for run in far for d in range(run, -1, -1)], np.int32).reshape(-1, 2).T
 
-    def meet(i, words):
-        others = [w.at[(at ^ distance[i]).astype(jnp.int32)].get(mode="promise_in_bounds") for w in words]
-        after = words[-1] > others[-1]
-        for w, o in zip(words[-2::-1], others[-2::-1], strict=True):
-            after = (w > o) | ((w == o) & after)
-        smaller_stays = ((at & run[i]) == 0) == ((at & distance[i]) == 0)
-        swap = after == smaller_stays[:, None]
-        return tuple(jnp.where(swap, o, w) for w, o in zip(words, others, strict=True))
+    def at_distance(d):
+        def meet(x, run):
+            low, high = (x.reshape(n >> (d + 1), 2, 1 << d, -1)[:, i] for i in range(2))
+            down = (jnp.arange(n >> (d + 1)) >> (run - d) & 1 == 1)[:, None, None]
+            less, more = jnp.minimum(low, high), jnp.maximum(low, high)
+            return jnp.stack([jnp.where(down, more, less), jnp.where(down, less, more)], axis=1).reshape(n, -1)
 
-    return lax.fori_loop(0, len(meetings), meet, words)
+        return meet
+
+    meet = [at_distance(d) for d in far]
+    step = lambda i, x: lax.switch(jnp.asarray(distance)[i], meet, x, jnp.asarray(run)[i])
+    return lax.fori_loop(0, len(run), step, x)
 
 
 def outranks(x: Array, rival: UInt[Array, "*rows n"]) -> Bool[Array, "*rows n"]:

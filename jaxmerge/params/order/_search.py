@@ -84,6 +84,7 @@ def kth_largest(
       start: the first pivots.
     """
     nothing = jnp.zeros_like(k[1])
+    size = sum(math.prod(x.shape[1:]) for x in leaves)
     runs = sum(math.prod(x.shape[1:]) // run(x) for x in leaves)
     few = max(round((runs * runs / 8) ** (1 / 3)), 1)  # at random, one in fifty times three of them fall into one run
 
@@ -92,7 +93,7 @@ def kth_largest(
         # patterns are made as they are read: outside the loop, where XLA would lift them, they would fill an array
         entries, pivots = lax.optimization_barrier((leaves, pivots))
         *bracket, slow, look = lax.cond(look, collect, narrow, entries, bracket, slow, pivots)
-        return *bracket, slow, look, _pivots(*bracket, k=k, slow=slow)
+        return *bracket, slow, look, _pivots(*bracket, k=k, slow=slow, size=size)
 
     def narrow(entries, bracket, slow, pivots):
         lo, hi, below, above = bracket  # below = #(>= lo) >= k > above = #(> hi)
@@ -136,11 +137,11 @@ def kth_largest(
         return lo, hi, _choose(crowded, below, enough), _choose(crowded, above, larger), slow, jnp.bool_(False)
 
     lo, hi = nothing, jnp.full_like(nothing, (1 << bits) - 1)
-    high, low = w.to_words([sum(math.prod(x.shape[1:]) for x in leaves)])
+    high, low = w.to_words([size])
     everything = jnp.broadcast_to(high, nothing.shape), jnp.broadcast_to(low, nothing.shape)
     bracket = lo, hi, everything, (nothing, nothing)
     slow = jnp.full(nothing.shape, 3 if start is None else 0, jnp.int32)
-    start = _pivots(*bracket, k=k, slow=slow) if start is None else jnp.minimum(start, (hi - 1)[None])
+    start = _pivots(*bracket, k=k, slow=slow, size=size) if start is None else jnp.minimum(start, (hi - 1)[None])
     state = (*bracket, slow, jnp.bool_(False), start)
     found, _, below, above, *_ = lax.while_loop(lambda state: jnp.any(state[0] < state[1]), step, state)
     return found, above, below
@@ -176,12 +177,13 @@ def _choose(which: Array, a: w.Words, b: w.Words) -> w.Words:
 
 
 def _pivots(
-    lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, slow: Int32[Array, "_"]
+    lo: Array, hi: Array, below: w.Words, above: w.Words, *, k: w.Words, slow: Int32[Array, "_"], size: int
 ) -> UInt32[Array, "pivots _"]:
     """Where to count next, from lo to under hi: about the k-th, give or take what a sample of as many scatters, on a line of
-    the logarithm of the rank, as tails are. Where that was slow, four times as far; then the ends by themselves and the
-    roundest pattern between, at which coarse data tie; then equal parts."""
-    inside, rank, start = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5, w.number(above) + 0.5
+    the logarithm of the rank from the nearer end, as tails are. Where that was slow, four times as far; then the ends by
+    themselves and the roundest pattern between, at which coarse data tie; then equal parts."""
+    inside, rank = w.number(w.subtract(below, above)), w.number(w.subtract(below, k)) + 0.5
+    under, over = size - w.number(below) + 0.5, w.number(above) + 0.5
     deviation = jnp.sqrt(rank / inside * (inside - rank)) * jnp.where(slow == 1, 4, 1)
     near, far = 1.5 * deviation + 1, 4.5 * deviation + 3
     ranks = [
@@ -190,14 +192,15 @@ def _pivots(
         jnp.where(rank + near < inside, rank + near, (inside + rank) / 2),
         jnp.where(rank + far < inside, rank + far, (3 * inside + rank) / 4),
     ]
-    whole = jnp.log1p(inside / start)
     wide = jnp.maximum(hi - lo, 1)
     differing = jnp.minimum(31 - lax.clz(lo ^ hi), 31)  # the highest bit: 1 in hi
     round_ = hi >> differing << differing
     coarse = [lo, round_ - 1, round_, hi - 1]
     pivots = []
     for i, r in enumerate(ranks):
-        place = jnp.log1p(r / (inside - r + start)) / whole
+        from_top = jnp.log1p(r / (inside - r + over)) / jnp.log1p(inside / over)
+        from_bottom = jnp.log1p(r / under) / jnp.log1p(inside / under)
+        place = jnp.where(under < over, from_bottom, from_top)
         step = jnp.clip(place * wide.astype(jnp.float32), 0, 2.0**32 - 256).astype(jnp.uint32)
         part = wide // (PIVOTS + 1) * np.uint32(i + 1) + wide % (PIVOTS + 1) * np.uint32(i + 1) // (PIVOTS + 1)
         pivot = jnp.where(slow < 2, lo + step, jnp.where(slow == 2, coarse[i], lo + part))

@@ -26,6 +26,23 @@ def count(mask: Bool[Array, "K ..."], word: int = 32) -> Words:
     return widened(fastest(by_model, reduce)(mask), mask.shape, most, word)
 
 
+def counts(*masks: Bool[Array, "K ..."]) -> list[Words]:
+    """`count` of each; on one CPU device in one loop, for masks that look at several models."""
+    shape = masks[0].shape
+    inner, most = inner_axes(shape)
+
+    def apart(*masks):
+        return [jnp.sum(mask, axis=inner, dtype=jnp.uint32) for mask in masks]
+
+    def at_once(*masks):
+        ones = [mask[k : k + 1].astype(jnp.uint32) for mask in masks for k in range(shape[0])]
+        add = lambda a, b: [p + q for p, q in zip(a, b, strict=True)]
+        small = lax.reduce(ones, [np.uint32(0)] * len(ones), add, inner)
+        return [jnp.concatenate(small[i : i + shape[0]]) for i in range(0, len(small), shape[0])]
+
+    return [widened(small, shape, most) for small in fastest(at_once, apart)(*masks)]
+
+
 def together(mask: Bool[Array, "..."], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
     """How many are true over the axes. XLA writes an array for a single reduction on the CPU, but makes two a loop."""
     one = mask.astype(jnp.uint32)

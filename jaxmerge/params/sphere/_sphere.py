@@ -8,7 +8,19 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, float32, over, resolve, total
+from jaxmerge.params._transform import (
+    Hyperparameter,
+    MergeTransform,
+    Need,
+    Step,
+    atom,
+    each,
+    float32,
+    normalized,
+    over,
+    resolve,
+    total,
+)
 from jaxmerge.params.order._host import Streamed
 from jaxmerge.params.order._sums import sums
 
@@ -88,7 +100,9 @@ def nuslerp(weight: Hyperparameter = 1.0, *, scope: Scope = "tensor") -> MergeTr
       >>> [round(v, 4) for v in jm.params.merge(jm.params.nuslerp([3.0, 1.0]), None, [a, b])["w"].tolist()]
       [1.8478, 0.7654]
 
-    Source: mergekit's `nuslerp`; its nuslerp_flatten=False is scope="row", and its nuslerp_row_wise=True scope="column".
+    Source: mergekit's `nuslerp`; its nuslerp_flatten=False is scope="row", and its nuslerp_row_wise=True scope="column". Of two
+    matrices of 4 million entries it finds norms 9e-5 too short, so an angle of 0.14 that is 1 % too small and a result that is
+    5e-5 too short; this one is off by 1e-8 (against float64).
     """
 
     def settings(name, shape):
@@ -127,6 +141,9 @@ def multislerp(weight: Hyperparameter = 1.0, *, normalize: bool = True, floor: f
       normalize: divide the weights by their sum.
       floor: added to lengths that divide.
 
+    Raises:
+      ValueError: normalize, and the weights sum to 0.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> a, b = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 4.0])}
@@ -138,7 +155,7 @@ def multislerp(weight: Hyperparameter = 1.0, *, normalize: bool = True, floor: f
 
     def settings(name, shape):
         w = resolve(weight, name, shape[0], "multislerp: weight")
-        return {"weight": float32(w / w.sum() if normalize else w)}
+        return {"weight": float32(normalized(w, name, "multislerp") if normalize else w)}
 
     def coefficients(settings, g):
         if g.shape[0] == 1:
@@ -169,6 +186,9 @@ def karcher(weight: Hyperparameter = 1.0, *, iterations: int = 10, tolerance: fl
     Law:
       Identical experts give the expert back.
 
+    Raises:
+      ValueError: the weights sum to 0.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> a, b = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 4.0])}
@@ -180,7 +200,7 @@ def karcher(weight: Hyperparameter = 1.0, *, iterations: int = 10, tolerance: fl
 
     def settings(name, shape):
         w = resolve(weight, name, shape[0], "karcher: weight")
-        return {"weight": float32(w / w.sum())}
+        return {"weight": float32(normalized(w, name, "karcher"))}
 
     def coefficients(settings, g):
         if g.shape[0] == 1:
