@@ -35,10 +35,11 @@ class Plan:
 
     Ids below 0 are dropped on purpose; ids from `num_segments` up did not fit and are counted by `overflow`. Integers
     carry no gradient: gradients flow through what the plan is applied to. A plan is a pytree: it crosses `jit`, `vmap`,
-    `scan` and `eval_shape`, and can be saved.
+    `scan` and `eval_shape`, and can be saved. What saves plain trees alone, such as `flax.serialization`, takes the leaves
+    of `jax.tree.flatten(plan)`; `jax.tree.unflatten` makes them a plan again.
 
     Attributes:
-      segment_ids: `Int[Array, "*batch n"]`.
+      segment_ids: `Int[Array, "*batch n"]`; narrower integers become int32.
       num_segments: m, a Python int (shapes are static).
 
     Raises:
@@ -73,6 +74,8 @@ class Plan:
             raise ValueError("Plan: segment_ids must have at least one axis, the n positions; got a scalar.")
         if not jnp.issubdtype(ids.dtype, jnp.integer) and ids.dtype != jax.dtypes.float0:  # float0: a plan's cotangent
             raise TypeError(f"Plan: segment_ids must be integers, got {ids.dtype}; cast them, or use SoftPlan for weights.")
+        if jnp.issubdtype(ids.dtype, jnp.integer) and ids.dtype.itemsize < 4 and hasattr(ids, "astype"):
+            object.__setattr__(self, "segment_ids", ids.astype(jnp.int32))  # they are compared with m and n, maybe above 127
 
     @property
     def num_positions(self) -> int:
@@ -257,7 +260,8 @@ def unmerge(
       merge(p, unmerge(p, y)) = y on every slot that is not empty.
 
     Raises:
-      ValueError: a leaf's leading shape is not (*batch, m); the implementation cannot run here.
+      ValueError: a leaf's leading shape is not (*batch, m); integers that cannot hold `fill`; the implementation cannot run
+        here.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -275,6 +279,8 @@ def unmerge(
     def one(y):
         y = jnp.asarray(y)
         _check_leading(y, batch_m, "unmerge", "y")
+        if not segments.holds(y.dtype, fill):
+            raise ValueError(f"unmerge: fill must be a value of y's {y.dtype}, got {fill}; cast y, or fill with another.")
         if isinstance(plan, SoftPlan):
             x = segments.matmul(jnp.swapaxes(plan.weights, -1, -2), y)
         elif plan.num_segments == 0:

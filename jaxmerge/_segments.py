@@ -153,6 +153,15 @@ def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
 
 
+def holds(dtype: Any, value: Any) -> bool:
+    """Whether a number is one of a dtype's: no NaN, fraction or overflow in integers. Of an array nothing is known."""
+    boolean = jnp.issubdtype(dtype, jnp.bool_)
+    if isinstance(value, Array) or jnp.ndim(value) or not (boolean or jnp.issubdtype(dtype, jnp.integer)):
+        return True
+    low, high = (0, 1) if boolean else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
+    return bool(low <= value <= high and value == int(value))
+
+
 def nothing(x: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "..."]:
     """Zeros of x's shape but for `size` along one axis, laid out as x is: what no position gives, or none receives."""
     row = jnp.zeros_like(x, jnp.int32).sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(x.dtype)

@@ -177,7 +177,8 @@ def _plan(files: Any, options: Plan) -> None:
         _show(console, plan)
         if options.coefficients is not None:
             _coefficients(plan, options.coefficients)
-    console.print("nothing speaks against this recipe")
+    else_ = "else " if any(plan.headers.notes for plan in plans) else ""
+    console.print(f"nothing {else_}speaks against this recipe")
 
 
 def _show(console: Any, plan: Any) -> None:

@@ -221,7 +221,8 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")
     plan.check()
-    console.print("nothing speaks against this merge")
+    _note(console, plan)
+    console.print(f"nothing {'else ' if plan.notes else ''}speaks against this merge")
 
 
 def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
@@ -230,7 +231,9 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
     from jaxmerge import checkpoint
 
-    _checked(tx, files).check()
+    plan = _checked(tx, files)
+    plan.check()
+    _note(Console(), plan)
     _verbs.say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
@@ -254,6 +257,11 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
             **_arguments(files),
         )
     _summary(Console(), report, files)
+
+
+def _note(console: Any, plan: Any) -> None:
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def _doctor() -> None:

@@ -37,12 +37,12 @@ def languages(path: pathlib.Path, *, held_out: int = 300) -> list[Domain]:
     """
     file = path / "parallel.tsv"
     if not file.is_file():
-        raise SystemExit(f"--data {path}: there is no parallel.tsv with a column for each language.")
+        raise ValueError(f"--data {path}: there is no parallel.tsv with a column for each language.")
     with file.open(encoding="utf-8", newline="") as lines:
         (_, *names), *rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if not names or len(rows) <= held_out:
         found = f"{len(rows)} sentences in {len(names)} languages"
-        raise SystemExit(f"--data {path}: parallel.tsv has {found}, too few to hold out {held_out}.")
+        raise ValueError(f"--data {path}: parallel.tsv has {found}, too few to hold out {held_out}.")
     out = []
     for name, (*sentences,) in zip(names, zip(*(row[1:] for row in rows), strict=True), strict=True):
         running = path / f"{name}.txt"
@@ -77,5 +77,5 @@ def tile(text: np.ndarray, length: int, at_most: int | None = None) -> np.ndarra
     """Held-out windows: evenly spread, as many as there are without overlap, at most so many."""
     whole = len(text) // length
     if whole == 0:
-        raise SystemExit(f"held-out text of {len(text)} bytes is shorter than a window of {length}; lower --length.")
+        raise ValueError(f"held-out text of {len(text)} bytes is shorter than a window of {length}; lower --length.")
     return data.tile(text, whole if at_most is None else min(whole, at_most), length)

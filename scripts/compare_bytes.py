@@ -28,6 +28,7 @@ from scripts import bytes_data, bytes_models, bytes_report, bytes_speed, state
 from scripts.bytes_data import Domain
 from scripts.bytes_models import Contestant, Params
 from scripts.bytes_train import Recipe, Scorer, Trainer
+from scripts.refusals import refusals
 
 
 def main(
@@ -108,7 +109,7 @@ def chosen(rows: list[Contestant], only: tuple[str, ...]) -> list[Contestant]:
     """The rows that are named, and those that they start from."""
     names = {row.name: row for row in rows}
     if unknown := set(only) - set(names):
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: not among {', '.join(names)}.")
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: not among {', '.join(names)}.")
     wanted = {*only, *(start for name in only if (start := names[name].start))} if only else set(names)
     return [row for row in rows if row.name in wanted]
 
@@ -168,7 +169,7 @@ class Cache:
         if (path := out / "bytes.json").exists():
             found = json.loads(path.read_text())
             if any(found[k] != v for k, v in self.given.items()):
-                raise SystemExit(f"{path} is of another recipe or other text; name another --out, or delete it.")
+                raise ValueError(f"{path} is of another recipe or other text; name another --out, or delete it.")
             self.rows = {row["name"]: row for row in found["rows"]}
 
     def report(self, names: list[str] | None = None) -> dict[str, Any]:
@@ -198,4 +199,5 @@ class Cache:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

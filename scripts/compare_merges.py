@@ -32,6 +32,7 @@ from models.vit import ViT, ViTConfig
 from scripts import tasks
 from scripts.experts import Head, Network, Params, Scorer, Trainer, grams, information, probe, without_head
 from scripts.merges import MERGES, Given, Merge, Merged
+from scripts.refusals import refusals
 
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """What a merged task vector is multiplied by, to see which is best on validation data."""
@@ -72,7 +73,7 @@ def main(
       only: names of merges to try; none: all of them.
     """
     if unknown := set(only) - {m.name for m in MERGES}:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: not among {', '.join(m.name for m in MERGES)}.")
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: not among {', '.join(m.name for m in MERGES)}.")
     console, began = Console(), time.perf_counter()
     chosen = load(suite, data, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def load(suite: str, data: pathlib.Path | None, seed: int) -> tasks.Suite:
     """The suite's data, or a word on what is missing."""
     if (data is None) != (suite in ("digits", "text")):
         wants = "takes no --data: it reads what comes with Python and scikit-learn" if data else "needs --data: see --help"
-        raise SystemExit(f"--suite {suite} {wants}.")
+        raise ValueError(f"--suite {suite} {wants}.")
     if suite == "digits":
         return tasks.digits(seed)
     if suite == "text":
@@ -301,4 +302,5 @@ def plot(rows: list[dict], numbers: list[dict], title: str, path: pathlib.Path) 
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -26,6 +26,7 @@ from models.vit import ViT, ViTConfig
 from scripts.draw import gallery, merged_patches
 from scripts.images import Images, from_file, photo_digits
 from scripts.reductions import REDUCTIONS, Reduction
+from scripts.refusals import refusals
 from scripts.train_vit import fit
 
 
@@ -60,7 +61,7 @@ def main(
       held_out: images to evaluate on.
     """
     if unknown := set(only) - {r.name for r in REDUCTIONS}:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: not among {', '.join(r.name for r in REDUCTIONS)}.")
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: not among {', '.join(r.name for r in REDUCTIONS)}.")
     pool = from_file(data) if data else photo_digits(seed, images, held_out)
     config = ViTConfig(
         width=width, depth=depth, num_heads=heads, patch_size=patch, image_size=pool.train.shape[1], mlp_ratio=2,
@@ -68,7 +69,7 @@ def main(
     )  # fmt: skip
     most = max(rs) * (depth - 1)
     if config.grid**2 - most < max(rs):
-        raise SystemExit(f"--rs {max(rs)}: {depth - 1} blocks would remove {most} of {config.grid**2} patches; ask for fewer.")
+        raise ValueError(f"--rs {max(rs)}: {depth - 1} blocks would remove {most} of {config.grid**2} patches; ask for fewer.")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     began = time.perf_counter()
@@ -208,4 +209,5 @@ def pictures(images: np.ndarray, plans: dict[str, jm.Plan | jm.SoftPlan], grid: 
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

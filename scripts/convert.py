@@ -17,6 +17,7 @@ from flax import nnx
 
 from models.published import Tied
 from scripts.families import FAMILIES, Layout, layout_of, read_model, write_model
+from scripts.refusals import refusals
 
 
 @dataclasses.dataclass
@@ -49,4 +50,5 @@ def convert(flags: Flags) -> str:
 
 
 if __name__ == "__main__":
-    print(convert(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)))
+    with refusals():
+        print(convert(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)))

@@ -22,6 +22,7 @@ from jaxmerge import words
 from models import mrt5, t5
 from scripts import bytes_data, data, state
 from scripts.bytes_models import nats
+from scripts.refusals import refusals
 
 
 @dataclasses.dataclass
@@ -189,4 +190,5 @@ def main(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))
+    with refusals():
+        main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

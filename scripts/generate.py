@@ -20,6 +20,7 @@ import numpy as np
 from jaxmerge import words
 from models.sampling import sample
 from scripts.families import FAMILIES, read_model
+from scripts.refusals import refusals
 
 
 @dataclasses.dataclass
@@ -96,7 +97,8 @@ def generate(flags: Flags) -> Iterator[str]:
 if __name__ == "__main__":
     import tyro
 
-    for text in generate(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    print()
+    with refusals():
+        for text in generate(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__)):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        print()

@@ -17,6 +17,7 @@ from flax import nnx
 
 from scripts import bytes_models, data, state
 from scripts.bytes_views import Rule, View, characters, splitter, views
+from scripts.refusals import refusals
 
 
 @dataclasses.dataclass
@@ -161,4 +162,5 @@ def main(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))
+    with refusals():
+        main(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

@@ -152,7 +152,7 @@ def images(path: pathlib.Path, seed: int, *, validation: int = 256, test: int = 
     classes = len(whole.classes)
     half = max(2, classes // 2)
     if classes < 2 or whole.train.shape[1] % 4:
-        raise SystemExit(
+        raise ValueError(
             f"{path}: needs two classes or more and a side that 4 divides; got {classes} and {whole.train.shape[1]}."
         )
     tasks = []
@@ -270,7 +270,7 @@ def _text_suite(
     for title, corpus in corpora.items():
         if len(corpus.train) <= length or len(corpus.heldout) <= 2 * length:
             found = f"{len(corpus.train):,} and {len(corpus.heldout):,}"
-            raise SystemExit(f"{title}: too little text to train on and hold out, {found} bytes; a window has {length + 1}.")
+            raise ValueError(f"{title}: too little text to train on and hold out, {found} bytes; a window has {length + 1}.")
         half = len(corpus.heldout) // 2
         held = [
             _windows(data.tile(part, n, length + 1), unscored=length // 4)
@@ -293,7 +293,7 @@ def languages(
     files = {p.stem: p for p in sorted(path.glob("*.txt"))}
     if base not in files or len(files) < 9:
         found = ", ".join(files) or "none"
-        raise SystemExit(f"{path}: needs {base}.txt for the base and eight languages beside it; there are {found}.")
+        raise ValueError(f"{path}: needs {base}.txt for the base and eight languages beside it; there are {found}.")
 
     def corpus(file):
         lines = file.read_text("utf-8").splitlines()

@@ -29,6 +29,7 @@ from models.t5 import T5Config
 from scripts import bytes_data, data, evaluate, state
 from scripts.bytes_models import SURE, head_start
 from scripts.bytes_train import optimiser
+from scripts.refusals import refusals
 
 PHASES = ("base", "prose", "code")
 TINY = mrt5.MrT5Config(T5Config(128, 32, 256, 4, 3, 2, softmax1=True, dropout=0.0), gate_layer=1)
@@ -302,4 +303,5 @@ def draw(flags: Flags) -> None:
 if __name__ == "__main__":
     import tyro
 
-    train(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))
+    with refusals():
+        train(tyro.cli(Flags, prog=f"python -m {__spec__.name}", description=__doc__))

@@ -26,6 +26,7 @@ import jaxmerge as jm
 from models.vit import ViT, ViTConfig
 from scripts.draw import gallery, merged_patches
 from scripts.images import Images, digits
+from scripts.refusals import refusals
 
 CONFIG = ViTConfig(
     width=48, depth=4, num_heads=4, patch_size=4, image_size=32, mlp_ratio=2, num_classes=10, channels=1,
@@ -163,4 +164,5 @@ def draw_photo(path: pathlib.Path, shares: tuple[float, ...] = (1.0, 0.6, 0.3, 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

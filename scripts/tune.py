@@ -20,6 +20,7 @@ from rich.console import Console
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
 from scripts.bench import device
+from scripts.refusals import refusals
 
 
 def main(
@@ -40,7 +41,7 @@ def main(
     here = dispatch.target()
     names = [name for name, platform in dispatch.KERNELS.items() if platform == here.platform]
     if not names:
-        raise SystemExit(f"tune: there are no kernels for {here.platform}; run this on a TPU or a Hopper GPU.")
+        raise ValueError(f"tune: there are no kernels for {here.platform}; run this on a TPU or a Hopper GPU.")
     (name,) = names
     console, path = Console(), dispatch.table_path(here.kind)
     table = json.loads(path.read_text()) if path.exists() else {}
@@ -91,4 +92,5 @@ def filled(seed: int, shape: jax.ShapeDtypeStruct, m: int) -> jax.Array:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

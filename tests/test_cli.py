@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,28 @@ def test_plan(saved, capsys):
         assert part in printed, part
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_plan_says_when_memory_does_not_suffice_and_what_does(saved, capsys, tmp_path, kind):
+    root, _ = saved
+    command = ["--models", str(root / "a"), str(root / "b"), "--format", kind, "--memory"]
+    (tmp_path / "r.yml").write_text(
+        f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {root / 'a'}}}, {{model: {root / 'b'}}}]\n"
+    )
+    for how in (["linear", *command], [str(tmp_path / "r.yml"), "--format", kind, "--memory"]):
+        assert cli.main(["plan", *how, "2kB"]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        needs = re.search(r"memory=2kB is less than this merge needs; raise memory= \(--memory\) to (\d+MB)", printed)
+        assert needs and "nothing else speaks against" in printed, printed
+        assert cli.main(["plan", *how, needs[1]]) == 0
+        assert "nothing speaks against" in capsys.readouterr().out
+
+
+def test_memory_on_devices_suffices_as_the_plan_says(saved):
+    root, _ = saved
+    plan = lambda memory: checkpoint.plan(params.linear(), None, [root / "a", root / "b"], memory=memory, on_devices=True)
+    assert "memory=9 is less" in plan(9).notes[0] and not plan(10**6).notes
+
+
 def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
     root, _ = saved
     models = ["--models", str(root / "a"), str(root / "b")]
@@ -118,6 +141,7 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merge", "average"], "usage: jaxmerge {plan|merge}"),
         (["merge", "averag"], "'averag' is neither a recipe (a file) nor a method."),
         (["plan", "tiess"], "neither a recipe (a file) nor a method; did you mean 'ties'?"),
+        (["plan", "nope.yml"], "there is no recipe at 'nope.yml'; name a YAML file"),
         (["merg", "ties"], "there is no command 'merg'; did you mean 'merge'?"),
         (["inspect", str(root / "a"), "--leaves", "("], "--leaves: '(' is no regular expression: missing )"),
         ([], "usage: jaxmerge {plan|merge}"),

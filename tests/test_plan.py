@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
@@ -194,6 +195,26 @@ def test_a_plan_of_numpy_arrays_is_a_plan(unchecked):
     assert jm.from_parents(np.zeros(3, np.int32), 1, hops=hops).sizes.tolist() == [3]
 
 
+@pytest.mark.parametrize("kind", [jnp.int8, jnp.uint8, jnp.int16, np.int8])
+def test_narrow_ids_are_compared_with_wide_numbers(kind, unchecked):
+    """300 segments, of which an int8 knows 127; and 300 positions."""
+    make = np.array if kind is np.int8 else jnp.array
+    plan, wide = jm.Plan(make([0, 0, 100], kind), 300), jm.Plan(jnp.array([0, 0, 100]), 300)
+    for one in ("sizes", "kept", "overflow", "matrix"):
+        np.testing.assert_array_equal(getattr(plan, one), getattr(wide, one))
+    assert jax.jit(lambda p: p.sizes)(plan)[0] == 2 and plan.segment_ids.dtype == jnp.int32
+    assert jm.from_parents(make([0] * 300, kind), 1).sizes.tolist() == [300]
+
+
+@pytest.mark.parametrize("plan", [jm.Plan(np.array([0, 2, -1]), 3), jm.SoftPlan(np.eye(3, dtype=np.float32))])
+def test_flax_saves_the_leaves(plan, unchecked):
+    leaves, structure = jax.tree.flatten(plan)
+    saved = serialization.to_bytes(leaves)
+    back = jax.tree.unflatten(structure, serialization.from_bytes(leaves, saved))
+    assert type(back) is type(plan) and back.num_segments == 3
+    np.testing.assert_array_equal(back.matrix, plan.matrix)
+
+
 def test_random_keys_go_where_their_positions_go():
     plan, keys = jm.Plan(jnp.array([1, 0, 1, -1]), 2), jax.random.split(jax.random.key(0), 4)
     first = jm.merge(plan, keys, reduce="first")
@@ -284,6 +305,14 @@ def test_layout_survives_and_no_collective_appears(mesh, name, features, x):
         (lambda: jm.identity(3, like=jnp.ones((2, 4, 5))), ValueError, r"\(\*batch, 3, d\).*got \(2, 4, 5\)"),
         (lambda: jm.identity(4, (2,), like=jnp.ones((2, 4, 5))), ValueError, "batch left out"),
         (lambda: jm.from_parents(jnp.arange(3), 3, hops=0), ValueError, "hops must be 1 or more, got 0"),
+        (
+            lambda: jm.unmerge(jm.identity(3), jnp.arange(3), fill=np.nan),
+            ValueError,
+            "fill must be a value of y's int32, got nan; cast y",
+        ),
+        (lambda: jm.unmerge(jm.identity(3), jnp.arange(3), fill=2.5), ValueError, "int32, got 2.5"),
+        (lambda: jm.unmerge(jm.identity(3), jnp.ones(3, jnp.uint8), fill=-1), ValueError, "uint8, got -1"),
+        (lambda: jm.unmerge(jm.identity(3), jnp.ones(3, bool), fill=np.nan), ValueError, "bool, got nan"),
         (lambda: jm.compose(jm.identity(4), jm.Plan(jnp.zeros(4, int), 2)), ValueError, "swapped"),
         (lambda: jm.compose(jm.identity(3, (2,)), jm.identity(3)), ValueError, "batch shapes differ"),
         (lambda: jm.merge(jnp.ones(3), jm.identity(3)), TypeError, "merge: a Plan of an array.*comes first; got ArrayImpl"),

@@ -1,6 +1,7 @@
 """What a merge will do, from the headers alone: leaves, bytes, batches, passes, and every mismatch."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ class CheckpointPlan(NamedTuple):
       peak_bytes: estimate of what buffers and arrays take at their most: over all devices where it is merged on them, else on
         one process; the runtime itself takes some 300 MB.
       problems: every reason to refuse; empty if there is none.
+      notes: what is no reason to refuse but not as asked: the least `memory` that suffices, where what is given does not.
     """
 
     base: Source | None
@@ -63,6 +65,7 @@ class CheckpointPlan(NamedTuple):
     bytes_written: int
     peak_bytes: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def reference(self) -> Source:
@@ -171,12 +174,17 @@ def plan(
         from jaxmerge.checkpoint import _orbax
 
         budget = parse_size(memory, "memory") if memory is not None else MEMORY
-        batches = _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
+        in_memory = lambda budget: _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
+
+        def peak(batches: list[list[str]]) -> int:
+            most = 0
+            for batch in batches:
+                work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
+                most = max(most, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
+            return most
+
+        batches = in_memory(budget)
         passes = 1 if len(batches) == 1 else looks
-        peak = 0
-        for batch in batches:
-            work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
-            peak = max(peak, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
         return CheckpointPlan(
             **common,
             shardings=shardings,
@@ -187,17 +195,19 @@ def plan(
             layout=None,
             passes=passes,
             bytes_read=size * passes + rest * (len(inputs) + 1),
-            peak_bytes=peak,
+            peak_bytes=peak(batches),
             problems=tuple(problems),
+            notes=_short(memory, peak(batches), lambda m: peak(in_memory(m))),
         )
-    ways = by_ranges(
+    cut = functools.partial(
+        by_ranges,
         inputs=inputs,
         floating=floating,
         steps=steps,
         settings=settings,
-        memory=memory,
         shards=None if format == "safetensors" else {n: shards_of(s, len(leaves[n].shape)) for n, s in shardings.items()},
     )
+    ways = cut(memory=memory)
     problems += ways.problems
     again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
     files = None
@@ -222,6 +232,19 @@ def plan(
         bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
         peak_bytes=ways.peak,
         problems=tuple(problems),
+        notes=() if ways.problems else _short(memory, ways.peak, lambda m: cut(memory=m).peak),
+    )
+
+
+def _short(memory: int | str | None, peak: int, peak_with: Callable[[int], int]) -> tuple[str, ...]:
+    """That memory does not suffice, and what does: the first that is no less than what a merge with it takes."""
+    if memory is None or peak <= (least := parse_size(memory, "memory")):
+        return ()
+    while peak > least:
+        least, peak = peak, peak_with(peak)
+    return (
+        f"memory={memory} is less than this merge needs; raise memory= (--memory) to {-(-least // 10**6)}MB, or it takes more "
+        "than it may",
     )
 
 

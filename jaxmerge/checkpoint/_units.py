@@ -132,7 +132,7 @@ def by_ranges(
         largest = max(largest, held)
     group = 4 * FLUSH if shards is None else min(GROUP, hold // 8)
     written = group if shards is None else 3 * group  # one group is on its way, compressed, while the next is made
-    limit = hold if memory is None else max(hold - work - 2 * encoded - (written if shards else 0), largest)
+    limit = hold if memory is None else max(hold - work - 2 * encoded - written, largest)
     peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + written
     return Ways(tuple(units), frozenset(entire), limit, spans, group, tuple(again), peak, tuple(problems))
 

@@ -96,7 +96,8 @@ def plan_document(
     mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
     files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
     tables = {} if words is None else report(words, list(sources), recipe.base)
-    found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, (*recipe.notes, *notes))
+    notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in headers.notes))
+    found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, notes)
     return found, mistakes + wrong
 
 
@@ -203,6 +204,7 @@ def _adapters(
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
     problems = list(headers.problems)
+    notes += [Mistake(None, note) for note in headers.notes]
     if made is not None:
         allowed = arguments.get("memory")
         if allowed is not None and made.bytes > parse_size(allowed, "memory"):

@@ -400,6 +400,6 @@ class _Reader:
         if self.there(fields, key) and str(fields[key].value).removeprefix("torch.") not in words:
             value = fields[key].plain
             more = "; float64 cannot be merged exactly in float32" if value == "float64" else ""
-            self.wrong(
-                fields[key].mark, f"{key} must be one of {', '.join(words)}, got {value!r}{more}{suggest(str(value), words)}"
-            )
+            near = nearest(str(value), words)
+            hint = f"; did you mean {near!r}?" if near else "."
+            self.wrong(fields[key].mark, f"{key} must be one of {', '.join(words)}, got {value!r}{more}{hint}")

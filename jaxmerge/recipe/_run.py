@@ -160,6 +160,8 @@ def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
     if isinstance(recipe, str) and "\n" in recipe:
         return recipe, "recipe"
     path = pathlib.Path(recipe)
+    if not path.exists():  # a pipe is there too
+        raise FileNotFoundError(f"there is no recipe at {str(path)!r}; name a YAML file, relative to where you are.")
     return path.read_text(encoding="utf-8"), path.name
 
 

@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge.tokens._checks import spreads
 from jaxmerge.tokens._nearest import nearest
 
 
@@ -42,7 +43,7 @@ def negative_merge(
       neighbour is mutual and in the same place.
 
     Raises:
-      ValueError: x and the reference differ in rank or features, n ≠ m with match="tokens", another `match`.
+      ValueError: x and the reference differ in rank, batch or features, n ≠ m with match="tokens", another `match`.
 
     Cost: one (n, m) similarity.
 
@@ -61,6 +62,11 @@ def negative_merge(
         raise ValueError(
             f"negative_merge: x (*batch, n, d) and the reference (*batch, m, d) must have as many axes and the same d, got "
             f"{x.shape} and {reference.shape}; a batch axis of length 1 shares one reference."
+        )
+    if not spreads(reference.shape[:-2], x.shape[:-2]):
+        raise ValueError(
+            f"negative_merge: the reference's batch axes must be x's, {x.shape[:-2]}, or of length 1; "
+            f"got {reference.shape[:-2]}."
         )
     n, m = x.shape[-2], reference.shape[-2]
     if match == "tokens" and n != m:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from jaxmerge import params, testing
 from scripts.bench.params import CASES, SQUARE, Case, Shape
+from scripts.refusals import refusals
 
 LARGE: dict[str, Shape] = {"embed": (4096, 1024), "kernel": (1024, 4096), "scale": (1024,)}
 SMALL: dict[str, Shape] = {"kernel": (2048, 256), "scale": (1024,)}  # larger eigenproblems compile for minutes on a TPU
@@ -86,4 +87,5 @@ def moved(case: Case, mesh: Mesh) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

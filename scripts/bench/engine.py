@@ -21,6 +21,8 @@ import threading
 import time
 from typing import Literal
 
+from scripts.refusals import refusals
+
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary
     0.0001: (64, 96, 2, 4, 2, 256),  # for tests
     0.13: (2048, 5632, 2, 32, 8, 16000),
@@ -335,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

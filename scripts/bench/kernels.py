@@ -28,6 +28,7 @@ import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens, cases
 from scripts.bench import device
+from scripts.refusals import refusals
 
 OPS = ("step", "match", "merge", "unmerge", "pack", "attend")
 ROWS = 20_000
@@ -211,4 +212,5 @@ def torch_step(checkout: pathlib.Path, specs: list[Tokens], batch: int | None, d
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -26,6 +26,7 @@ from rich.table import Table
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch, merge as merges, pack as packs, step as steps
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens, cases
+from scripts.refusals import refusals
 
 CHIPS = {
     "v5e": ("v5e:2x2", "TPU v5 lite"),
@@ -165,4 +166,5 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.bench import mergekit_cases as cases
+from scripts.refusals import refusals
 
 
 def run_mergekit(python: pathlib.Path, out: pathlib.Path, size: cases.Size) -> None:
@@ -174,4 +175,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from jaxmerge import words
 from models import load, mrt5, published, t5
+from scripts.refusals import refusals
 
 NAMES = ("byt5", "soft", "hard")
 
@@ -235,4 +236,5 @@ def measure(ours: dict, peer: subprocess.Popen | None, rounds: int, *, step: boo
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

@@ -42,6 +42,7 @@ from rich.console import Console
 import jaxmerge as jm
 from scripts.bench import meter
 from scripts.bench.tome import Case, firsts
+from scripts.refusals import refusals
 
 CASES: tuple[Case, ...] = ((8, 197, 768, 64, 16), (8, 577, 1024, 64, 40))
 METHODS = ("ToMe", "PiToMe", "DiffRate's merge")
@@ -126,7 +127,7 @@ def ours(metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[]
 def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[str, tuple[Callable[[], object], np.ndarray]]:
     """The same of OpenToMe."""
     if not (path / "opentome").is_dir():
-        raise SystemExit(f"{path} is not there; --opentome wants a checkout of https://github.com/Westlake-AI/OpenToMe.")
+        raise ValueError(f"{path} is not there; --opentome wants a checkout of https://github.com/Westlake-AI/OpenToMe.")
     sys.path.insert(0, str(path))
     code, pitome, diffrate = (importlib.import_module(f"opentome.tome.{name}") for name in ("tome", "pitome", "diffrate"))
     import torch  # pyright: ignore[reportMissingImports]
@@ -151,4 +152,5 @@ def theirs(path: pathlib.Path, metric: Any, x: Any, sizes: Any, r: int) -> dict[
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

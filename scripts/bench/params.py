@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.bench import meter
+from scripts.refusals import refusals
 
 Shape = tuple[int, ...]
 Tensors = dict[str, np.ndarray]
@@ -128,7 +129,7 @@ def main(
     """
     unknown = sorted(set(methods) - set(CASES))
     if unknown:
-        raise SystemExit(f"--methods has {unknown}; there are {sorted(CASES)}.")
+        raise ValueError(f"--methods has {unknown}; there are {sorted(CASES)}.")
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
     console.print(f"one thread, on core {meter.pin()}, {dtype}")
@@ -280,4 +281,5 @@ def _gram(shapes: dict[str, Shape]) -> Tensors:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

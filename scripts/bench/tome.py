@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 
 from scripts.bench import meter
+from scripts.refusals import refusals
 
 Case = tuple[int, int, int, int, int]
 CASES: tuple[Case, ...] = ((8, 197, 768, 64, 16), (8, 577, 1024, 64, 40), (1, 4096, 64, 64, 2048))
@@ -156,7 +157,7 @@ def load(path: pathlib.Path) -> Any:
     """A peer's module from its file, without the package around it (which wants a certain timm)."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     if spec is None or spec.loader is None or not path.exists():
-        raise SystemExit(f"{path} is not there; --tome wants a checkout of https://github.com/facebookresearch/ToMe.")
+        raise ValueError(f"{path} is not there; --tome wants a checkout of https://github.com/facebookresearch/ToMe.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile looks for it there
     spec.loader.exec_module(module)
@@ -164,4 +165,5 @@ def load(path: pathlib.Path) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

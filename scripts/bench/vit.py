@@ -29,6 +29,7 @@ import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from models.vit import VARIANTS, Flash, ViT, ViTConfig
 from scripts.bench import device, meter
+from scripts.refusals import refusals
 
 WITHOUT: dict[Flash, Flash] = {"mosaic_gpu": "cudnn", "mosaic_tpu": "xla"}
 """What runs in place of our attention where our kernels do not."""
@@ -187,4 +188,5 @@ def flops(config: ViTConfig, batch: int, r: int, multiple: int = 1) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

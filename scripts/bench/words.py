@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.bench import meter
+from scripts.refusals import refusals
 
 NATIVE = "hat-splitter"
 
@@ -107,4 +108,5 @@ def released() -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)

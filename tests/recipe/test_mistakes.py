@@ -262,6 +262,11 @@ def test_all_mistakes_in_one_message(models):
     assert message.startswith("the recipe has ") and len(refused.value.mistakes) >= 5
 
 
+def test_choices_are_listed_once():
+    with pytest.raises(recipe.RecipeError, match=r"one of float32, float16, bfloat16, got 'int7'\.$"):
+        recipe.plan(LINEAR.replace(AB, "") + WEIGH + "models: [{model: a}]\nout_dtype: int7\n")
+
+
 def test_two_mistakes_of_two_models(models, tmp_path):
     text = 'merge_method: linear\nmodels: [{model: "@x"}, {model: "@y"}]\n' + WEIGH
     with pytest.raises(recipe.RecipeError) as refused:

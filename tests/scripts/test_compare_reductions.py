@@ -45,9 +45,9 @@ def test_the_whole_comparison(own, tmp_path):
 
 def test_bad_flags(own, tmp_path):
     run = lambda **flags: compare_reductions.main(out=tmp_path, data=own, patch=4, **flags)
-    with pytest.raises(SystemExit, match="--only ToMee: not among ToMe, "):
+    with pytest.raises(ValueError, match="--only ToMee: not among ToMe, "):
         run(only=("ToMee",))
-    with pytest.raises(SystemExit, match="--rs 5: 3 blocks would remove 15 of 16 patches"):
+    with pytest.raises(ValueError, match="--rs 5: 3 blocks would remove 15 of 16 patches"):
         run(rs=(5,))
     np.savez(tmp_path / "poor.npz", train_images=np.zeros((1, 2, 2, 3)))
     with pytest.raises(ValueError, match=r"poor.npz lacks train_labels, test_images, test_labels; it holds train_images"):

@@ -10,6 +10,7 @@ t = jm.tokens
 X, SCORE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 4)), jnp.float32), jnp.ones((2, 16))
 PLAN, LONG = jm.Plan(jnp.zeros((2, 16), jnp.int32), 1), jnp.ones((2, 17))
 SHORT_X = X[:, :9]
+SIDES = np.tile(np.arange(4), (2, 1))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,25 @@ SHORT_X = X[:, :9]
         (lambda: t.nearest(X, X, mask=LONG > 0), ValueError, r"nearest: mask .* \(2, 16, 16\), queries by keys; got"),
         (lambda: t.local_outlier_factor(X, 3, mask=LONG > 0), ValueError, r"one per point; got \(2, 17\)"),
         (lambda: t.attention_inhibition(X, X, 2), ValueError, r"text_to_text \(\*batch, t, t\).*got \(2, 16, 4\)"),
+        (lambda: t.trajectory_matching(X, grid=(2, 2), window=1.5), TypeError, "window must be a Python int.*got 1.5"),
+        (lambda: t.schedule(2.5, 8), TypeError, "schedule: depth must be a Python int.*got 2.5"),
+        (lambda: t.schedule(2, 2.5), TypeError, "schedule: r must be a Python int.*got 2.5"),
+        (lambda: t.keep_schedule(2.5, 0.5, n=16), TypeError, "keep_schedule: depth must be a Python int"),
+        (lambda: t.margins(2.5), TypeError, "margins: depth must be a Python int"),
+        (lambda: t.flow_layers(6.5), TypeError, "flow_layers: depth must be a Python int"),
+        (lambda: t.linear_decay(2.5, 8, start=0, step=0.5), TypeError, "linear_decay: depth must be a Python int"),
+        (
+            lambda: t.visible_layers(jnp.zeros(2, jnp.int32), SCORE > 0, 2.5),
+            TypeError,
+            "visible_layers: depth must be a Python",
+        ),
+        (lambda: t.page_rank(jnp.ones((2, 4, 4)), steps=2.5), TypeError, "page_rank: steps must be a Python int.*got 2.5"),
+        (lambda: t.clip_matching(X, 1, classes=0.5), TypeError, "clip_matching: classes must be a Python int.*got 0.5"),
+        (lambda: t.two_sided_matching(X[0], SIDES, SIDES + 8), ValueError, r"sources must be .* batch \(\); got \(2, 4\)"),
+        (lambda: t.two_sided_matching(X, SIDES[0], SIDES[:1, None] + 8), ValueError, r"destinations must be .*got \(1, 1, 4\)"),
+        (lambda: t.two_sided_matching(X, jnp.ones((3, 4), int), SIDES), ValueError, r"sources must be .* \(2,\); got \(3, 4\)"),
+        (lambda: t.two_sided_matching(X, 3, SIDES), ValueError, r"sources must be .*got \(\)"),
+        (lambda: t.negative_merge(X, jnp.ones((3, 5, 4))), ValueError, r"batch axes must be x's, \(2,\), .*got \(3,\)"),
         (lambda: t.attention_score(jnp.ones((2, 1, 4, 4)), prefix=5), ValueError, "a prefix between 0 and n.*prefix=5"),
     ],
 )

@@ -1,6 +1,5 @@
 """Token Merging's bipartite soft matching: even positions look for the odd position most like them."""
 
-import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float
 from jaxmerge import _segments as segments
 from jaxmerge._kernels.step.ref import segment_ids
 from jaxmerge._plan import Plan, identity
-from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask, python_int
 from jaxmerge.tokens._nearest import nearest
 
 
@@ -90,7 +89,7 @@ def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int |
 
     Source: `parse_r` of Token Merging (arXiv:2210.09461).
     """
-    if depth < 1:
+    if python_int("schedule", "depth", depth) < 1:
         raise ValueError(f"schedule: depth must be 1 or more, got {depth}.")
     if isinstance(r, tuple):
         if len(r) != 2 or not -1 <= r[1] <= 1:
@@ -99,9 +98,9 @@ def schedule(depth: int, r: int | tuple[int, float] | Sequence[int], *, n: int |
         high = 2 * r[0] - low
         layers = [int(low + (high - low) / (depth - 1) * i) for i in range(depth)] if depth > 1 else [int(r[0])]
     elif isinstance(r, Sequence):
-        layers = [operator.index(x) for x in r] + [0] * (depth - len(r))
+        layers = [python_int("schedule", "r of a layer", x) for x in r] + [0] * (depth - len(r))
     else:
-        layers = [operator.index(r)] * depth
+        layers = [python_int("schedule", "r", r)] * depth
     if min(layers) < 0:
         raise ValueError(f"schedule: r must be 0 or more in every layer, got {layers}.")
     if n is None:

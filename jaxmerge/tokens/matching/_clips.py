@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._checks import checked_r
+from jaxmerge.tokens._checks import checked_r, python_int
 from jaxmerge.tokens.matching._bipartite import bipartite_matching
 
 
@@ -46,6 +46,7 @@ def clip_matching(metric: Float[ArrayLike, "*batch clips n d"], r: int, *, class
     if len(shape) < 3:
         raise ValueError(f"{name}: metric must have shape (*batch, clips, n, d), got {shape}.")
     *batch, clips, n, d = shape
+    classes = python_int(name, "classes", classes)
     if not 0 <= classes <= n:
         raise ValueError(f"{name}: classes must be between 0 and the tokens of a clip, {n}; got {classes}.")
     total, lead = clips * n, clips * classes

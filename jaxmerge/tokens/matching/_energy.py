@@ -14,7 +14,7 @@ from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 from jaxmerge._plan import Plan, from_parents, identity
 from jaxmerge._rank import highest, ranks
-from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
+from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask, python_int
 from jaxmerge.tokens._nearest import cosine
 from jaxmerge.tokens.matching._two_sided import look, per_row, sent
 
@@ -147,7 +147,7 @@ def margins(depth: int, start: float = 0.75, stop: float = 0.0) -> list[float]:
 
     Source: PiToMe (arXiv:2405.16148).
     """
-    if depth < 1:
+    if python_int("margins", "depth", depth) < 1:
         raise ValueError(f"margins: depth must be 1 or more, got {depth}.")
     return [start + (stop - start) * layer / depth for layer in range(depth)]
 

@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, SoftPlan, compose, identity, merge
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens.matching._bipartite import schedule
 
 
@@ -128,4 +129,5 @@ def keep_schedule(depth: int, keep: float, *, n: int, protected: int = 0) -> lis
     """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep_schedule: keep is a ratio between 0 and 1, got {keep}.")
+    depth = python_int("keep_schedule", "depth", depth)
     return schedule(depth, int((n - protected) * (1 - keep) / depth) if depth > 0 else 0, n=n, protected=protected)

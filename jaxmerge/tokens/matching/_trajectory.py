@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
-from jaxmerge.tokens._checks import checked_metric, checked_sizes
+from jaxmerge.tokens._checks import checked_capacity, checked_metric, checked_sizes
 from jaxmerge.tokens._nearest import unit
 
 
@@ -28,6 +28,7 @@ def trajectory_matching(
       metric: what to compare tokens by, frame by frame, each row by row: n = frames x h x w. COVE takes diffusion features.
       grid: (h, w) of a frame.
       window: how far a token may move from frame to frame; (2 window + 1)² candidates.
+        Beyond the frame there are none, so any large number looks everywhere.
       threshold: a cosine; a token that is not more similar than that to any candidate begins a trajectory. None: only the
         first frame begins trajectories.
       capacity: m, room for that many trajectories, where a threshold is given. Further ones overflow, free slots are empty.
@@ -62,8 +63,7 @@ def trajectory_matching(
     h, w = checked_sizes(name, "grid", grid, rank=2)
     if n % (h * w):
         raise ValueError(f"{name}: n={n} tokens are no whole number of frames of grid {grid}.")
-    if window < 0:
-        raise ValueError(f"{name}: window must be 0 or more, got {window}.")
+    window = min(checked_capacity(name, window, "window"), max(h, w) - 1)  # no token can move farther
     if (threshold is None) != (capacity is None):
         raise ValueError(
             f"{name}: threshold and capacity come together, because a threshold makes the number of trajectories "

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, identity
 from jaxmerge._rank import highest
-from jaxmerge.tokens._checks import checked_metric, checked_r
+from jaxmerge.tokens._checks import checked_metric, checked_r, spreads
 from jaxmerge.tokens._nearest import nearest
 
 
@@ -59,7 +59,7 @@ def two_sided_matching(
     name = "two_sided_matching"
     metric = checked_metric(name, metric)
     n = metric.shape[-2]
-    _check_sides(name, sources, destinations, n)
+    _check_sides(name, sources, destinations, metric.shape[:-1])
     a, b = np.shape(sources)[-1], np.shape(destinations)[-1]
     moving = a if r is None else checked_r(name, r, a, f"there are {a} sources")
     if moving == 0:
@@ -109,8 +109,14 @@ def _ids(metric: Array) -> Int[Array, "*batch n"]:
     return jnp.zeros_like(metric[..., 0], jnp.int32)
 
 
-def _check_sides(name: str, sources: ArrayLike, destinations: ArrayLike, n: int) -> None:
+def _check_sides(name: str, sources: ArrayLike, destinations: ArrayLike, tokens: tuple[int, ...]) -> None:
+    *batch, n = tokens
     both = (("source", sources), ("destination", destinations))
+    for side, i in both:
+        shape = np.shape(i)
+        if not shape or not spreads(shape[:-1], tuple(batch)):
+            wanted = f"of shape (k,), or (*batch, k) for the metric's batch {tuple(batch)}"
+            raise ValueError(f"{name}: {side}s must be positions {wanted}; got {shape}.")
     sides = [(side, np.asarray(i)) for side, i in both if not isinstance(i, jax.Array)]  # values of others may not be known
     for side, i in sides:
         bad = i[(i < 0) | (i >= n)]

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -54,6 +55,7 @@ def visible_layers(
 
     Source: DyVTE (arXiv:2411.19628).
     """
+    depth = python_int("visible_layers", "depth", depth)
     if depth < 1 or leaves_after.shape != visual.shape[:-1]:
         raise ValueError(
             "visible_layers: expected leaves_after (*batch), visual (*batch, n) and depth of 1 or more; "

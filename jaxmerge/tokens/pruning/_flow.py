@@ -158,7 +158,7 @@ def flow_layers(depth: int) -> list[int | None]:
 
     Source: FlowCut (arXiv:2505.19536): after every second layer, counted from the one that is read.
     """
-    if depth < 2:
+    if python_int("flow_layers", "depth", depth) < 2:
         raise ValueError(f"flow_layers: depth must be 2 or more, got {depth}.")
     left = [depth - 2 - i - 1 for i in range(depth)]
     return [x if x >= 0 and x % 2 == 0 else None for x in left]

@@ -7,6 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -46,6 +47,7 @@ def page_rank(
     *_, n, m = logits.shape
     if logits.ndim < 3 or n != m:
         raise ValueError(f"page_rank: logits must have shape (*batch, heads, n, n), got {logits.shape}.")
+    steps = python_int("page_rank", "steps", steps)
     if temperature <= 0 or steps < 1 or not 0 <= teleport <= 1:
         raise ValueError(
             "page_rank: temperature must be above 0, steps 1 or more and teleport in [0, 1]; "
@@ -124,6 +126,7 @@ def linear_decay(depth: int, tokens: int, *, start: int, step: float) -> list[in
 
     Source: AIM (arXiv:2412.03248): depth 28, start 14, step 1/8.
     """
+    depth = python_int("linear_decay", "depth", depth)
     if depth < 1 or tokens < 0 or start < 0 or not 0 <= step <= 1:
         raise ValueError(
             "linear_decay: depth must be 1 or more, tokens and start 0 or more, step in [0, 1]; "
