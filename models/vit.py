@@ -144,7 +144,8 @@ class Attention(nnx.Module):
 
     def product(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
         """Queries, keys and values without their bias."""
-        return jnp.dot(x.astype(self.dtype), self.qkv.kernel[...].astype(self.dtype))
+        kernel, over = self.qkv.kernel[...].astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        return self.qkv.dot_general(x.astype(self.dtype), kernel, over, precision=self.qkv.precision)
 
 
 class MLP(nnx.Module):
@@ -157,7 +158,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         h = self.fc1(x).astype(jnp.float32)
-        return self.fc2(0.5 * h * (1 + jax.lax.erf(h * 0.5**0.5)))  # jax.nn.gelu's erfc takes three times as long on a GPU
+        return self.fc2(0.5 * h * (1 + jax.lax.erf(h * 0.5**0.5)))  # jax.nn.gelu's erfc takes twice as long on a GPU
 
 
 class Block(nnx.Module):

@@ -52,7 +52,7 @@ def draw_tasks(stacked: Stacked, names: Sequence[str] | None = None, label: Labe
     models = next(iter(leaves.values())).shape[0]
     names = [str(k) for k in range(models)] if names is None else list(names)
     if len(names) != models:
-        raise ValueError(f"draw_tasks: pass one name for each of the {models} models, not {len(names)}.")
+        raise ValueError(f"draw_tasks: pass one name for each of the {models} models; got {len(names)}: {names}.")
     of = layer_of(LAYER) if label is None else label
 
     def group(name):
