@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
 from jaxmerge._kernels import _dispatch as dispatch, attend as kernels
+from jaxmerge._kernels.attend import ref as reference
 from jaxmerge._plan import Plan, SoftPlan
 
 Attending = Literal["xla", "cudnn", "mosaic_gpu", "mosaic_tpu"]
@@ -174,10 +175,12 @@ def proportional_attention(
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
     one_each = (k.shape[:-2], (1, *k.shape[-3:-2]), k.shape[-3:-2])  # a bias may be shared by the batch
-    if q.ndim not in (3, 4) or q.ndim != k.ndim or (bias is not None and bias.shape not in one_each):
+    fit = q.ndim in (3, 4) and q.ndim == k.ndim and k.shape == v.shape and q.shape[:-3] == k.shape[:-3]
+    fit = fit and q.shape[-1] == k.shape[-1] and q.shape[-2] % max(k.shape[-2], 1) == 0
+    if not fit or (bias is not None and bias.shape not in one_each):
         raise ValueError(
-            "proportional_attention: expected q (b, t, h, d), k and v (b, s, g, d) and bias (b, s), b or not (jax.vmap over "
-            f"more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
+            "proportional_attention: expected q (b, t, h, d), k and v (b, s, g, d), h a multiple of g, and bias (b, s), b "
+            f"or not (jax.vmap over more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
         )
     options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
     if implementation == "cudnn":
@@ -187,6 +190,7 @@ def proportional_attention(
             raise ValueError(
                 f'proportional_attention: {implementation} takes no mask; use "cudnn" or "xla" for masked attention.'
             )
+        bias = None if bias is None else jnp.broadcast_to(bias, k.shape[:-2])
         ours: Any = dict(implementation=implementation, beside=_with_gradient(**options))
         return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)
     options |= dict(bias=None if bias is None else bias[..., None, None, :], mask=mask, implementation=implementation)
@@ -236,14 +240,11 @@ def packed_attention(
         there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
         raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
+    wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
     if implementation in dispatch.KERNELS:
-        wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
         options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
         return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)
-    if offset is not None:
-        qkv = qkv + offset.astype(qkv.dtype).reshape((1,) * (qkv.ndim - 3) + offset.shape)
-    q, k, v = (qkv[..., :n, i, :, :] for i in range(3))
-    return proportional_attention(q, k, v, bias, scale=factor, implementation=implementation)
+    return proportional_attention(*reference.unpacked(qkv, wide, length), bias, scale=factor, implementation=implementation)
 
 
 def _with_gradient(length: int | None = None, **options: Any) -> Any:
@@ -253,8 +254,7 @@ def _with_gradient(length: int | None = None, **options: Any) -> Any:
 
     def attention(q, k, v, bias, offset):
         if k is None:
-            q = q if offset is None else q + offset[:, None].astype(q.dtype)
-            q, k, v = (q[:, :length, i] for i in range(3))
+            q, k, v = reference.unpacked(q, offset, length)
         return proportional_attention(q, k, v, bias, implementation=which, **options)
 
     return attention

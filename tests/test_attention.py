@@ -202,3 +202,10 @@ def test_a_mask_is_refused_by_the_kernel():
     q, k, v = qkv(jnp.bfloat16)
     with pytest.raises(ValueError, match="takes no mask"):
         proportional_attention(q, k, v, None, is_causal=True, implementation="mosaic_gpu")
+
+
+def test_attention_refuses_what_does_not_fit(unchecked):
+    q, k, v = qkv()
+    for some in ((q, k, v[:, 1:]), (q, k[:, :, :1], v), (q[:1], k, v), (q[..., :4], k, v), (q[:, :, :1], k, v)):
+        with pytest.raises(ValueError, match="proportional_attention: expected q"):
+            proportional_attention(*some, None)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmerge as jm
 from jaxmerge._kernels import merge as merges, pack as packs, step as steps
 from jaxmerge._kernels.attend import mosaic_tpu as attend_tpu, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_tpu as match_tpu, ref as match_ref
@@ -168,3 +169,13 @@ def test_attend_refuses_what_does_not_fit():
     assert "192" in why[0] and "multiple of 128" in why[0]
     assert "share 1" in attend_tpu.refusals("attend", shape(1, 8, 2, 64), *[shape(1, 8, 1, 64)] * 2, None, scale=1.0)[0]
     assert "MiB" in attend_tpu.refusals("attend", shape(1, 2**17, 3, 2, 64), None, None, None, scale=1.0)[0]
+
+
+def test_attention_with_a_bias_that_rows_share(unchecked):
+    rng = np.random.default_rng(0)
+    q, k, v = (cases.tokens(rng, 2, 24, 128, F32).reshape(2, 24, 2, 64) for _ in range(3))
+    bias = jnp.asarray(rng.standard_normal((1, 24)), F32)
+    found, wanted = (jm.attention.proportional_attention(q, k, v, bias, implementation=w) for w in ("mosaic_tpu", "xla"))
+    cases.close(found, wanted, terms=24 + 64, largest=largest(q) * largest(k) * largest(v))
+    with pytest.raises(ValueError, match="nothing to do"):
+        jm.attention.packed_attention(jnp.stack([q, k, v], axis=2), None, length=0, implementation="mosaic_tpu")

@@ -45,7 +45,7 @@ def attend(
     B, n, *_, h, f = q.shape
     if k is None or v is None:
         q = k = v = _whole(q.reshape(B, n, 3 * h, f))
-        n = s = length or n
+        n = s = n if length is None else length
         g, first = h, (0, h, 2 * h)
     else:
         (s, g), first = k.shape[1:3], (0, 0, 0)  # heads before those of queries, of keys, of values
@@ -152,13 +152,13 @@ def refusals(
 ) -> list[str]:
     """Why this attention cannot be a kernel."""
     why = []
-    f, s = q.shape[-1], q.shape[1] if k is None else k.shape[1]
-    if {x.dtype for x in (q, k, v) if x is not None} - {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
+    f = q.shape[-1]
+    if {x.dtype for x in (q, k, v) if x is not None} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
         why.append(f"queries are {q.dtype}: bfloat16 or float16, keys and values alike")
     if f % 16 or f > 128:
         why.append(f"heads have {f} features: a multiple of 16, at most 128")
-    if s == 0:
-        why.append("there are no keys")
+    if 0 in (q.shape[1] if k is None else k.shape[1], q.shape[1], length):
+        why.append("there is nothing to do")
     return why
 
 

@@ -37,7 +37,8 @@ def attend(
     B, n, *_, h, f = q.shape
     q, k, v, parts = (q, q, q, 3) if k is None or v is None else (q, k, v, 1)
     rows, here = k.shape[1], target()
-    n, s = (length or n, length or n) if parts == 3 else (n, rows)
+    n = n if length is None else length
+    s = n if parts == 3 else rows
     width, queries = _width(h, f), _queries(n)
     blocks, groups = -(-n // queries), h * f // width
     of = lambda i: i * groups if parts == 3 else 0  # where the blocks of queries, keys, values begin
@@ -96,7 +97,8 @@ def refusals(
     if h * f % tpu.LANES and k is None:
         why.append(f"{h} heads of {f} features are {h * f}: a multiple of {tpu.LANES}, or queries, keys and values apart")
     rows = n if k is None else k.shape[1]
-    need = _need(rows, _queries(length or n), _width(h, f), q.dtype)
+    n = n if length is None else length
+    need = _need(rows, _queries(n), _width(h, f), q.dtype)
     if min(n, rows) == 0:
         why.append("there is nothing to do")
     elif need > 0.9 * tpu.vmem(target().kind):

@@ -20,7 +20,15 @@ def attend(
     Without k and v, q is all three, (B, t, 3, h, f), of whose rows the first `length` are there; to each the offset is added.
     """
     if k is None or v is None:
-        q = q if offset is None else q + offset[:, None].astype(q.dtype)
-        q, k, v = (q[:, :length, i] for i in range(3))
+        q, k, v = unpacked(q, offset, length)
     b = None if bias is None else bias[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, bias=b, scale=scale)
+
+
+def unpacked(
+    qkv: Float[Array, "*batch rows three h f"], offset: Float[Array, "*batch three h f"] | None, length: int | None
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of one product: the rows that are there, with what they lack."""
+    qkv = qkv if offset is None else qkv + offset[..., None, :, :, :].astype(qkv.dtype)
+    q, k, v = (qkv[..., :length, i, :, :] for i in range(3))
+    return q, k, v
