@@ -163,18 +163,25 @@ def _divergence(x: Entries, floor: float) -> Array:
         def far(p, base):
             return jnp.maximum(p * jnp.log(p / base) - (p - base), 0)
 
-        return by_rows(x, begin, lambda both: terms(*(p + floor for p in both), far), sums)
+        def divergences(both):
+            base, p = (share + floor for share in both)
+            return terms(base, p, far)
+
+        return by_rows(x, begin, divergences, sums)
 
     def quick(x):
         def begin(x, start):
             return tuple(jnp.exp(v) for v in models(x))
 
-        def shares(both):
-            whole = (sums(v) for v in both)
-            parts = (jnp.where((s > 1e-30) & (s < 1e30), 1 / s, jnp.nan) for s in whole)
-            return terms(*(v * part + floor for v, part in zip(both, parts, strict=True)), lambda p, base: jnp.nan)
+        def share(v):
+            whole = sums(v)
+            return v * jnp.where((whole > 1e-30) & (whole < 1e30), 1 / whole, jnp.nan) + floor
 
-        moved = by_rows(x, begin, shares, sums)
+        def divergences(both):
+            base, p = map(share, both)
+            return terms(base, p, lambda p, base: jnp.nan)
+
+        moved = by_rows(x, begin, divergences, sums)
         again = lambda: jnp.where(jnp.isnan(moved), careful(x), moved)
         return lax.cond(jnp.any(jnp.isnan(moved)), again, lambda: moved)
 
