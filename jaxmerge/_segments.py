@@ -162,7 +162,14 @@ def like(w: Array, x: Array) -> Array:
 
 def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     """x with a value written where a mask over its leading axes says; x's layout wins."""
-    return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
+    there, values = like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value)
+    return jnp.where(_laid_out(there, x), _laid_out(values, x), x)
+
+
+def _laid_out(a: Array, x: Array) -> Array:
+    """a, which is of x's shape, as x lies. (From jax 0.12 on what is made like x lies so only under `jax.set_mesh`.)"""
+    layout = jax.typeof(x).sharding
+    return a if jax.typeof(a).sharding == layout else jax.reshard(a, layout)
 
 
 def holds(dtype: Any, value: Any) -> bool:
