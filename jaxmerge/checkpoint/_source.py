@@ -127,7 +127,8 @@ def open(path: Any) -> Source:
             raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; convert it to safetensors.")
         from jaxmerge.checkpoint import _orbax
 
-        return _orbax.open_checkpoint(str(path).removeprefix("file://"))
+        local = str(path).startswith("file://")
+        return _orbax.open_checkpoint(epath.Path(str(path).removeprefix("file://")) if local else path)
     if path.name.endswith(".safetensors"):
         from jaxmerge.checkpoint import _safetensors
 

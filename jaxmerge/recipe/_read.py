@@ -1,13 +1,12 @@
 """Read a recipe: every unknown key and every wrong value with its place, all of them in one message."""
 
+import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from etils import epath
-
 from jaxmerge.checkpoint._budget import parse_size
-from jaxmerge.checkpoint._remote import on_web
+from jaxmerge.checkpoint._remote import Url, is_remote, on_web
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
@@ -139,8 +138,8 @@ class _Reader:
         if on_web(folder):
             self.wrong(node.mark, f"{found[0]}: folders cannot be listed over https; name every checkpoint.")
             return []
-        parent = epath.Path(folder or ".")
-        names = [p.name for p in parent.iterdir()] if parent.exists() else []
+        parent = Url(folder) if is_remote(folder) else pathlib.Path(folder or ".")
+        names = parent.names() if isinstance(parent, Url) else [p.name for p in parent.iterdir()] if parent.exists() else []
         steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
         inside = sorted(step for step in steps if int(found[1]) <= step <= int(found[2]))
         if not inside:

@@ -5,13 +5,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from etils import epath
-
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
 from jaxmerge.checkpoint._journal import check_free
 from jaxmerge.checkpoint._receipt import hashes
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
 from jaxmerge.recipe._open import Planned
 from jaxmerge.recipe._read import read
@@ -88,14 +86,13 @@ def merge(
     """
     planned = plan(recipe, **options)
     _, name = _text(recipe)
-    whole: Any = epath.Path(out) if is_remote(out) else pathlib.Path(out)
-    if whole.name in ("", ".."):
-        whole = pathlib.Path(os.path.abspath(whole))
-    aside = pathlib.Path(parts) if parts is not None else whole.with_name(f"{whole.name}.parts")
+    whole = _place(out)
+    aside = _place(parts) if parts is not None else whole.parent / f"{whole.name}.parts"
     places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
     for place in places:
         _no_parent(place, planned)
-    check_free(whole, overwrite=overwrite)
+    if not isinstance(whole, Url):
+        check_free(whole, overwrite=overwrite)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
     for document, place in zip([p.recipe for p in planned], places, strict=True):
@@ -141,18 +138,18 @@ def verify(
     Raises:
       FileNotFoundError: there is no receipt. ValueError: it names no recipe. RecipeError: parents that are no longer there.
     """
-    out = pathlib.Path(out)
-    parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
-    text = checkpoint.receipt(out)["recipe"]
+    place = _place(out)
+    aside = _place(parts) if parts is not None else place.parent / f"{place.name}.parts"
+    text = checkpoint.receipt(place)["recipe"]
     if not isinstance(text, str):
         raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
     [document] = read(text, "the receipt's recipe")
     names = [reference.model.path for reference in document.references()]
-    earlier = {n: checkpoint.open(parts / n) for n in names if not pathlib.Path(n).exists() and (parts / n).exists()}
-    todo, mistakes = plan_document(document, earlier, {}, out.name)
+    earlier = {n: checkpoint.open(aside / n) for n in names if not pathlib.Path(n).exists() and (aside / n).exists()}
+    todo, mistakes = plan_document(document, earlier, {}, place.name)
     if todo is None or mistakes:
         raise RecipeError(mistakes, "the receipt's recipe")
-    return checkpoint.verify(out, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
+    return checkpoint.verify(place, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
 
 
 def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
@@ -184,6 +181,13 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
         found.append(ready[0])
         waiting.remove(ready[0])
     return found
+
+
+def _place(path: Any) -> Any:
+    """Where something is to lie: with a name, and a folder that it is in."""
+    if is_remote(path):
+        return Url(path)
+    return pathlib.Path(path) if pathlib.Path(path).name not in ("", "..") else pathlib.Path(os.path.abspath(path))
 
 
 def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
