@@ -42,10 +42,10 @@ class Bucket:
         self._journal = ts.KvStore.open(folder(f"{self._out}.merging/"), context=self._context).result()
         self._mine = f"{ITEM}/ocdbt.process_{identity[:12]}_"
         lines = self._lines() if resume else []
-        known = bool(lines) and lines[0]["merge"] == identity
-        if not any("replaces" in line for line in lines):
+        known = all(_processes.everyone(bool(lines) and lines[0]["merge"] == identity))
+        if not (known and any(_processes.everyone(any("replaces" in line for line in lines)))):
             check_free(self._out, overwrite=overwrite)
-        if not all(_processes.everyone(known)):
+        if not known:
             if self._rank == 0:
                 self._clear()
             _processes.wait("place cleared")
@@ -65,12 +65,12 @@ class Bucket:
                 parts = [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
             for index, values in parts:
                 values = np.asarray(values)
-                self._open(name, values.dtype, now)[index].write(values).copy.result()
-        now.commit_async().result()
+                _done(self._open(name, values.dtype, now)[index].write(values).copy)
+        _done(now.commit_async())
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Remember what is done."""
-        self._journal.write(f"{self._rank}/{self._noted:06d}", json.dumps(line)).result()
+        _done(self._journal.write(f"{self._rank}/{self._noted:06d}", json.dumps(line)))
         self._noted += 1
 
     def finalize(self) -> dict[str, str]:
@@ -81,10 +81,10 @@ class Bucket:
                 self.lines = [*self.lines, {"replaces": [n for n in self._out.all_names() if not n.startswith(self._mine)]}]
                 self.note(self.lines[-1])
             for name in (*LOOKED_FOR, *(n for n in self._out.all_names() if n.startswith(f"{ITEM}/d/"))):
-                self._files.write(name, None).result()
+                _done(self._files.write(name, None))
             self._unite()
             for name, content in self._described().items():
-                self._files.write(f"{ITEM}/{name}", json.dumps(content)).result()
+                _done(self._files.write(f"{ITEM}/{name}", json.dumps(content)))
         _processes.wait("described")
         return {name: f"{self._out}/{name}" for name in LOOKED_FOR[1:]}
 
@@ -92,17 +92,17 @@ class Bucket:
         """Write what goes beside the arrays, make a checkpoint of it, and remove what an earlier merge has left."""
         if self._rank == 0:
             for name, content in beside.items():
-                self._files.write(name, content).result()
+                _done(self._files.write(name, content))
             now = time.time_ns()
             told = {"item_handlers": {ITEM: HANDLER}, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
             told |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
-            self._files.write(LOOKED_FOR[0], json.dumps(told)).result()
+            _done(self._files.write(LOOKED_FOR[0], json.dumps(told)))
             [old] = [line["replaces"] for line in self.lines if "replaces" in line]
             again = {*LOOKED_FOR, *beside, *(f"{ITEM}/{name}" for name in self._described())}
             for name in sorted({*old} - again):
-                self._files.write(name, None).result()
-            for name in self._journal.list().result():
-                self._journal.write(name, None).result()
+                _done(self._files.write(name, None))
+            for name in _done(self._journal.list()):
+                _done(self._journal.write(name, None))
         _processes.wait("output there")
 
     def discard(self, error: BaseException) -> None:
@@ -111,15 +111,15 @@ class Bucket:
             self._clear()
 
     def _lines(self) -> list[dict[str, Any]]:
-        names = sorted(n for n in self._journal.list().result() if n.startswith(b"%d/" % self._rank))
-        return [json.loads(self._journal.read(n).result().value) for n in names]
+        names = sorted(n for n in _done(self._journal.list()) if n.startswith(b"%d/" % self._rank))
+        return [json.loads(_done(self._journal.read(n)).value) for n in names]
 
     def _clear(self) -> None:
         """Remove the journals, and arrays that this merge has written."""
-        for store, names in (self._journal, self._journal.list().result()), (self._files, self._files.list().result()):
+        for store, names in (self._journal, _done(self._journal.list())), (self._files, _done(self._files.list())):
             for name in names:
                 if store is self._journal or name.startswith(self._mine.encode()):
-                    store.write(name, None).result()
+                    _done(store.write(name, None))
 
     def _open(self, name: str, dtype: np.dtype, now: Any) -> Any:
         """An array in this process's own store, where the first one's say what it is."""
@@ -143,7 +143,7 @@ class Bucket:
         store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(_keys(name, self._tree.leaves[name]))}/"}
         spec = {"driver": "zarr3", "kvstore": store, "metadata": metadata, "store_data_equal_to_fill_value": True}
         how: Any = {"create": True} if self._rank == 0 else {"assume_metadata": True}
-        return ts.open(spec, open=True, transaction=now, context=self._context, **how).result()
+        return _done(ts.open(spec, open=True, transaction=now, context=self._context, **how))
 
     def _unite(self) -> None:
         """Make the arrays of all processes one store."""
@@ -151,11 +151,11 @@ class Bucket:
 
         now = ts.Transaction(atomic=True)
         store = lambda at: ts.KvStore.open({"driver": "ocdbt", "base": folder(f"{self._out}/{at}/")}, context=self._context)
-        whole = store(ITEM).result().with_transaction(now)
+        whole = _done(store(ITEM)).with_transaction(now)
         parts = sorted({n.rpartition("/d/")[0] for n in self._out.all_names() if n.startswith(self._mine) and "/d/" in n})
-        for copy in [store(part).result().experimental_copy_range_to(whole) for part in parts]:
-            copy.result()
-        now.commit_async().result()
+        for copy in [_done(store(part)).experimental_copy_range_to(whole) for part in parts]:
+            _done(copy)
+        _done(now.commit_async())
 
     def _described(self) -> dict[str, Any]:
         """The files by which Orbax knows a tree, as JSON."""
@@ -181,6 +181,18 @@ class Bucket:
             "_strings.json": words,
             "_METADATA": {"tree_metadata": entries} | about,
         }
+
+
+def _done(future: Any) -> Any:
+    """What came of it.
+
+    Raises:
+      OSError: it failed.
+    """
+    error = future.exception()
+    if error is not None:
+        raise OSError(str(error).splitlines()[0][:300]) from error
+    return future.result()
 
 
 def _keys(name: str, leaf: Leaf) -> list[str]:

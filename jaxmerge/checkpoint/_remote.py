@@ -153,7 +153,7 @@ def _store(directory: str) -> Any:
 
 def folder(path: str) -> dict[str, str]:
     """How tensorstore is told of a folder. s3:// is at AWS_ENDPOINT_URL, if that is set, as it is for AWS's own programs."""
-    kind, _, rest = path.rpartition("://")
+    kind, _, rest = path.partition("://") if is_remote(path) else ("", "", path)
     if kind in ("", "file"):
         return {"driver": "file", "path": rest}
     bucket, _, inside = rest.partition("/")

@@ -13,6 +13,9 @@ from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slic
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
 
+FLAGS = {"random_seed": "write seed", "out_shard_size": "pass --max-shard-bytes"} | dict.fromkeys(
+    ("allow_crimes", "copy_tokenizer", "cuda", "lazy_unpickle", "low_cpu_memory", "trust_remote_code"), "leave it out"
+)
 WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank")
@@ -259,6 +262,8 @@ class _Reader:
         return found
 
     def hint(self, name: str) -> str:
+        if name.isdigit():
+            return f"; decimals have a point: write 0.{name}, not 0,{name}."
         if name == "embed_slerp":
             return ": mergekit dropped it; write t, or weight, as a condition: {part: embeddings, value: 0.5}."
         return suggest(name, self.method.parameters)
@@ -360,7 +365,8 @@ class _Reader:
         """The fields of a mapping, unknown ones reported."""
         known = tuple(known)
         if not isinstance(node.value, dict):
-            self.wrong(node.mark, f"{what} is a mapping with {', '.join(known)}; got {node.plain!r}.")
+            meant = f"; write {known[0]}: {node.plain}" if isinstance(node.value, str) else ""
+            self.wrong(node.mark, f"{what} is a mapping with {', '.join(known)}; got {node.plain!r}{meant}.")
             return {}
         for key, mark in node.keys.items():
             if key in known:
@@ -369,6 +375,10 @@ class _Reader:
             if key in PARAMETERS and meant:
                 beside = ", ".join(k for k in node.keys if k in known)
                 self.wrong(mark, f"{key!r} stands beside {beside}; it belongs under parameters.")
+            elif key == "models" and "sources" in known:
+                self.wrong(mark, f"{what} lists its models under sources, each with model and layer_range.")
+            elif key in FLAGS:
+                self.wrong(mark, f"{key!r} is a flag of mergekit's command line, not a key; {FLAGS[key]}.")
             elif key in TOP and "parameters" in known:
                 self.wrong(mark, f"{key!r} is a key of the recipe, not of {what}; move it to the top level.")
             elif meant:

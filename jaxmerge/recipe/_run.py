@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
-from jaxmerge.checkpoint._journal import check_free
+from jaxmerge.checkpoint._journal import RECEIPT, check_free
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
@@ -144,8 +144,8 @@ def verify(
     if not isinstance(text, str):
         raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
     [document] = read(text, "the receipt's recipe")
-    names = [reference.model.path for reference in document.references()]
-    earlier = {n: checkpoint.open(aside / n) for n in names if not pathlib.Path(n).exists() and (aside / n).exists()}
+    names = [n for n in (r.model.path for r in document.references()) if not (is_remote(n) or pathlib.Path(n).exists())]
+    earlier = {n: checkpoint.open(aside / n) for n in names if (aside / n / RECEIPT).exists()}
     todo, mistakes = plan_document(document, earlier, {}, place.name)
     if todo is None or mistakes:
         raise RecipeError(mistakes, "the receipt's recipe")
@@ -201,7 +201,7 @@ def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
 
 def _is_there(place: Any, todo: RecipePlan) -> bool:
     """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
-    if not (place / "jaxmerge.json").exists():
+    if not (place / RECEIPT).exists():
         return False
     receipt = checkpoint.receipt(place)
     parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]

@@ -9,24 +9,23 @@ from collections.abc import Iterator
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """Objects by name, whatever the bucket is called; class attributes are those of one server."""
+    """Objects by bucket and name; class attributes are those of one server."""
 
-    protocol_version = "HTTP/1.1"
-    objects: dict[str, tuple[bytes, int]]
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    objects: dict[tuple[str, str], tuple[bytes, int]]
     lock: threading.Lock
-    read = written = 0  # bytes
+    read = 0  # bytes
+    changes, limit = 0, 10**9  # objects written and removed; of how many it allows
 
     def do_GET(self):
-        path, asked = self._asked()
-        _, _, key = path.partition("/o/")
+        bucket, key, asked = self._asked()
         if not key:
-            return self._list(asked)
-        found = self.objects.get(urllib.parse.unquote(key))
-        if found is None:
+            return self._list(bucket, asked)
+        if (bucket, key) not in self.objects:
             return self._answer(404, b"{}")
-        data, generation = found
+        data, generation = self.objects[bucket, key]
         if asked.get("alt") != "media":
-            return self._answer(200, json.dumps(self._describe(urllib.parse.unquote(key))).encode())
+            return self._answer(200, json.dumps(self._describe(bucket, key)).encode())
         first, stop = 0, len(data)
         if span := self.headers.get("Range"):
             a, _, b = span.removeprefix("bytes=").partition("-")
@@ -38,34 +37,44 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         return self._answer(206 if span else 200, data[first:stop], more)
 
     def do_POST(self):
-        path, asked = self._asked()
+        bucket, _, asked = self._asked()
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        assert path.startswith("/upload/") and asked.get("uploadType") == "media", self.path
+        assert asked.get("uploadType") == "media", self.path
+        if self._refused():
+            return self._answer(403, b"{}")
+        at = bucket, asked["name"]
         with self.lock:
-            generation = self.objects.get(asked["name"], (b"", 0))[1]
+            generation = self.objects.get(at, (b"", 0))[1]
             if int(asked.get("ifGenerationMatch", generation)) != generation:
                 return self._answer(412, b"{}")
-            type(self).written += len(data)
-            self.objects[asked["name"]] = data, generation + 1
-        return self._answer(200, json.dumps(self._describe(asked["name"])).encode())
+            self.objects[at] = data, generation + 1
+        return self._answer(200, json.dumps(self._describe(*at)).encode())
 
     def do_DELETE(self):
-        path, _ = self._asked()
-        there = self.objects.pop(urllib.parse.unquote(path.partition("/o/")[2]), None)
-        self._answer(404 if there is None else 204, b"")
+        bucket, key, _ = self._asked()
+        if self._refused():
+            return self._answer(403, b"{}")
+        self._answer(404 if self.objects.pop((bucket, key), None) is None else 204, b"")
 
-    def _list(self, asked: dict[str, str]) -> None:
+    def _list(self, bucket: str, asked: dict[str, str]) -> None:
         first, stop = asked.get("startOffset", ""), asked.get("endOffset", "\uffff")
-        names = sorted(n for n in self.objects if n.startswith(asked.get("prefix", "")) and first <= n < stop)
-        self._answer(200, json.dumps({"items": [self._describe(n) for n in names]}).encode())
+        names = sorted(n for b, n in self.objects if b == bucket and first <= n < stop)
+        self._answer(200, json.dumps({"items": [self._describe(bucket, n) for n in names]}).encode())
 
-    def _describe(self, name: str) -> dict[str, str]:
-        data, generation = self.objects[name]
+    def _refused(self) -> bool:
+        with self.lock:
+            type(self).changes += 1
+            return self.changes > self.limit
+
+    def _describe(self, bucket: str, name: str) -> dict[str, str]:
+        data, generation = self.objects[bucket, name]
         return {"name": name, "size": str(len(data)), "generation": str(generation)}
 
-    def _asked(self) -> tuple[str, dict[str, str]]:
+    def _asked(self) -> tuple[str, str, dict[str, str]]:
+        """(bucket, object or "", what else)."""
         path, _, query = self.path.partition("?")
-        return path, dict(urllib.parse.parse_qsl(query))
+        bucket, _, key = path.partition("/b/")[2].partition("/o")
+        return bucket, urllib.parse.unquote(key.removeprefix("/")), dict(urllib.parse.parse_qsl(query))
 
     def _answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         with contextlib.suppress(ConnectionError):
@@ -74,6 +83,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
+            self.wfile.flush()
 
     def log_message(self, format, *args):
         pass
@@ -83,7 +93,8 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 def serving() -> Iterator[tuple[str, type[Bucket]]]:
     """(its address, its class): a server, while it is needed."""
     kind = type("Fresh", (Bucket,), {"objects": {}, "lock": threading.Lock()})
-    here = http.server.ThreadingHTTPServer(("localhost", 0), kind)
+    server = type("Server", (http.server.ThreadingHTTPServer,), {"request_queue_size": 128})
+    here = server(("localhost", 0), kind)
     threading.Thread(target=here.serve_forever, daemon=True).start()
     try:
         yield f"http://localhost:{here.server_address[1]}", kind
