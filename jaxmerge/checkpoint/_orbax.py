@@ -125,10 +125,9 @@ def base_of(path: Any) -> Any:
         return inner[0]
     if inner:
         raise ValueError(f"it holds {len(inner)} trees of arrays; name one of {', '.join(p.name for p in inner)} in it.")
-    steps = [name for name in names if (path / name / "_CHECKPOINT_METADATA").exists()]
-    raise ValueError(
-        f"it holds those of several steps; name one of them: {', '.join(steps)}." if steps else "it has no _METADATA."
-    )
+    steps = sorted((n for n in names if (path / n / "_CHECKPOINT_METADATA").exists()), key=lambda n: (len(n), n))
+    shown = ", ".join(steps if len(steps) < 8 else [*steps[:3], "...", *steps[-3:]])
+    raise ValueError(f"it holds those of several steps; name one of them: {shown}." if steps else "it has no _METADATA.")
 
 
 def array_keys(entry: dict[str, Any]) -> list[str]:

@@ -55,5 +55,5 @@ def test_a_run_of_a_manager(tmp_path):
     assert checkpoint.open(run / "5").name == "5" and checkpoint.open(run / "5/default").name == "5/default"
     checkpoint.merge(params.linear(), None, [run / "5", run / "10/default"], tmp_path / "out")
     np.testing.assert_array_equal(ocp.load(tmp_path / "out")["w"], np.full(4, 7.5))
-    with pytest.raises(ValueError, match="name one: 10, 5"):
+    with pytest.raises(ValueError, match="several steps; name one of them: 5, 10"):
         checkpoint.open(run)

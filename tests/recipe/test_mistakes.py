@@ -230,7 +230,7 @@ WRONG = {
     ),
     "a range in words": (
         'merge_method: passthrough\nslices:\n  - sources: [{model: "@a", layer_range: 0-2}]\n',
-        "3:42",
+        "3:",
         "layer_range must be [first, last + 1]",
         "got '0-2'",
     ),
