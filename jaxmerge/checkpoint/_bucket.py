@@ -1,14 +1,15 @@
 """An Orbax output in a bucket, by tensorstore alone: leaves go where they stay, what makes a checkpoint of them comes last.
 
 out.merging/0/000001            what the first process has noted: one object for each line
-out/state/ocdbt.process_<id>_0/ the arrays of the first process, under the digest of the merge
+out/state/ocdbt.process_<id>_0/ the arrays of the first process, under the time when the merge began
 out/state/manifest.ocdbt, d/    the whole, which refers to them
 out/state/_METADATA, ...        and last out/_CHECKPOINT_METADATA: without these nobody takes it for a checkpoint
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -40,18 +41,20 @@ class Bucket:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._files = ts.KvStore.open(folder(f"{self._out}/"), context=self._context).result()
         self._journal = ts.KvStore.open(folder(f"{self._out}.merging/"), context=self._context).result()
-        self._mine = f"{ITEM}/ocdbt.process_{identity[:12]}_"
         lines = self._lines() if resume else []
-        known = all(_processes.everyone(bool(lines) and lines[0]["merge"] == identity))
+        known = all(_processes.everyone(bool(lines) and lines[0].get("merge") == identity))
         if not (known and any(_processes.everyone(any("replaces" in line for line in lines)))):
             check_free(self._out, overwrite=overwrite)
         if not known:
             if self._rank == 0:
-                self._clear()
-            _processes.wait("place cleared")
-            lines = [{"merge": identity}]
+                left = [n for n in self._out.all_names() if "/ocdbt.process_" in n]
+                self._remove(self._journal, _done(self._journal.list()))
+                self._remove(self._files, left if len(left) == len(self._out.all_names()) else ())
+            [own, *_] = _processes.everyone(f"{time.time_ns():x}")
+            lines = [{"merge": identity, "own": own}]
             self._noted = 0
             self.note(lines[0])
+        self._mine = f"{ITEM}/ocdbt.process_{lines[0]['own']}_"
         self._noted, self.lines = len(lines), lines[1:]
 
     def write(self, leaves: Mapping[str, Any]) -> None:
@@ -80,8 +83,7 @@ class Bucket:
             if not any("replaces" in line for line in self.lines):
                 self.lines = [*self.lines, {"replaces": [n for n in self._out.all_names() if not n.startswith(self._mine)]}]
                 self.note(self.lines[-1])
-            for name in (*LOOKED_FOR, *(n for n in self._out.all_names() if n.startswith(f"{ITEM}/d/"))):
-                _done(self._files.write(name, None))
+            self._remove(self._files, (*LOOKED_FOR, *(n for n in self._out.all_names() if n.startswith(f"{ITEM}/d/"))))
             self._unite()
             for name, content in self._described().items():
                 _done(self._files.write(f"{ITEM}/{name}", json.dumps(content)))
@@ -99,27 +101,24 @@ class Bucket:
             _done(self._files.write(LOOKED_FOR[0], json.dumps(told)))
             [old] = [line["replaces"] for line in self.lines if "replaces" in line]
             again = {*LOOKED_FOR, *beside, *(f"{ITEM}/{name}" for name in self._described())}
-            for name in sorted({*old} - again):
-                _done(self._files.write(name, None))
-            for name in _done(self._journal.list()):
-                _done(self._journal.write(name, None))
+            self._remove(self._files, sorted({*old} - again))
+            self._remove(self._journal, sorted(_done(self._journal.list()), reverse=True))
         _processes.wait("output there")
 
     def discard(self, error: BaseException) -> None:
         """Leave off: what is done stays, to go on from; not where going on would end in the same error."""
         if self._rank == 0 and (self._noted < 2 or isinstance(error, ValueError)):
-            self._clear()
+            with contextlib.suppress(OSError):
+                self._remove(self._files, [n for n in self._out.all_names() if n.startswith(self._mine)])
+                self._remove(self._journal, _done(self._journal.list()))
 
     def _lines(self) -> list[dict[str, Any]]:
         names = sorted(n for n in _done(self._journal.list()) if n.startswith(b"%d/" % self._rank))
         return [json.loads(_done(self._journal.read(n)).value) for n in names]
 
-    def _clear(self) -> None:
-        """Remove the journals, and arrays that this merge has written."""
-        for store, names in (self._journal, _done(self._journal.list())), (self._files, _done(self._files.list())):
-            for name in names:
-                if store is self._journal or name.startswith(self._mine.encode()):
-                    _done(store.write(name, None))
+    def _remove(self, store: Any, names: Iterable[Any]) -> None:
+        for name in names:
+            _done(store.write(name, None))
 
     def _open(self, name: str, dtype: np.dtype, now: Any) -> Any:
         """An array in this process's own store, where the first one's say what it is."""
