@@ -153,9 +153,9 @@ def _store(directory: str) -> Any:
 
 def folder(path: str) -> dict[str, str]:
     """How tensorstore is told of a folder. s3:// is at AWS_ENDPOINT_URL, if that is set, as it is for AWS's own programs."""
-    kind, _, rest = path.partition("://") if is_remote(path) else ("", "", path)
-    if kind in ("", "file"):
-        return {"driver": "file", "path": rest}
+    kind, there, rest = path.partition("://")
+    if not there or kind == "file":
+        return {"driver": "file", "path": rest if there else path}
     bucket, _, inside = rest.partition("/")
     if kind == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": inside}
