@@ -12,10 +12,14 @@ A plan is computed from data by a pure function and is small. It is applied by a
 Each of these rooms is loaded on first use.
 """
 
+import gc
 import importlib
 import typing
 
-from jaxmerge._plan import (
+_collects = gc.isenabled()
+gc.disable()  # all that JAX loads stays: to look through it again and again takes a tenth of the time
+
+from jaxmerge._plan import (  # noqa: E402
     Plan as Plan,
     SoftPlan as SoftPlan,
     compose as compose,
@@ -24,6 +28,9 @@ from jaxmerge._plan import (
     merge as merge,
     unmerge as unmerge,
 )
+
+if _collects:
+    gc.enable()
 
 __version__ = "0.1.0"
 
