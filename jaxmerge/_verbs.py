@@ -8,8 +8,10 @@ jaxmerge extract model base adapter/ --rank 32 --error 0.1
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
+import types
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
@@ -121,10 +123,14 @@ def near(word: str, known: Collection[str]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run one of them; 0 when done, 1 when a merge is not what it says, 2 when the user must change something."""
-    import tyro
-
     verb = argv[0]
     kind, names, needed = VERBS[verb]
+    named = argv[1:]
+    if needed <= len(named) <= len(names) and not any(word.startswith("-") for word in named):
+        plain = dict(itertools.zip_longest(names, named))  # nothing to parse: tyro takes a tenth of a second to begin
+        return _run(verb, types.SimpleNamespace(**plain), kind())
+    import tyro
+
     fields: list[Any] = []
     for k, (name, what) in enumerate(names.items()):
         told = tyro.conf.arg(metavar=name.upper(), help=what)
@@ -143,9 +149,13 @@ def main(argv: Sequence[str]) -> int:
         )
     except SystemExit as e:  # --help, or an argument that tyro has explained
         return e.code if isinstance(e.code, int) else 2
+    return _run(verb, parsed, parsed.options)
+
+
+def _run(verb: str, files: Any, options: Any) -> int:
     try:
         does = {"plan": _plan, "merge": _merge, "inspect": _inspect, "verify": _verify, "extract": _extract}[verb]
-        return does(parsed, parsed.options) or 0
+        return does(files, options) or 0
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as e:

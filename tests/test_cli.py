@@ -1,6 +1,7 @@
 """`jaxmerge plan|merge`: what it prints, what it writes, and one clear error with exit code 2."""
 
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -164,6 +165,25 @@ def test_it_goes_quietly_when_nobody_reads_and_when_it_is_broken_off(saved, monk
     monkeypatch.setattr(checkpoint, "merge", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["merge", "linear", "--models", str(root / "a"), "--out", str(tmp_path / "x")]) == 130
     assert "interrupted; a merge goes on" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_ends_with_all_it_said_and_its_status(saved, tmp_path):
+    """It takes nothing down when it ends; plain words it reads without tyro, as tyro would."""
+    root, _ = saved
+    command = [sys.executable, "-m", "jaxmerge.cli", "inspect", str(root / "a")]
+    run = functools.partial(subprocess.run, stderr=subprocess.PIPE, text=True, check=False)
+    code = "import sys; from jaxmerge import cli; print(cli.main(sys.argv[1:]), 'tyro' in sys.modules)"
+    plain = run([sys.executable, "-c", code, *command[3:]], stdout=subprocess.PIPE)
+    parsed = run([*command, "--leaves", "^$"], stdout=subprocess.PIPE)
+    assert parsed.returncode == 0 and "516 B" in parsed.stdout, parsed.stderr
+    assert plain.stdout == f"{parsed.stdout}0 False\n"
+    reads, writes = os.pipe()
+    os.close(reads)
+    cut = run([*command, "--leaves", "."], stdout=writes)
+    os.close(writes)
+    assert cut.stderr == "" and cut.returncode in (0, 1)
+    wrong = run([*command[:-1], str(tmp_path / "none")], stdout=subprocess.PIPE)
+    assert (wrong.stdout, wrong.returncode) == ("", 2) and "no checkpoint at" in wrong.stderr
 
 
 def test_help(capsys):

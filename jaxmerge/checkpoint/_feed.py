@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,6 +17,8 @@ LANES = 4
 """Inputs that are read at once."""
 ROOMS = 4
 """Units in memory at once, at most: one is read, two are prepared, one is worked on."""
+AHEAD = 1 << 27
+"""Bytes of rooms that suffice for reading ahead, if they hold two units."""
 PREPARERS = 2
 """Units that are prepared at once."""
 FLUSH = 1 << 22
@@ -57,8 +60,7 @@ def read_ahead(
     width = {n: max(s.leaves[n].dtype.itemsize for s in some if n in s.leaves) for n, some in several.items()}  # type: ignore[union-attr]
     room_bytes = lambda unit: _direct.pages(unit.size * width[unit.name] + 2 * _direct.PAGE)
     all_bytes = lambda unit: room_bytes(unit) * len(several[unit.name])
-    largest = max(map(all_bytes, units), default=0)
-    rooms = _Rooms(max(min(ROOMS * largest, limit), largest), ROOMS)
+    rooms = _Rooms(rooms_bytes([all_bytes(unit) for unit in units], limit), ROOMS)
     todo, under_way = collections.deque(units), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
@@ -81,11 +83,22 @@ def read_ahead(
                 unit = todo.popleft()
                 pairs = zip(several[unit.name], rooms.split(part, room_bytes(unit)), strict=True)
                 reads = [lanes.submit(fill, source, unit, room) for source, room in pairs]
-                under_way.append((unit, part, preparers.submit(ready, unit, reads)))
+                arrays = functools.partial(ready, unit, reads)
+                under_way.append((unit, part, arrays if prepare is None else preparers.submit(arrays).result))
             unit, part, arrays = under_way.popleft()
-            yield unit, arrays.result()
+            yield unit, arrays()
             del arrays
             rooms.give(part)
+
+
+def rooms_bytes(sizes: Sequence[int], limit: int) -> int:
+    """What rooms for units of these sizes take together: as little as keeps the disk busy, for memory is dear to touch first.
+
+    The largest leaves of a model are few: what is typical is the size up to which units have half of all bytes.
+    """
+    ordered = np.sort(np.array([0, *sizes], np.int64))
+    largest, typical = int(ordered[-1]), int(ordered[np.searchsorted(2 * np.cumsum(ordered), ordered.sum())])
+    return max(min(ROOMS * typical, max(AHEAD, 2 * typical), limit), largest)
 
 
 class _Threads(concurrent.futures.ThreadPoolExecutor):

@@ -45,7 +45,7 @@ def padded(arrays: Sequence[np.ndarray], start: int, stop: int, size: int) -> li
 
 @functools.lru_cache(maxsize=64)
 def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
-    """(settings, origin, inputs) -> the merged block, the plans, the largest magnitude of each input as an integer."""
+    """(settings, origin, inputs) -> the merged block, the plans, of each input whether it has NaN or inf."""
 
     def merge(settings: Any, origin: Array, arrays: Sequence[Array]) -> tuple:
         zero, x = stacked(arrays, has_base, cast)
@@ -54,7 +54,7 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
-        return rounded(x if zero is None else zero + x, out), plans, _largest(arrays)
+        return rounded(x if zero is None else zero + x, out), plans, _strange(arrays)
 
     return jax.jit(merge)
 
@@ -119,11 +119,11 @@ def placed(settings: Any, origin: Array) -> Any:
     return type(settings)(placed(v, origin) for v in settings) if isinstance(settings, list | tuple) else settings
 
 
-def strange(largest: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[int]:
-    """How many entries of each input are NaN or inf, from their largest magnitudes; counted only where there are any."""
+def strange(found: Any, arrays: Sequence[np.ndarray]) -> list[int]:
+    """How many entries of each input are NaN or inf; counted only where some are."""
     return [
-        int(np.count_nonzero(~np.isfinite(a.astype(np.float32)))) if int(m) > _limit(a.dtype) else 0
-        for m, a in zip(largest, arrays, strict=True)
+        int(np.count_nonzero(~np.isfinite(a.astype(np.float32)))) if some else 0
+        for some, a in zip(np.asarray(found).tolist(), arrays, strict=True)
     ]
 
 
@@ -143,8 +143,8 @@ def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array |
     return wide(zero), defer(lambda zero, models: jnp.stack([wide(m) - wide(zero) for m in models]), zero, models)
 
 
-def _largest(arrays: Sequence[Array]) -> list[Array]:
-    """The largest magnitude of each input as an integer; one loop for those of one dtype."""
+def _strange(arrays: Sequence[Array]) -> Array:
+    """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those of one dtype."""
     found: list[Any] = [None] * len(arrays)
     for dtype in dict.fromkeys(a.dtype for a in arrays):
         mine = [i for i, a in enumerate(arrays) if a.dtype == dtype]
@@ -154,8 +154,8 @@ def _largest(arrays: Sequence[Array]) -> list[Array]:
         step = lambda a, b: [jnp.maximum(p, q) for p, q in zip(a, b, strict=True)]
         axes = tuple(range(arrays[mine[0]].ndim))
         for i, m in zip(mine, lax.reduce(bits, [integer.type(0)] * len(bits), step, axes), strict=True):
-            found[i] = m
-    return found
+            found[i] = m > integer.type(_limit(dtype))
+    return jnp.stack(found)
 
 
 def _mask(dtype: Any) -> int:

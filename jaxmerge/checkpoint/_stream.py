@@ -135,16 +135,16 @@ class Stream:
         if name in task.entire:
             shape = self._shape(name)
             whole = [a.reshape(shape) for a in arrays]
-            block, plans, largest = run([s[name] for s in self.settings], np.zeros(2, np.uint32), whole)
+            block, plans, strange = run([s[name] for s in self.settings], np.zeros(2, np.uint32), whole)
             block = np.asarray(block)
-            self._note(name, plans, largest, arrays)
+            self._note(name, plans, strange, arrays)
             yield 0, block.reshape(-1)
             return
         settings = self._placed(len(task.steps), name)
         for start, stop, parts in self._pieces(unit, arrays, programs.SIZES):
-            block, plans, largest = run(settings, self._origin(unit, start), parts)
+            block, plans, strange = run(settings, self._origin(unit, start), parts)
             block = np.asarray(block).reshape(-1)
-            self._note(name, plans, largest, [p.reshape(-1)[: stop - start] for p in parts])
+            self._note(name, plans, strange, [p.reshape(-1)[: stop - start] for p in parts])
             yield start, block[: stop - start]
 
     def _pieces(
@@ -156,10 +156,10 @@ class Stream:
             parts = programs.padded(arrays, start, stop, size if fill else stop - start)
             yield start, stop, parts if row == 1 else [p.reshape(-1, row) for p in parts]
 
-    def _note(self, name: str, plans: Any, largest: Any, arrays: Sequence[np.ndarray]) -> None:
+    def _note(self, name: str, plans: Any, strange: Any, arrays: Sequence[np.ndarray]) -> None:
         if name not in self.found:
             self.found[name] = jax.tree.map(np.asarray, plans)
-        counts = programs.strange(largest, arrays)
+        counts = programs.strange(strange, arrays)
         if any(counts):
             self.bad[name] = [a + b for a, b in zip(counts, self.bad.get(name, [0] * len(counts)), strict=True)]
 
@@ -270,7 +270,8 @@ class Stream:
     def _read(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
         task = self.task
         copied = frozenset(u.name for u in units) - task.floating
-        prepare = functools.partial(self._resolve, before)
+        waits = any(self._waits(name, before) for name in {u.name for u in units} & task.floating)
+        prepare = functools.partial(self._resolve, before) if waits else None
         return read_ahead(units, task.inputs, self.reader, limit=task.limit, alone=copied, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:

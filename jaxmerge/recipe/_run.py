@@ -41,12 +41,19 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
         recipe:1:15: unknown merge_method 'dare-ties'; did you mean 'dare_ties'?
         recipe:2:21: unknown key 'wieght' in a model; did you mean 'weight', under parameters?
     """
+    return _plans(recipe, options)
+
+
+def _plans(recipe: str | pathlib.Path, options: dict[str, Any], last: str | None = None) -> tuple[RecipePlan, ...]:
+    """As `plan`; `last` is what the last document's card is headed."""
     text, name = _text(recipe)
     mistakes: list[Mistake] = []
     plans: list[RecipePlan] = []
     earlier: dict[str, Source] = {}
-    for document in _in_order(read(text, name), name):
-        found, wrong = plan_document(document, earlier, options, document.name or "A merge")
+    documents = _in_order(read(text, name), name)
+    for document in documents:
+        title = (last if document is documents[-1] else None) or document.name or "A merge"
+        found, wrong = plan_document(document, earlier, options, title)
         mistakes += wrong
         if found is not None:
             plans.append(found)
@@ -84,9 +91,9 @@ def merge(
     Raises:
       RecipeError: as `plan`, before anything is done. Else as `checkpoint.merge`.
     """
-    planned = plan(recipe, **options)
-    _, name = _text(recipe)
     whole = _place(out)
+    planned = _plans(recipe, options, whole.name)
+    _, name = _text(recipe)
     aside = _place(parts) if parts is not None else whole.parent / f"{whole.name}.parts"
     places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
     for place in places:
@@ -95,11 +102,12 @@ def merge(
         check_free(whole, overwrite=overwrite)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
-    for document, place in zip([p.recipe for p in planned], places, strict=True):
-        last = place == whole
-        todo, mistakes = plan_document(document, earlier, options, place.name)
-        if todo is None or mistakes:  # what an earlier document made is not what was planned
-            raise RecipeError(mistakes, name)
+    for todo, place in zip(planned, places, strict=True):
+        last, document = place == whole, todo.recipe
+        if earlier:  # of what is there now
+            todo, mistakes = plan_document(document, earlier, options, place.name)
+            if todo is None or mistakes:  # what an earlier document made is not what was planned
+                raise RecipeError(mistakes, name)
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or whole.name, p)
         if not last and resume and _is_there(place, todo):
             earlier[str(document.name)] = checkpoint.open(place)

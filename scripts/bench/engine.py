@@ -1,16 +1,24 @@
-"""Merging checkpoints on disk: ours, mergekit's, and the floor (the same bytes read and written, no arithmetic), in turn.
+"""Merging checkpoints on disk: ours, mergekit's, and two floors (the same bytes read and written, no arithmetic), in turn.
 
     python -m scripts.bench.engine build --root runs/bench --sizes 0.13 0.5 2
     python -m scripts.bench.engine run   --root runs/bench --size 0.5 --methods linear ties [--mergekit PYTHON] [--warm]
 
 Both tools run their commands on one recipe. Models are Llama-shaped, bfloat16, random: a base and three experts (base +
-N(0, 0.002^2)). Every run is a process of its own; what it takes is what the operating system says: wall, the time until a
-megabyte of output is written, processor seconds (its own and the system's for it), the peak of its anonymous and file-backed
-memory, page faults, bytes from and to the disk. Cold: inputs are dropped from the page cache before each run.
+N(0, 0.002^2)). Every run is a process of its own; what it takes is what the operating system says: wall, processor seconds
+(its own and the system's for it), the time until a megabyte of the inputs is read (the start-up) and one of the output is
+written, the peak of its anonymous and file-backed memory, page faults, bytes from and to the disk. Cold: inputs are dropped
+from the page cache before each run.
+
+Both floors pass the page cache by (O_DIRECT). "ring" has one thread that reads and one that writes, two rooms of 4 MiB an
+input, in ordinary pages; "large pages" a thread that reads for each input, four rooms, in large pages, of which the kernel
+has fewer to look up and pin. What a run takes beyond the second is its start-up, then its processor's time where that
+exceeds two processors' wall, then waiting.
 """
 
+import compileall
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -19,8 +27,10 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jaxmerge
 from scripts.refusals import refusals
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary
@@ -113,36 +123,40 @@ def build(root: pathlib.Path, size: float) -> None:
 
 FLOOR = """
 import mmap, os, queue, sys, threading
-root, out, names = sys.argv[1], sys.argv[2], sys.argv[3:]
+kind, root, out, names = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
 os.makedirs(out, exist_ok=True)
-STEP, ROOMS = 1 << 22, 4
+STEP = 1 << 22
 files = [os.open(f"{root}/{n}/model.safetensors", os.O_RDONLY | os.O_DIRECT) for n in names]
+lanes, rooms = {"ring": ([files], 2), "large": ([[file] for file in files], 4)}[kind]
 size = os.fstat(files[0]).st_size
 target = os.open(f"{out}/model.safetensors", os.O_RDWR | os.O_CREAT, 0o644)
 os.posix_fallocate(target, 0, size)
 direct = os.open(f"{out}/model.safetensors", os.O_WRONLY | os.O_DIRECT)
-free, full = [queue.Queue() for _ in files], [queue.Queue() for _ in files]
-for rooms in free:
-    for _ in range(ROOMS):
-        rooms.put(room := mmap.mmap(-1, STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        room.madvise(mmap.MADV_HUGEPAGE)  # direct I/O into large pages is twice as fast
+free, full = [queue.Queue() for _ in lanes], [queue.Queue() for _ in lanes]
+def room():
+    memory = mmap.mmap(-1, STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if kind == "large" else mmap.MADV_NOHUGEPAGE)
+    return memory
+for lane, ring in zip(lanes, free):
+    for _ in range(rooms): ring.put([room() for _ in lane])
 def read(i):
     for at in range(0, size, STEP):
-        room = free[i].get()
-        os.preadv(files[i], [room], at)
-        full[i].put(room)
-threads = [threading.Thread(target=read, args=(i,)) for i in range(len(files))]
+        mine = free[i].get()
+        for file, memory in zip(lanes[i], mine): os.preadv(file, [memory], at)
+        full[i].put(mine)
+threads = [threading.Thread(target=read, args=(i,)) for i in range(len(lanes))]
 for thread in threads: thread.start()
 for at in range(0, size, STEP):
-    rooms = [some.get() for some in full]
+    read_ = [some.get() for some in full]
     n = min(STEP, size - at)
     whole = n - n % 4096
-    if whole: os.pwrite(direct, memoryview(rooms[0])[:whole], at)
-    if n > whole: os.pwrite(target, memoryview(rooms[0])[whole:n], at + whole)
-    for some, room in zip(free, rooms): some.put(room)
+    if whole: os.pwrite(direct, memoryview(read_[0][0])[:whole], at)
+    if n > whole: os.pwrite(target, memoryview(read_[0][0])[whole:n], at + whole)
+    for some, mine in zip(free, read_): some.put(mine)
 for thread in threads: thread.join()
 os.fsync(target)
 """
+FLOORS = {"floor: ring": "ring", "floor: large pages": "large"}
 
 
 def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
@@ -168,11 +182,14 @@ def recipe(method: str, root: pathlib.Path, names: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass
 class Taken:
-    """What a process took; `first` until a megabyte of output was written."""
+    """What a process took; `start` until a megabyte was read (NaN: from memory), `first` until one was written."""
 
     wall: float
+    start: float
     first: float
     cpu: float
+    system: float
+    start_cpu: float
     anonymous: float
     filed: float
     faults: int
@@ -185,26 +202,28 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
     began = time.monotonic()
     with open(log, "w") as sink:
         process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
+    proc = pathlib.Path(f"/proc/{process.pid}")
     peaks = {"RssAnon": 0, "RssFile": 0}
     io = {"read_bytes": 0, "write_bytes": 0}
-    first: list[float] = []
+    since: dict[str, tuple[float, float]] = {}
 
     def watch() -> None:
         while process.returncode is None:
             try:
-                for line in pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                for line in (proc / "status").read_text().splitlines():
                     key = line.split(":")[0]
                     if key in peaks:
                         peaks[key] = max(peaks[key], int(line.split()[1]))
-                for line in pathlib.Path(f"/proc/{process.pid}/io").read_text().splitlines():
+                for line in (proc / "io").read_text().splitlines():
                     key, value = line.split(": ")
                     if key in io:
                         io[key] = int(value)
-                if not first and io["write_bytes"] >= 1e6:
-                    first.append(time.monotonic() - began)
+                        if key not in since and io[key] >= 1e6:
+                            ticks = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]
+                            since[key] = time.monotonic() - began, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
             except OSError:
                 return
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -214,10 +233,20 @@ def meter(command: list[str], env: dict[str, str], log: pathlib.Path) -> Taken:
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{command[:3]} failed:\n{log.read_text()[-2000:]}")
-    cpu = usage.ru_utime + usage.ru_stime
-    began_writing = first[0] if first else wall
-    memory = peaks["RssAnon"] / 1e3, peaks["RssFile"] / 1e3
-    return Taken(wall, began_writing, cpu, *memory, usage.ru_minflt, io["read_bytes"], io["write_bytes"])
+    start, start_cpu = since.get("read_bytes", (math.nan, math.nan))
+    return Taken(
+        wall,
+        start,
+        since.get("write_bytes", (wall, 0))[0],
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_stime,
+        start_cpu,
+        peaks["RssAnon"] / 1e3,
+        peaks["RssFile"] / 1e3,
+        usage.ru_minflt,
+        io["read_bytes"],
+        io["write_bytes"],
+    )
 
 
 def drop(files: list[pathlib.Path]) -> None:
@@ -241,18 +270,18 @@ def run(
 ) -> None:
     """Interleave, print a table, and write every run's figures."""
     from rich.console import Console
-    from rich.table import Table
 
     models = root.absolute() / str(size)
     env = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    rows, console = {}, Console(width=140)
+    compileall.compile_dir(pathlib.Path(jaxmerge.__file__).parent, quiet=1)  # as an installation leaves it
+    rows, console = {}, Console(width=180)
     for method in methods:
         names = INPUTS.get(method, ("base", *EXPERTS))
         target = root.absolute() / "out"
         yaml = root.absolute() / "recipe.yml"
         yaml.write_text(recipe(method, models, names))
         commands = {
-            "floor": [sys.executable, "-c", FLOOR, str(models), str(target), *names],
+            **{name: [sys.executable, "-c", FLOOR, kind, str(models), str(target), *names] for name, kind in FLOORS.items()},
             "ours": [sys.executable, "-m", "jaxmerge.cli", "merge", str(yaml), str(target)],
         }
         if mergekit:
@@ -275,30 +304,55 @@ def run(
                 taken[name].append(meter(commands[name], env, root / f"{name}.log"))
         shutil.rmtree(target, ignore_errors=True)
         rows[method] = {name: [dataclasses.asdict(t) for t in ts] for name, ts in taken.items()}
-        table = Table(title=f"{method}, {size} B, {'warm' if warm else 'cold'}, {rounds} rounds: medians (min to max)")
-        columns = ("", "wall s", "to floor", "first s", "CPU s", "anonymous MB", "file MB", "faults", "read GB", "written GB")
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        floor = statistics.median(t.wall for t in taken["floor"])
-        for name, ts in taken.items():
-            m = {f.name: statistics.median(getattr(t, f.name) for t in ts) for f in dataclasses.fields(Taken)}
-            walls, cpus = [t.wall for t in ts], [t.cpu for t in ts]
-            table.add_row(
-                name,
-                f"{m['wall']:.2f} ({min(walls):.2f} to {max(walls):.2f})",
-                f"{m['wall'] / floor:.2f}",
-                f"{m['first']:.2f}",
-                f"{m['cpu']:.2f} ({min(cpus):.2f} to {max(cpus):.2f})",
-                f"{m['anonymous']:.0f}",
-                f"{m['filed']:.0f}",
-                f"{m['faults'] / 1e3:.0f} k",
-                f"{m['read'] / 1e9:.2f}",
-                f"{m['written'] / 1e9:.2f}",
-            )
-        console.print(table)
+        title = f"{method}, {size} B, {'warm' if warm else 'cold'}, {rounds} rounds: medians (min to max)"
+        for table in tables(title, taken):
+            console.print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"size": size, "warm": warm, "load": os.getloadavg(), "runs": rows}, indent=1))
+
+
+def tables(title: str, taken: dict[str, list[Taken]]) -> list[Any]:
+    """Time, with and without the start-up, against each floor; and memory and bytes."""
+    from rich.table import Table
+
+    def median(name: str, of: Callable[[Taken], float]) -> float:
+        return statistics.median(map(of, taken[name]))
+
+    def reach(name: str, of: Callable[[Taken], float]) -> str:
+        found = [*map(of, taken[name])]
+        return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    wall, net = (lambda t: t.wall), (lambda t: t.wall - t.start)
+    against = [name.removeprefix("floor: ") for name in FLOORS]
+    heads = ("", "wall s", *(f"/ {a}" for a in against), "start s", "then s", *(f"/ {a}" for a in against))
+    times = Table(*heads, "first written s", "CPU s", "at start", "system", title=title)
+    memory = Table("", "anonymous MB", "file MB", "faults", "read GB", "written GB")
+    for name in taken:
+        times.add_row(
+            name,
+            reach(name, wall),
+            *(f"{median(name, wall) / median(floor, wall):.2f}" for floor in FLOORS),
+            f"{median(name, lambda t: t.start):.2f}",
+            f"{median(name, net):.2f}",
+            *(f"{median(name, net) / median(floor, net):.2f}" for floor in FLOORS),
+            f"{median(name, lambda t: t.first):.2f}",
+            reach(name, lambda t: t.cpu),
+            f"{median(name, lambda t: t.start_cpu):.2f}",
+            f"{median(name, lambda t: t.system):.2f}",
+        )
+        memory.add_row(
+            name,
+            f"{median(name, lambda t: t.anonymous):.0f}",
+            f"{median(name, lambda t: t.filed):.0f}",
+            f"{median(name, lambda t: t.faults) / 1e3:.0f} k",
+            f"{median(name, lambda t: t.read) / 1e9:.2f}",
+            f"{median(name, lambda t: t.written) / 1e9:.2f}",
+        )
+    for table in (times, memory):
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
+    return [times, memory]
 
 
 @dataclasses.dataclass(frozen=True)

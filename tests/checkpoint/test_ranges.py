@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import _stream
+from jaxmerge.checkpoint import _feed, _stream
 from jaxmerge.params.order import _host
 from tests.checkpoint.conftest import save
 
@@ -183,3 +183,15 @@ def test_a_receipt_that_does_not_hold(models, tmp_path):
     assert "1 of 35 entries differ, the first at flat index 2" in damaged.problems[1] and len(damaged.leaves) == 4
     with pytest.raises(FileNotFoundError, match="has no receipt"):
         checkpoint.verify(paths["a"], tx)
+
+
+def test_rooms_take_what_reading_ahead_needs():
+    """Four small units; two of a typical leaf, whatever the few largest take; one at least; never more than the limit else."""
+    mb = 1 << 20
+    assert _feed.rooms_bytes([], mb) == 0
+    assert _feed.rooms_bytes([12 * mb] * 50, 1024 * mb) == 48 * mb
+    layer, ends = [92, 92, 92, 33, 33, 8, 8], [262, 262]
+    assert _feed.rooms_bytes([n * mb for n in layer * 9 + ends], 1024 * mb) == 262 * mb
+    assert _feed.rooms_bytes([n * mb for n in layer * 9], 1024 * mb) == 184 * mb
+    assert _feed.rooms_bytes([n * mb for n in layer * 9], 100 * mb) == 100 * mb
+    assert _feed.rooms_bytes([n * mb for n in layer * 9], 50 * mb) == 92 * mb

@@ -112,10 +112,13 @@ def _around(sample: np.ndarray, k: np.ndarray, x: Streamed) -> tuple[np.ndarray,
     low, high = np.zeros(len(k), np.int64), np.full(len(k), 1 << 31)
     lumps = []
     for c, (first, last) in enumerate(at.T):
-        ends = [i for i in (first, last) if 0 <= i < many]
-        values = np.partition(sample[c % x.models], ends) if ends else sample[0]
-        low[c] = values[first] if first >= 0 else 0
-        high[c] = int(values[last]) + 1 if last < many else 1 << 31
+        values = sample[c % x.models].copy()
+        if last < many:  # one after the other: numpy is fast at one place alone
+            values.partition(last)
+            high[c] = int(values[last]) + 1
+        if first >= 0:
+            values[: last + 1].partition(first)
+            low[c] = values[first]
         lumps.append(_lumps(values[max(first, 0) : last + 1]))
     few = [patterns for patterns in lumps if patterns is not None]
     return low, high, np.stack(few, axis=1) if len(few) == len(k) else None

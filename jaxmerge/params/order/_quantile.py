@@ -198,8 +198,7 @@ def coordinates(shape: tuple[int, ...], origin: Array | np.ndarray = ORIGIN) -> 
 
 def position(shape: tuple[int, ...], flat: int | np.ndarray) -> np.ndarray:
     """Flat indices as the (row, column) of `coordinates`; the end is the first column of the row after the last."""
-    columns = row_size(shape)
-    return np.stack([np.asarray(flat) // columns, np.asarray(flat) % columns]).astype(np.uint32)
+    return np.array(divmod(flat, row_size(shape))).astype(np.uint32)
 
 
 def row_size(shape: tuple[int, ...]) -> int:
