@@ -54,6 +54,14 @@ def along(x: Array, axis: int) -> Array:
     return _laid(x, tuple(() if a == other else both if a == axis and even else s for a, s in enumerate(split)))
 
 
+def with_whole_rows(x: Array, batch: int = 0) -> Array:
+    """x (*batch, *rows, n), each row on one device: an all-to-all in which every device keeps its share.
+
+    A vector is brought together, and rows are that do not divide evenly.
+    """
+    return along(x, -2) if x.ndim > batch + 1 else whole(x, (-1,))
+
+
 def einsum(formula: str, *xs: Array) -> Array:
     """jnp.einsum in float32: an axis that is summed over may be split (an all-reduce), the others stay split as they are."""
     names, out = formula.split("->")

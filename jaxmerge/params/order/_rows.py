@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, UInt, UInt32
 
-from jaxmerge.params._layout import whole
+from jaxmerge.params._layout import with_whole_rows
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._devices import fastest
 
@@ -48,8 +48,8 @@ def first_in_row(tied: Bool[Array, "K *rows n"], quota: UInt32[Array, "K *rows 1
 
 
 def rank_in_row(bits: UInt32[Array, "K *rows n"]) -> Int[Array, "K *rows n"]:
-    """How many entries of the row come before: smaller ones, and equal ones further left. Sorts: rows must be whole."""
-    bits = whole(bits, (-1,))
+    """How many entries of the row come before: smaller ones, and equal ones further left. Sorts: `with_whole_rows`."""
+    bits = with_whole_rows(bits, batch=1)
 
     def sort(bits):
         order = jnp.argsort(bits, axis=-1, stable=True)
@@ -108,9 +108,10 @@ def _bitonic(x: UInt32[Array, "n lanes"]) -> UInt32[Array, "n lanes"]:
 
 
 def outranks(x: Array, rival: UInt[Array, "*rows n"]) -> Bool[Array, "*rows n"]:
-    """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no."""
+    """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no.
+    `with_whole_rows`."""
     n = x.shape[-1]
-    x, rival = whole(x, (-1,)), whole(rival, (-1,)).astype(jnp.int32)
+    x, rival = with_whole_rows(x), with_whole_rows(rival).astype(jnp.int32)
     there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
     here, there = q.magnitude_bits(x), q.magnitude_bits(there)
     up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))
