@@ -29,7 +29,7 @@ def whole(x: Array, axes: tuple[int, ...]) -> Array:
 def like(y: Array, x: Array) -> Array:
     """y (models, *shape), or of the shape of x, laid out as x (K, *shape)."""
     split = _split(x)
-    return _laid(y, split if y.shape == x.shape else ((), *split[1:])) if any(split) else y
+    return _laid(y, split if y.shape == x.shape else ((), *split[1:]), of=x) if any(split) else y
 
 
 def longer(x: Array) -> int:
@@ -98,5 +98,6 @@ def _spec(split) -> P:
     return P(*(axes or None for axes in split))
 
 
-def _laid(x: Array, split: tuple[tuple[str, ...], ...]) -> Array:
-    return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, _spec(split)))
+def _laid(x: Array, split: tuple[tuple[str, ...], ...], of: Array | None = None) -> Array:
+    """x on its mesh, or on that of another array."""
+    return jax.reshard(x, NamedSharding(jax.typeof(x if of is None else of).sharding.mesh, _spec(split)))

@@ -42,7 +42,7 @@ def test_newton_schulz_stays_split():
 
 @pytest.mark.tpu
 def test_ranks_gather_nothing():
-    """On 512 chips each lays its share of every model out by rows, and a byte an entry back: once, for the norms and the merge."""
+    """On 512 chips each lays its share of every model out by rows, and a byte an entry back: once for the norms and merge."""
     chips = tpu_mesh("v5p:8x8x8", (64, 8), ("fsdp", "tensor"))
     mesh = Mesh(chips.devices, chips.axis_names, axis_types=(AxisType.Explicit,) * 2)
     x = jax.ShapeDtypeStruct((3, 1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", "tensor")))
