@@ -247,3 +247,33 @@ def test_probabilities_of_the_rank_mask(golden, case):
         x = np.stack([m[name] - base[name] for m in models])
         got = np.asarray(jnp.stack(_chances(step.settings(name, x.shape), jnp.asarray(x))), np.float64) / 2**32
         np.testing.assert_allclose(got, np.stack([w[name] for w in wanted]), atol=2e-7)
+
+
+# What docstrings say of mergekit's arguments beyond the cases above: mergekit 0.1.5 on the models of `mergekit_nuslerp_a`.
+ARGUMENTS = {
+    "nuslerp flatten=False row_wise=False": lambda: params.nuslerp([0.6, 0.25], scope="row"),
+    "nuslerp flatten=False row_wise=True": lambda: params.nuslerp([0.6, 0.25], scope="column"),
+    "model_stock filter_wise": lambda: params.model_stock(floor=1e-6, scope="row"),
+    "passthrough": lambda: params.passthrough(0.75),
+    "sparsify l1": lambda: params.rescale(params.trim(0.4, scope="tensor"), "l1"),
+    "sparsify l2": lambda: params.rescale(params.trim(0.4, scope="tensor"), "l2"),
+    "sparsify linf": lambda: params.rescale(params.trim(0.4, scope="tensor"), "linf"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_equals_mergekits_other_arguments(golden, case):
+    inputs, expected = golden("params/mergekit_nuslerp_a"), unpack(golden("params/mergekit_arguments")[case])
+    base, *models = (unpack(inputs[f"in/{name}"]) for name in ("base", "expert_0", "expert_1"))
+    if case.startswith(("passthrough", "sparsify")):
+        models = models[:1]
+    if case.startswith("sparsify"):  # a task vector in, a task vector out
+        base, models = None, [{name: models[0][name] - base[name] for name in base}]
+    if case == "passthrough":
+        base = None
+    run = compiled(lambda inputs: params.merge(ARGUMENTS[case](), *inputs))
+    merged, narrow = run((base, models)), "nuslerp" in case  # some columns of 4 entries are nearly opposite
+    bounds = backward(run, (base, models)) if narrow else {}
+    for name, value in expected.items():
+        by_entry = entrywise([model[name] for model in (*models, *([base] if base else []))], OPERATIONS, 1 / 0.4)
+        assert_within(merged[name], value, bounds[name] if narrow else by_entry, name)
