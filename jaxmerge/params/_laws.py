@@ -34,7 +34,8 @@ def assert_merge(
     """Check the laws of merging on random task vectors with ties, zeros, constant, one-column and scalar leaves.
 
     Always: one model comes out, finite, of the shapes that went in; zero deltas merge to zero; each leaf of the base keeps its
-    dtype, whatever the models' are; `match` then `merge` is what `params.merge` does; the result and its layout do not depend on the sharding.
+    dtype, whatever the models' are; `match` then `merge` is what `params.merge` does; the result and its layout do not depend
+    on the sharding.
 
     Args:
       tx: a transform that ends with one model.
