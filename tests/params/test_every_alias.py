@@ -149,7 +149,7 @@ ALIASES = {
     "sce mergekit": Row(lambda k: p.sce(0.3, mask="delta"), SUMS | DROPS, variant=True),
     "varm": Row(lambda k: p.varm(), MEAN | SYMMETRIC | SUMS),
     "ram": Row(lambda k: p.ram(), MEAN | SYMMETRIC),
-    "ramplus_tl": Row(lambda k: p.ramplus_tl(), SYMMETRIC),
+    "ramplus_tl": Row(lambda k: p.ramplus_tl(), MEAN | SYMMETRIC),
     "nearswap": Row(lambda k: p.nearswap(0.3), {}, ONE),
     "passthrough": Row(lambda k: p.passthrough(0.5), LINEAR, ONE),
     "arcee_fusion": Row(lambda k: p.arcee_fusion(), MEAN | SUMS, TWO),

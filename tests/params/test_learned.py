@@ -122,7 +122,8 @@ def test_windows_are_decayed_updates():
     rng = np.random.default_rng(0)
     run = [{"w": jnp.asarray(rng.standard_normal(3), jnp.float32)} for _ in range(5)]
     w = np.stack([m["w"] for m in run])
-    for decay, f in (("linear", 1 - np.arange(1, 4) / 4), ("cosine", (1 + np.cos(np.pi * np.arange(1, 4) / 4)) / 2)):
+    u = np.arange(1, 4) / 4
+    for decay, f in (("linear", 1 - u), ("cosine", (1 + np.cos(np.pi * u)) / 2), ("minus_sqrt", 1 - np.sqrt(u))):
         merged = params.merge(params.window_average(decay, window=4), None, run)["w"]
         np.testing.assert_allclose(merged, w[1] + f @ np.diff(w[1:], axis=0), rtol=1e-5, atol=1e-6)
         if decay == "linear":

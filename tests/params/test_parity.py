@@ -222,6 +222,19 @@ def test_tall_masks(golden):
             np.testing.assert_array_equal(masks[name][k], expected != 0)
 
 
+def test_consensus_is_where_tall_masks_agree(golden):
+    vectors, p = golden("params/fusion_bench_tall_mask_a"), MANIFEST["fusion_bench_tall_mask_a"]["params"]
+    base, models = unpack(vectors["in/base"]), [unpack(vectors[f"in/expert_{k}"]) for k in range(3)]
+    votes = sum(vectors[f"out/mask/expert_{k}"].astype(int) for k in range(3))
+    for shared in (1, 2, 3):
+        tx = params.consensus(scale=p["tall_mask_lambda"], shared=shared, factor=0.3)
+        merged, agreed = compiled(lambda tx=tx: params.merge(tx, base, models))(), unpack(votes >= shared)
+        for name in base:
+            total = 0.3 * sum(m[name] - base[name] for m in models)
+            bound = entrywise([base[name], *(m[name] for m in models)], OPERATIONS)
+            assert_within(merged[name], base[name] + np.where(agreed[name], total, 0), bound, name)
+
+
 @pytest.mark.parametrize("method", ["newton_schulz", "svd"])
 def test_knots_basis(golden, method):
     vectors = golden("params/fusion_bench_knots_a")
@@ -254,6 +267,8 @@ ARGUMENTS = {
     "nuslerp flatten=False row_wise=False": lambda: params.nuslerp([0.6, 0.25], scope="row"),
     "nuslerp flatten=False row_wise=True": lambda: params.nuslerp([0.6, 0.25], scope="column"),
     "model_stock filter_wise": lambda: params.model_stock(floor=1e-6, scope="row"),
+    "model_stock small": lambda: params.model_stock(floor=1e-6),
+    "sce small": lambda: params.sce(1.0, mask="delta", floor=1e-6),
     "passthrough": lambda: params.passthrough(0.75),
     "sparsify l1": lambda: params.rescale(params.trim(0.4, scope="tensor"), "l1"),
     "sparsify l2": lambda: params.rescale(params.trim(0.4, scope="tensor"), "l2"),
@@ -271,6 +286,8 @@ def test_equals_mergekits_other_arguments(golden, case):
         base, models = None, [{name: models[0][name] - base[name] for name in base}]
     if case == "passthrough":
         base = None
+    if case.endswith("small"):  # so small that its floors are reached
+        base, models = jax.tree.map(np.zeros_like, base), [jax.tree.map(lambda x: np.float32(1e-4) * x, m) for m in models]
     run = compiled(lambda inputs: params.merge(ARGUMENTS[case](), *inputs))
     merged, narrow = run((base, models)), "nuslerp" in case  # some columns of 4 entries are nearly opposite
     bounds = backward(run, (base, models)) if narrow else {}
