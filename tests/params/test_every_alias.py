@@ -187,10 +187,11 @@ ALIASES = {
     "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=5e-6), moves=SHARES),
     "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=SHARES),
     "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=SHARES),
+    # what divides is a constant here: XLA multiplies by its reciprocal, unless it is split
     "fisher": Row(lambda k: p.fisher(fishers(k)), MEAN | LINEAR | SUMS),
     "adamerging": Row(lambda k: p.adamerging(ramp(k)), MEAN | LINEAR),
     "expert_merging": Row(lambda k: p.expert_merging(chunks(k)), LINEAR),
-    "self_positioning": Row(lambda k: p.self_positioning(np.log(ramp(k))), MEAN | LINEAR | dict(exact=False)),
+    "self_positioning": Row(lambda k: p.self_positioning(np.log(ramp(k))), MEAN | LINEAR),
 }
 ROWS = ATOMS | ALIASES
 
