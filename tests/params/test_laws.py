@@ -122,6 +122,12 @@ def test_arcee_fusion_keeps_the_digits_of_a_small_divergence():
     np.testing.assert_allclose(found, (p * np.log(p / q)).sum(axis=1, keepdims=True), rtol=0, atol=5 * 2.0**-24 / 32)
 
 
+def test_nearswap_counts_small_changes_as_larger():
+    """mergekit divides t by |change|, but by no less than 1e-6, and clips: of 4e-7 a t of 5e-7 takes half."""
+    merged = params.merge(params.nearswap(5e-7), {"w": jnp.zeros(3)}, [{"w": jnp.array([4e-7, -2e-6, 1.0])}])["w"]
+    np.testing.assert_allclose(merged, [2e-7, -5e-7, 5e-7], rtol=4 * 2.0**-23)
+
+
 def test_karcher_is_where_the_logarithms_cancel():
     """Of directions far apart the normalised mean is not the mean on the sphere: ten steps are, to their tolerance."""
     rng = np.random.default_rng(0)
