@@ -421,6 +421,7 @@ def _check_leading(x: Array, expected: tuple[int, ...], verb: str, name: str) ->
             f"{verb}: {name} must begin with the plan's shape {expected} (batch, then positions), got {x.shape}. "
             "Plans carry their own batch axes; use jax.vmap or broadcast the plan to share one."
         )
+    segments.check_whole(f"{verb}: {name}", x, len(expected) - 1)
 
 
 def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:

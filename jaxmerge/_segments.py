@@ -17,6 +17,18 @@ FEW = 32
 """How many rows a CPU adds at a time: few enough for its cache."""
 
 
+def check_whole(what: str, x: Array, axis: int) -> None:
+    """A sequence lies on one device. Under Explicit axes JAX refuses one that is split, but not in words of ours."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    spec += (None,) * (x.ndim - len(spec))
+    if spec[axis] is not None:
+        whole = ", ".join(repr(part) for part in (*spec[:axis], None, *spec[axis + 1 :]))
+        raise ValueError(
+            f"{what} of shape {x.shape} is split along its positions, over mesh axis {spec[axis]!r}; whoever merges must see "
+            f"all of a sequence: lay it out whole, jax.reshard(x, jax.P({whole}))."
+        )
+
+
 def sums(
     ids: Int[Array, "*batch n"],
     m: int,
@@ -150,7 +162,14 @@ def like(w: Array, x: Array) -> Array:
 
 def fill(where: Bool[Array, "..."], x: Array, value: Any) -> Array:
     """x with a value written where a mask over its leading axes says; x's layout wins."""
-    return jnp.where(like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value), x)
+    there, values = like(where, x) | jnp.zeros_like(x, bool), jnp.full_like(x, value)
+    return jnp.where(_laid_out(there, x), _laid_out(values, x), x)
+
+
+def _laid_out(a: Array, x: Array) -> Array:
+    """a, which is of x's shape, as x lies. (From jax 0.12 on what is made like x lies so only under `jax.set_mesh`.)"""
+    layout = jax.typeof(x).sharding
+    return a if jax.typeof(a).sharding == layout else jax.reshard(a, layout)
 
 
 def holds(dtype: Any, value: Any) -> bool:

@@ -28,7 +28,7 @@ BELOW = {
     "_rank": {"_segments"},
     "_kernels": {"_segments", "_rank"},
     "_plan": {"_segments", "_kernels"},
-    "attention": {"_plan", "_kernels"},
+    "attention": {"_plan", "_segments", "_kernels"},
     "tokens": {"_plan", "_segments", "_rank", "_kernels", "attention"},
     "virtual": {"_plan", "_segments", "attention"},
     "words": {"_plan", "attention", "tokens"},

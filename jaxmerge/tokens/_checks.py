@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Shaped
 
+from jaxmerge._segments import check_whole
+
 
 def checked_metric(name: str, metric: ArrayLike) -> Array:
     """The metric, real and at least of rank 2, without a gradient."""
@@ -23,6 +25,7 @@ def checked_tokens(name: str, x: ArrayLike, what: str = "x") -> Array:
         raise ValueError(f"{name}: {what} must have shape (*batch, n, d), got {x.shape}.")
     if jnp.iscomplexobj(x):
         raise TypeError(f"{name}: {what} must be real, got {x.dtype}; put real and imaginary parts beside each other.")
+    check_whole(f"{name}: {what}", x, x.ndim - 2)
     return x
 
 

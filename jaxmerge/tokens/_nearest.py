@@ -56,6 +56,7 @@ def nearest(
         raise ValueError(f"nearest: queries {queries.shape} and keys {keys.shape} must share batch axes and features.")
     if keys.shape[-2] == 0:
         raise ValueError("nearest: there must be at least one key.")
+    segments.check_whole("nearest: keys", keys, keys.ndim - 2)
     batch, n, m = queries.shape[:-2], queries.shape[-2], keys.shape[-2]
     queries, keys = lax.stop_gradient(queries), lax.stop_gradient(keys)
     if mask is not None:

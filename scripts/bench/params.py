@@ -85,6 +85,7 @@ CASES = {
     "multislerp": Case(lambda p, _: p.multislerp(), ("multislerp", EACH), base="none", rounding=1e-3),
     "karcher": Case(lambda p, _: p.karcher(), ("karcher", {}), base="none", rounding=1e-3),
     "arcee_fusion": Case(lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first"),
+    "arcee_fusion, sampled": Case(lambda p, _: p.arcee_fusion(sample=10**6), ("arcee_fusion", {}), models=1, base="first"),
     "arcee_fusion, under 10^6 entries": Case(
         lambda p, _: p.arcee_fusion(), ("arcee_fusion", {}), models=1, base="first", shapes=MILLION
     ),

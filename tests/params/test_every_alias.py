@@ -153,6 +153,7 @@ ALIASES = {
     "nearswap": Row(lambda k: p.nearswap(0.3), {}, ONE),
     "passthrough": Row(lambda k: p.passthrough(0.5), LINEAR, ONE),
     "arcee_fusion": Row(lambda k: p.arcee_fusion(), MEAN | SUMS, TWO),
+    "arcee_fusion sampled": Row(lambda k: p.arcee_fusion(sample=9), MEAN | SUMS, TWO, variant=True),
     "update_selective": Row(lambda k: p.update_selective(0.3), {}, ONE),
     "layer_swapping": Row(
         lambda k: p.layer_swapping(2, bottom=1, top=0, layer=lambda n: "ab".find(n[0]) if n[0] in "ab" else None),

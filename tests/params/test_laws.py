@@ -10,6 +10,7 @@ from jaxmerge import params
 from jaxmerge.params._laws import assert_merge
 from jaxmerge.params._layout import whole
 from jaxmerge.params._stack import rounded
+from jaxmerge.params.order import _devices as devices
 
 
 def test_the_laws_can_fail():
@@ -107,19 +108,67 @@ def test_nonfinite_values_are_reported_and_stay_visible():
         assert np.isnan(merged["a"][1]) and np.isfinite(merged["b"]).all()
 
 
-def test_arcee_fusion_keeps_the_digits_of_a_small_divergence():
-    """A fine-tune's rows diverge by 2e-6, from terms p log(p / q) of 1e-3: a plain sum of those keeps one digit.
+def arcee_divergence(base, model):
+    return params.arcee_fusion().match({"w": jnp.stack([base, model])})[0]["w"]["divergence"]
 
-    A quotient is rounded by at most 2^-24, so each term by p 2^-24, and the sum of 1024 by a deviation of 2^-24 / 32 at most.
+
+def exact_divergence(base, model):
+    def softmax(x):
+        e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True) + 1e-8
+
+    p, q = softmax(model), softmax(base)
+    return (p * np.log(p / q) - (p - q)).sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_arcee_fusion_keeps_the_digits_of_a_small_divergence(alone, monkeypatch):
+    """A fine-tune's rows diverge by 2e-6, the sum of 1024 squares of changes of 0.002 p.
+
+    A share is rounded by 4 ulp at most (exp 2, sum and quotient 1 each), so a change by sqrt(2) 2^-22 p, which is 1.7e-4 of
+    it; the square by twice that, and the mean of 1024 by a thirty-second of it. Five deviations, 5.3e-5. Rows that moved far
+    are logarithms, of which each term is rounded by 2^-22 p or less; numbers of any size, which exp cannot take.
     """
+    monkeypatch.setattr(devices, "alone", lambda: alone)
+    monkeypatch.setattr(devices, "LARGE", 0)
     rng = np.random.default_rng(0)
     base = 0.02 * rng.standard_normal((64, 1024)).astype(np.float32)
     model = base + 0.002 * rng.standard_normal((64, 1024)).astype(np.float32)
-    tx = params.arcee_fusion()
-    found = tx.match({"w": jnp.stack([base, model])})[0]["w"]["divergence"]
-    softmax = lambda x: (e := np.exp(x.astype(np.float64))) / e.sum(axis=1, keepdims=True) + 1e-8
-    p, q = softmax(model), softmax(base)
-    np.testing.assert_allclose(found, (p * np.log(p / q)).sum(axis=1, keepdims=True), rtol=0, atol=5 * 2.0**-24 / 32)
+    near = 5 * 2 * 2**0.5 * 2.0**-22 / 0.002 / 32
+    np.testing.assert_allclose(arcee_divergence(base, model), exact_divergence(base, model), rtol=near)
+    far = model.copy()
+    far[3], far[7, 5], far[11, :9] = rng.standard_normal(1024), 4.0, -40.0
+    base[20], far[20] = base[20] + 1000, model[20] + 1000 + np.float32(2.0)  # softmax does not see what all have in common
+    base[30], far[30] = base[30] - 500, model[30] - 700
+    found, exact = arcee_divergence(base, far), exact_divergence(base, far)
+    rounded = 2.0**-22 * (np.abs(far - base).max(axis=1, keepdims=True) + 1)  # of log p and of log base, at most
+    assert (np.abs(found - exact) <= near * exact + rounded).all()
+    others = np.delete(np.arange(64), [3, 7, 11, 20, 30])
+    np.testing.assert_array_equal(np.asarray(found)[others], np.asarray(arcee_divergence(base, model))[others])
+    far[40, 8] = np.nan
+    assert np.flatnonzero(np.isnan(np.asarray(arcee_divergence(base, far)))).tolist() == [40]
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (5, 33)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_arcee_fusion_from_a_sample(shape, alone, monkeypatch):
+    """Quartiles of one group of 64 neighbours in three, or of one entry in three where 64 do not divide the leaf."""
+    monkeypatch.setattr(devices, "alone", lambda: alone)
+    monkeypatch.setattr(devices, "LARGE", 0)
+    rng = np.random.default_rng(1)
+    base, model = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    x, size = {"w": jnp.stack([base, model])}, base.size
+    plan = lambda sample: params.arcee_fusion(sample=sample).match(x)[0]["w"]
+    exact, some = plan(None), plan(-(-size // 3))
+    importance = np.abs(model - base) * np.asarray(exact["divergence"])
+    group = 64 if size % 64 == 0 else 1
+    taken = np.sort(importance.reshape(-1, group)[::3].ravel())
+    low, median, high = (taken[int(part * (taken.size - 1))] for part in (0.25, 0.5, 0.75))
+    np.testing.assert_allclose(some["threshold"], median + 1.5 * (high - low), rtol=1e-6)
+    for enough in (size, 10 * size):
+        np.testing.assert_array_equal(plan(enough)["threshold"], exact["threshold"])
+    with pytest.raises(ValueError, match="sample=0; quartiles need entries"):
+        params.arcee_fusion(sample=0)
 
 
 def test_nearswap_counts_small_changes_as_larger():

@@ -127,6 +127,32 @@ def test_every_device_plans_its_own(case: Case, x, mesh):
     np.testing.assert_allclose(plan, matrix(compiled(case)(x)), rtol=0, atol=0 if plan.dtype == bool else 1e-5)
 
 
+@pytest.mark.parametrize("mesh", [AxisType.Explicit], indirect=True)
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: jm.tokens.bipartite_matching(x, 3),
+        lambda x: jm.tokens.merge_step(x, x, 3),
+        lambda x: jm.tokens.energy_matching(x, 3, margin=0.5),
+        lambda x: jm.tokens.density_peaks(x, 5),
+        lambda x: jm.tokens.nearest(x, x),
+        lambda x: jm.merge(jm.Plan(jax.reshard(jnp.zeros((BATCH, N), jnp.int32), P("data")), 3), x),
+        lambda x: jm.unmerge(jm.Plan(jax.reshard(jnp.zeros((BATCH, 20), jnp.int32), P("data")), N), x),
+        lambda x: jm.attention.proportional_attention(x[:, :, None], x[:, :, None], x[:, :, None], None),
+        lambda x: jm.attention.packed_attention(jnp.stack([x] * 3, axis=2)[..., None, :], None),
+    ],
+)
+def test_a_sequence_that_is_split_is_refused(f, x, mesh):
+    """In words that say what to do, and what they say does it."""
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
+        with pytest.raises(
+            ValueError, match=r"split along its positions, over mesh axis 'model'.* jax.reshard\(x, jax.P\('data', "
+        ):
+            jax.eval_shape(f, split)
+        jax.eval_shape(f, jax.reshard(split, jax.P("data", None, None)))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.equivariant], ids=repr)
 def test_permuting_tokens_permutes_groups(case: Case, x):
     order = np.random.default_rng(0).permutation(N)

@@ -29,6 +29,7 @@ from jaxmerge.params.order._words import (
     counts as counts,
     from_words as from_words,
     number as number,
+    quotient as quotient,
     share as share,
     smaller as smaller,
     subtract as subtract,
@@ -42,6 +43,8 @@ DIGIT = 11
 ROUNDS = 3
 ORIGIN = np.zeros(2, np.uint32)
 """Where a whole leaf begins."""
+GROUP = 64
+"""Neighbours that a sample takes together, where they divide the leaf."""
 SAMPLE = 1 << 14
 """Entries of a model that say where to look first."""
 
@@ -143,6 +146,35 @@ def _each(f: Callable, models: int, *arrays: Array):
     n = arrays[0].shape[0] // models
     parts = [f(*(a[i * models : (i + 1) * models] for a in arrays)) for i in range(n)]
     return parts[0] if n == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
+
+
+def kth_of_every(step: int, x: Entries, k: Words, order: Order = lambda x: x) -> UInt32[Array, "_"]:
+    """`kth_largest` of one group of neighbours in so many, from the first: of `how_many` entries."""
+    if step == 1:
+        return kth_largest([x], k, order)
+
+    def some(k, x):
+        bits = order(x)
+        rows, group = math.prod(x.shape[1:]) // row_size(x.shape[1:]), _group(x.shape[1:])
+        taken = bits.reshape(bits.shape[0], rows, -1, group)[:, :, ::step]
+        return kth_largest([lax.optimization_barrier(taken.reshape(bits.shape[0], -1, group))], k)
+
+    def masked(k, x):  # as they lie; what is left out counts as 0, below which nothing is
+        of_group = quotient(coordinates(x.shape[1:])[3], jnp.uint32(_group(x.shape[1:])))
+        taken = of_group == quotient(of_group, jnp.uint32(step)) * np.uint32(step)
+        return kth_largest([x], k, lambda x: jnp.where(taken[None], order(x), 0))
+
+    return fastest(some, masked)(k, x)
+
+
+def how_many(step: int, shape: tuple[int, ...]) -> int:
+    """Entries of a leaf that `kth_of_every` looks at."""
+    groups = row_size(shape) // _group(shape)
+    return math.prod(shape) // row_size(shape) * -(-groups // step) * _group(shape)
+
+
+def _group(shape: tuple[int, ...]) -> int:
+    return GROUP if row_size(shape) % GROUP == 0 else 1
 
 
 def coordinates(shape: tuple[int, ...], origin: Array | np.ndarray = ORIGIN) -> tuple[int, int, Array, Array]:
