@@ -157,12 +157,6 @@ def _engine(options: Options) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
 
 
-def say_once(out: str) -> None:
-    """What a merge into a bucket should know before it begins."""
-    if "://" in out:
-        print("into a bucket, leaf by leaf: if this merge is killed it begins anew; one into a local directory goes on.")
-
-
 # --- plan and merge --------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +227,6 @@ def _merge(files: Any, options: Merge) -> None:
     from jaxmerge import recipe
     from jaxmerge.cli import _size
 
-    say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("planning", total=None, figures="")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
+from jaxmerge import _segments as segments
 from jaxmerge._kernels import _dispatch as dispatch, attend as kernels
 from jaxmerge._kernels.attend import ref as reference
 from jaxmerge._plan import Plan, SoftPlan
-from jaxmerge._segments import check_whole
 
 Attending = Literal["xla", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 
@@ -183,7 +183,7 @@ def proportional_attention(
             "proportional_attention: expected q (b, t, h, d), k and v (b, s, g, d), h a multiple of g, and bias (b, s), b "
             f"or not (jax.vmap over more axes); got {q.shape}, {k.shape}, {v.shape} and {None if bias is None else bias.shape}."
         )
-    check_whole("proportional_attention: k", k, k.ndim - 3)
+    segments.check_whole("proportional_attention: k", k, k.ndim - 3)
     options: Any = dict(is_causal=is_causal, scale=v.shape[-1] ** -0.5 if scale is None else scale)
     if implementation == "cudnn":
         return _flash(q, k, v, bias, mask, **options) if mask is not None else _flash_of_any_length(q, k, v, bias, **options)
@@ -235,7 +235,7 @@ def packed_attention(
     """
     if qkv.ndim < 4 or qkv.shape[-3] != 3:
         raise ValueError(f"packed_attention: qkv must be (*batch, n, 3, heads, features), got {qkv.shape}.")
-    check_whole("packed_attention: qkv", qkv, qkv.ndim - 4)
+    segments.check_whole("packed_attention: qkv", qkv, qkv.ndim - 4)
     n = qkv.shape[-4] if length is None else length
     if offset is not None and offset.shape != qkv.shape[-3:]:
         raise ValueError(f"packed_attention: offset must have the shape {qkv.shape[-3:]} of a row of qkv, got {offset.shape}.")

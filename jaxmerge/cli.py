@@ -234,7 +234,6 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     plan = _checked(tx, files)
     plan.check()
     _note(Console(), plan)
-    _verbs.say_once(files.out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("merging", total=None, figures="")

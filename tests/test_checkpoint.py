@@ -220,8 +220,6 @@ def test_what_else_is_refused(saved, tmp_path, monkeypatch):
     assert report.nonfinite == {"s": [0, 1, 0]} and np.isnan(ocp.load(out)["s"]) and ocp.load(out)["step"] == 7
     with pytest.raises(FileExistsError, match="--overwrite"):
         checkpoint.merge(tx, paths["base"], models, out)
-    (tmp_path / "out.merging.partial_save").mkdir()  # left by a merge that was killed
-    monkeypatch.setattr(_sharded, "is_remote", lambda path: True)  # as buckets are written, by Orbax
     beside = {"README.md": "a card"}
     checkpoint.merge(params.linear(), paths["base"], models, out, overwrite=True, on_devices=True, beside=beside)
     receipt = checkpoint.receipt(out)
@@ -239,6 +237,7 @@ assert jax.device_count() == 4 and jax.local_device_count() == 2
 for name, tx in {"ties": params.ties(0.2, tie="majority"), "dare": params.dare_linear(0.5, seed=3)}.items():
     report = checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"{root}/two_{name}", memory=4200)
     assert report.headers.shardings["blocks/0/w"].spec == jax.P("fsdp"), report.headers.shardings
+    checkpoint.merge(tx, f"{root}/base", [f"{root}/a", f"{root}/b"], f"file://{root}/store_{name}", memory=4200)
 """
 
 
@@ -272,10 +271,12 @@ def test_two_processes_equal_one(tmp_path):
     assert [w.returncode for w in workers] == [0, 0], "\n".join(outputs)
     for name, tx in {"ties": params.ties(0.2, tie="majority"), "dare": params.dare_linear(0.5, seed=3)}.items():
         checkpoint.merge(tx, tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / f"one_{name}")
-        one, two = flat(ocp.load(tmp_path / f"one_{name}")), flat(_load_here(tmp_path / f"two_{name}"))
-        assert one.keys() == two.keys()
-        for n in one:
-            np.testing.assert_array_equal(one[n], two[n])
+        one = flat(ocp.load(tmp_path / f"one_{name}"))
+        for several in ("two", "store"):  # in files here, and as buckets are written
+            two = flat(_load_here(tmp_path / f"{several}_{name}"))
+            assert one.keys() == two.keys()
+            for n in one:
+                np.testing.assert_array_equal(one[n], two[n])
 
 
 def _load_here(path):

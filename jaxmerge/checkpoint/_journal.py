@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.checkpoint import _processes
+from jaxmerge.checkpoint._remote import Url
 from jaxmerge.checkpoint._source import digest
 
 
@@ -33,7 +34,11 @@ RECEIPT = "jaxmerge.json"
 
 def check_free(out: Any, *, overwrite: bool) -> None:
     """An output takes no place but its own: where there is nothing, an empty directory, or, if asked to, an earlier output."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if isinstance(out, Url):
+        free = all("/ocdbt.process_" in key for key in out.all_names())  # what a merge that was killed has left
+    else:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if free:
         return
     if not overwrite:
         raise FileExistsError(f"{out} exists; choose another place, or pass overwrite (--overwrite).")

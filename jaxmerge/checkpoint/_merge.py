@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from jaxmerge.checkpoint import _ranges
 from jaxmerge.checkpoint._budget import peak_rss
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import STORES, is_remote
 from jaxmerge.checkpoint._sharding import Rule
 from jaxmerge.checkpoint._source import Format
 from jaxmerge.params._stack import Integers
@@ -115,7 +115,7 @@ def merge(
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what an earlier merge has left at `out`.
-      resume: go on where the same merge was cut off (not in a bucket); False begins anew.
+      resume: go on where the same merge was cut off; False begins anew.
       recipe: what the receipt says was asked for, as JSON.
       beside: files that appear with the output, {name: contents}: configurations, tokenizers, a card.
       on_progress: called as the merge goes on.
@@ -132,6 +132,8 @@ def merge(
     """
     began = time.monotonic()
     bucket = is_remote(out)
+    if bucket and not str(out).startswith(STORES):
+        raise MergeError(f"out is {out}; checkpoints are written to local paths, gs:// and s3://.")
     headers = make_plan(
         tx,
         base,

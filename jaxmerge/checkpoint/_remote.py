@@ -73,10 +73,14 @@ class Url:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
+    def all_names(self) -> list[str]:
+        """All that lies in a folder of a bucket, and in the folders in it."""
+        return sorted(str(k, "utf-8") for k in _store(self._url + "/").list().result())
+
     def names(self) -> list[str]:
-        """The files in a folder; of one on the web, which cannot be listed, those that a model may have."""
+        """What lies in a folder; of one on the web, which cannot be listed, those files that a model may have."""
         if not on_web(self):
-            return sorted({str(k, "utf-8").split("/")[0] for k in _store(self._url + "/").list().result()})
+            return sorted({key.split("/")[0] for key in self.all_names()})
         found = [n for n in SAFETENSORS if (self / n).exists()]
         return found[:1]
 
@@ -144,7 +148,21 @@ def _size(url: str) -> int:
 def _store(directory: str) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(directory if "://" in directory else f"file://{directory}").result()
+    return ts.KvStore.open(folder(directory)).result()
+
+
+def folder(path: str) -> dict[str, str]:
+    """How tensorstore is told of a folder. s3:// is at AWS_ENDPOINT_URL, if that is set, as it is for AWS's own programs."""
+    kind, there, rest = path.partition("://")
+    if not there or kind == "file":
+        return {"driver": "file", "path": rest if there else path}
+    bucket, _, inside = rest.partition("/")
+    if kind == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": inside}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
+    return {"driver": "s3", "bucket": bucket, "path": inside, **where}
 
 
 Place = epath.Path | Url

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, Sharding
 
 from jaxmerge.checkpoint import _orbax, _receipt
+from jaxmerge.checkpoint._bucket import Bucket
 from jaxmerge.checkpoint._journal import fingerprint, pack, unpack
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._processes import everyone
@@ -50,18 +51,15 @@ def run(
     options = {"integers": integers, "nonfinite": nonfinite, "dtype": dtype, "memory": None, "on_devices": True}
     if integers == "agree":
         _check_exact(headers)
-    if is_remote(out):
-        writer: Any = _orbax.Writer(out, headers.out, overwrite=overwrite)
-    else:
-        tree = Tree(headers.out, headers.shardings, _shards(headers), headers.reference, GROUP)
-        identity = digest(
-            fingerprint(steps),
-            pack(list(headers.settings)),
-            [s.identity() for s in inputs],
-            [headers.base is not None, options, jax.process_count(), headers.batches, tree.identity()],
-            _receipt.versions(),
-        )
-        writer = Leafwise(out, tree, identity, overwrite=overwrite, resume=resume)
+    tree = Tree(headers.out, headers.shardings, _shards(headers), headers.reference, GROUP)
+    identity = digest(
+        fingerprint(steps),
+        pack(list(headers.settings)),
+        [s.identity() for s in inputs],
+        [headers.base is not None, options, jax.process_count(), headers.batches, tree.identity()],
+        _receipt.versions(),
+    )
+    writer = (Bucket if is_remote(out) else Leafwise)(out, tree, identity, overwrite=overwrite, resume=resume)
     surveys = [i for i, step in enumerate(steps) if step.survey is not None]
     stages = 1 + sum(steps[i].survey.rounds for i in surveys)
     stage_bytes = sum(headers.reference.leaves[n].bytes for n in headers.floating) * len(inputs)

@@ -1,11 +1,15 @@
-"""Where a leaf goes: rules from a leaf's name and shape to a sharding."""
+"""Where a leaf goes: rules from a leaf's name and shape to a sharding; and shardings as Orbax writes them."""
 
+import base64
+import contextlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 Rule = Callable[[str, tuple[int, ...]], Sharding]
 
@@ -105,3 +109,53 @@ def of_mesh(mesh: str, what: str) -> Rule | None:
         )
     devices = np.array(jax.devices()[:need]).reshape(tuple(axes.values()))
     return fsdp(Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+
+
+# --- as Orbax writes them -------------------------------------------------------------------------------------------------
+
+
+def to_json(shardings: Mapping[str, Sharding]) -> dict[str, str]:
+    """Orbax's file of shardings, of the names of arrays; of kinds that it knows."""
+    found = {}
+    for name, s in shardings.items():
+        told: dict[str, Any] = {"sharding_type": type(s).__name__}
+        if isinstance(s, NamedSharding):
+            devices = np.asarray(s.mesh.devices)
+            told |= {"shape": list(devices.shape), "axis_names": list(s.mesh.axis_names)}
+            told |= {"axis_types": [f"AxisType.{kind.name}" for kind in s.mesh.axis_types], "partition_spec": list(s.spec)}
+            told["device_mesh"] = {"mesh": np.vectorize(lambda d: {"id": d.id}, otypes=[object])(devices).tolist()}
+        elif isinstance(s, SingleDeviceSharding):
+            told["device_str"] = str(next(iter(s.device_set)))
+        else:
+            continue
+        found[base64.b64encode(name.encode()).decode()] = json.dumps(told)
+    return found
+
+
+def from_json(text: str) -> dict[str, Sharding]:
+    """What is in Orbax's file of shardings, as far as those devices are here."""
+    here = {d.id: d for d in jax.devices()} | {str(d): d for d in jax.devices()}
+    known: dict[str, Sharding | None] = {}  # many arrays, few meshes
+    for told in set((saved := json.loads(text)).values()):
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            known[told] = _read(json.loads(told), here)
+    found = {base64.b64decode(name).decode(): known.get(told) for name, told in saved.items()}
+    return {name: sharding for name, sharding in found.items() if sharding is not None}
+
+
+def _read(told: dict[str, Any], here: Mapping[Any, Any]) -> Sharding | None:
+    """One of them.
+
+    Raises:
+      KeyError: its devices are not here.
+    """
+    if told["sharding_type"] == "SingleDeviceSharding":
+        return SingleDeviceSharding(here[told["device_str"]])
+    if told["sharding_type"] != "NamedSharding":
+        return None
+    ids = np.array(told["device_mesh"]["mesh"], dtype=object)
+    devices = np.vectorize(lambda d: here[d["id"]], otypes=[object])(ids).reshape(told["shape"])
+    kinds = tuple(AxisType[kind.removeprefix("AxisType.")] for kind in told.get("axis_types") or ()) or None
+    mesh = Mesh(devices, tuple(told["axis_names"]), axis_types=kinds)
+    spec = [tuple(axes) if isinstance(axes, list) else axes for axes in told["partition_spec"]]
+    return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=told.get("memory_kind"))

@@ -20,6 +20,7 @@ from jax.sharding import Sharding
 from jaxmerge.checkpoint._remote import SAFETENSORS, STORES, WEB, Place, Url, is_remote, on_web
 
 Format = Literal["orbax", "safetensors"]
+GGUF = "is quantised (GGUF) and cannot be merged; merge what it was made from, in safetensors, and quantise that."
 Index = tuple[slice, ...]
 """A block of a leaf: one slice per dimension, without steps; () is the whole leaf."""
 
@@ -122,16 +123,22 @@ def open(path: Any) -> Source:
         if isinstance(path, Url) and not found:
             looked = f": it has none of {', '.join(SAFETENSORS)}, and only those are read over https" if on_web(path) else ""
             raise FileNotFoundError(f"no checkpoint at {path}{looked}.")
+        quantised = [n for n in found if n.endswith(".gguf")]
+        if quantised:
+            raise ValueError(f"{path / quantised[0]} {GGUF}")
         torch = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if torch:
             raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; convert it to safetensors.")
         from jaxmerge.checkpoint import _orbax
 
-        return _orbax.open_checkpoint(str(path).removeprefix("file://"))
+        local = str(path).startswith("file://")
+        return _orbax.open_checkpoint(epath.Path(str(path).removeprefix("file://")) if local else path)
     if path.name.endswith(".safetensors"):
         from jaxmerge.checkpoint import _safetensors
 
         return _safetensors.open_file(path)
+    if path.name.endswith(".gguf"):
+        raise ValueError(f"{path} {GGUF}")
     raise ValueError(f"{path} is not a checkpoint: name an Orbax directory, a .safetensors file, or a directory of such files.")
 
 

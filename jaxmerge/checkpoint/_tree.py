@@ -22,6 +22,7 @@ from jaxmerge.checkpoint import _processes
 from jaxmerge.checkpoint._budget import show_size
 from jaxmerge.checkpoint._journal import Workplace
 from jaxmerge.checkpoint._orbax import array_keys, base_of, spec_of, tree_of
+from jaxmerge.checkpoint._remote import folder
 from jaxmerge.checkpoint._sharding import shards_of
 from jaxmerge.checkpoint._source import Extent, Leaf, Source
 from jaxmerge.checkpoint._units import Span
@@ -46,7 +47,7 @@ class Tree(NamedTuple):
 
     def identity(self) -> Any:
         """What tells one output from another."""
-        return {n: [leaf.shape, str(leaf.dtype), *self.spans[n], self._chunk(n)] for n, leaf in self._arrays().items()}
+        return {n: [leaf.shape, str(leaf.dtype), *self.spans[n], self.chunk(n)] for n, leaf in self._arrays().items()}
 
     def beside(self) -> dict[str, str]:
         """Files that go with it."""
@@ -83,7 +84,7 @@ class Tree(NamedTuple):
         import tensorstore as ts
 
         base, context, now = base_of(directory), ts.Context(), ts.Transaction(atomic=True)
-        store = lambda at: ts.KvStore.open({"driver": "ocdbt", "base": f"file://{at}/"}, context=context).result()
+        store = lambda at: ts.KvStore.open({"driver": "ocdbt", "base": folder(f"{at}/")}, context=context).result()
         whole = store(base).with_transaction(now)
         copies = [store(part).experimental_copy_range_to(whole) for part in sorted(base.glob("ocdbt.process_*"))]
         for copy in copies:
@@ -95,7 +96,7 @@ class Tree(NamedTuple):
     def _arrays(self) -> dict[str, Leaf]:
         return {n: leaf for n, leaf in self.leaves.items() if leaf.dtype is not None}
 
-    def _chunk(self, name: str) -> list[int]:
+    def chunk(self, name: str) -> list[int]:
         """What is stored under one key: a block, split where devices split it."""
         shape, (axis, rows) = self.leaves[name].shape, self.spans[name]
         parts = shards_of(self.shardings[name], len(shape))
@@ -108,7 +109,7 @@ class Tree(NamedTuple):
 
         described = json.loads((base / "_METADATA").read_text())
         by_name = {"/".join(array_keys(e)): e for e in described["tree_metadata"].values()}
-        chunks = {n: self._chunk(n) for n in self._arrays()}
+        chunks = {n: self.chunk(n) for n in self._arrays()}
         context, now = ts.Context(), ts.Transaction(atomic=True)  # one store: its arrays change in one go
         made = []
         for name, chunk in chunks.items():
@@ -262,7 +263,7 @@ class Blocks:
 
 
 class Leafwise:
-    """An output in a local directory whose leaves come whole, from devices. What `_orbax.Writer` is for buckets; it goes on.
+    """An output in a local directory whose leaves come whole, from devices; `_bucket.Bucket` in a bucket. It goes on.
 
     Attributes:
       lines: what an earlier run of the same merge has noted.

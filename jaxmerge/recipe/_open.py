@@ -35,7 +35,8 @@ def locate(path: Path) -> str:
         if path.path.startswith("~") and parent.exists():
             return str(parent)
         near = difflib.get_close_matches(parent.name, _names(parent.parent), n=1)
-        hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else "; paths are relative to where you are."
+        other = "" if "/" in path.path else ", and no document of the recipe has this name"
+        hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else f"; paths are relative to where you are{other}."
         raise Absent(f"there is nothing at {path.path!r}{hint}")
     folder = hub_cache() / f"models--{path.path.replace('/', '--')}"
     named = folder / "refs" / (path.revision or "main")

@@ -1,19 +1,21 @@
 """Read a recipe: every unknown key and every wrong value with its place, all of them in one message."""
 
+import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from etils import epath
-
 from jaxmerge.checkpoint._budget import parse_size
-from jaxmerge.checkpoint._remote import on_web
+from jaxmerge.checkpoint._remote import Url, is_remote, on_web
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
 
+FLAGS = {"random_seed": "write seed", "out_shard_size": "pass --max-shard-bytes"} | dict.fromkeys(
+    ("allow_crimes", "copy_tokenizer", "cuda", "lazy_unpickle", "low_cpu_memory", "trust_remote_code"), "leave it out"
+)
 WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank")
@@ -139,8 +141,8 @@ class _Reader:
         if on_web(folder):
             self.wrong(node.mark, f"{found[0]}: folders cannot be listed over https; name every checkpoint.")
             return []
-        parent = epath.Path(folder or ".")
-        names = [p.name for p in parent.iterdir()] if parent.exists() else []
+        parent = Url(folder) if is_remote(folder) else pathlib.Path(folder or ".")
+        names = parent.names() if isinstance(parent, Url) else [p.name for p in parent.iterdir()] if parent.exists() else []
         steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
         inside = sorted(step for step in steps if int(found[1]) <= step <= int(found[2]))
         if not inside:
@@ -260,6 +262,8 @@ class _Reader:
         return found
 
     def hint(self, name: str) -> str:
+        if name.isdigit():
+            return f"; decimals have a point: write 0.{name}, not 0,{name}."
         if name == "embed_slerp":
             return ": mergekit dropped it; write t, or weight, as a condition: {part: embeddings, value: 0.5}."
         return suggest(name, self.method.parameters)
@@ -361,7 +365,8 @@ class _Reader:
         """The fields of a mapping, unknown ones reported."""
         known = tuple(known)
         if not isinstance(node.value, dict):
-            self.wrong(node.mark, f"{what} is a mapping with {', '.join(known)}; got {node.plain!r}.")
+            meant = f"; write {known[0]}: {node.plain}" if isinstance(node.value, str) else ""
+            self.wrong(node.mark, f"{what} is a mapping with {', '.join(known)}; got {node.plain!r}{meant}.")
             return {}
         for key, mark in node.keys.items():
             if key in known:
@@ -370,6 +375,10 @@ class _Reader:
             if key in PARAMETERS and meant:
                 beside = ", ".join(k for k in node.keys if k in known)
                 self.wrong(mark, f"{key!r} stands beside {beside}; it belongs under parameters.")
+            elif key == "models" and "sources" in known:
+                self.wrong(mark, f"{what} lists its models under sources, each with model and layer_range.")
+            elif key in FLAGS:
+                self.wrong(mark, f"{key!r} is a flag of mergekit's command line, not a key; {FLAGS[key]}.")
             elif key in TOP and "parameters" in known:
                 self.wrong(mark, f"{key!r} is a key of the recipe, not of {what}; move it to the top level.")
             elif meant:

@@ -5,13 +5,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from etils import epath
-
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
-from jaxmerge.checkpoint._journal import check_free
+from jaxmerge.checkpoint._journal import RECEIPT, check_free
 from jaxmerge.checkpoint._receipt import hashes
-from jaxmerge.checkpoint._remote import is_remote
+from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
 from jaxmerge.recipe._open import Planned
 from jaxmerge.recipe._read import read
@@ -88,14 +86,13 @@ def merge(
     """
     planned = plan(recipe, **options)
     _, name = _text(recipe)
-    whole: Any = epath.Path(out) if is_remote(out) else pathlib.Path(out)
-    if whole.name in ("", ".."):
-        whole = pathlib.Path(os.path.abspath(whole))
-    aside = pathlib.Path(parts) if parts is not None else whole.with_name(f"{whole.name}.parts")
+    whole = _place(out)
+    aside = _place(parts) if parts is not None else whole.parent / f"{whole.name}.parts"
     places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
     for place in places:
         _no_parent(place, planned)
-    check_free(whole, overwrite=overwrite)
+    if not isinstance(whole, Url):
+        check_free(whole, overwrite=overwrite)
     done: list[tuple[RecipePlan, MergeReport]] = []
     earlier: dict[str, Source] = {}
     for document, place in zip([p.recipe for p in planned], places, strict=True):
@@ -141,18 +138,18 @@ def verify(
     Raises:
       FileNotFoundError: there is no receipt. ValueError: it names no recipe. RecipeError: parents that are no longer there.
     """
-    out = pathlib.Path(out)
-    parts = pathlib.Path(parts) if parts is not None else out.with_name(f"{out.name}.parts")
-    text = checkpoint.receipt(out)["recipe"]
+    place = _place(out)
+    aside = _place(parts) if parts is not None else place.parent / f"{place.name}.parts"
+    text = checkpoint.receipt(place)["recipe"]
     if not isinstance(text, str):
         raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
     [document] = read(text, "the receipt's recipe")
-    names = [reference.model.path for reference in document.references()]
-    earlier = {n: checkpoint.open(parts / n) for n in names if not pathlib.Path(n).exists() and (parts / n).exists()}
-    todo, mistakes = plan_document(document, earlier, {}, out.name)
+    names = [n for n in (r.model.path for r in document.references()) if not (is_remote(n) or pathlib.Path(n).exists())]
+    earlier = {n: checkpoint.open(aside / n) for n in names if (aside / n / RECEIPT).exists()}
+    todo, mistakes = plan_document(document, earlier, {}, place.name)
     if todo is None or mistakes:
         raise RecipeError(mistakes, "the receipt's recipe")
-    return checkpoint.verify(out, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
+    return checkpoint.verify(place, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
 
 
 def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
@@ -186,6 +183,13 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
     return found
 
 
+def _place(path: Any) -> Any:
+    """Where something is to lie: with a name, and a folder that it is in."""
+    if is_remote(path):
+        return Url(path)
+    return pathlib.Path(path) if pathlib.Path(path).name not in ("", "..") else pathlib.Path(os.path.abspath(path))
+
+
 def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
     """Refuse to write where something is read."""
     files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
@@ -197,7 +201,7 @@ def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
 
 def _is_there(place: Any, todo: RecipePlan) -> bool:
     """Whether an earlier run has made a document's result: the same words, and parents with the same fingerprints."""
-    if not (place / "jaxmerge.json").exists():
+    if not (place / RECEIPT).exists():
         return False
     receipt = checkpoint.receipt(place)
     parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]

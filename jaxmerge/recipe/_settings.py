@@ -120,10 +120,19 @@ def _values(node: Node, name: str, p: Parameter, method: str, mistakes: list[Mis
         try:
             values.append(_scalar(scalar.value, p))
         except ValueError as e:
-            mistakes.append(Mistake(scalar.mark, f"{name} of {method} must be {e}, got {scalar.plain!r}."))
+            text = f"{name} of {method} must be {e}, got {scalar.plain!r}{_percent(scalar.value, p)}."
+            mistakes.append(Mistake(scalar.mark, text))
     if isinstance(node.value, list) and not scalars:
         mistakes.append(Mistake(node.mark, f"{name} is an empty list; a gradient needs one value or more."))
     return tuple(values) or (0.0,)
+
+
+def _percent(value: Any, p: Parameter) -> str:
+    """Of a share that is written as a percentage: how it is written."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", str(value))
+    if found is None or p.high != 1 or not 1 < float(found[1]) <= 100:
+        return ""
+    return f"; {found[1]} % is {float(found[1]) / 100:g}"
 
 
 def _scalar(value: Any, p: Parameter) -> Any:

@@ -73,7 +73,8 @@ def documents(text: str, name: str) -> Iterator[Node]:
         mark = e.problem_mark or e.context_mark
         place = None if mark is None else Mark(mark.line + 1, mark.column + 1)
         why = " ".join(str(part) for part in (e.context, e.problem) if part)
-        raise RecipeError([Mistake(place, f"not YAML: {why}; check indentation, colons and quotes.")], name) from None
+        check = "indent with spaces, not with tabs" if "'\\t'" in why else "check indentation, colons and quotes"
+        raise RecipeError([Mistake(place, f"not YAML: {why}; {check}.")], name) from None
     except RecursionError:
         raise RecipeError([Mistake(None, "an anchor contains itself; write the values out.")], name) from None
     finally:

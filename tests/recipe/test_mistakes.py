@@ -221,6 +221,49 @@ WRONG = {
         "one weight",
         "scope: tensor",
     ),
+    "models without their key": ('merge_method: linear\nmodels:\n  - "@a"\n', "3:5", "a mapping with model", "write model: @a"),
+    "models in a slice": (
+        'merge_method: passthrough\nslices:\n  - models: [{model: "@a", layer_range: [0, 2]}]\n',
+        "3:5",
+        "lists its models under sources",
+        "layer_range",
+    ),
+    "a range in words": (
+        'merge_method: passthrough\nslices:\n  - sources: [{model: "@a", layer_range: 0-2}]\n',
+        "3:",
+        "layer_range must be [first, last + 1]",
+        "got '0-2'",
+    ),
+    "a percentage": (TIES + "parameters: {weight: 1, density: 50%}\n", "4:34", "between 0 and 1, got '50%'", "50 % is 0.5"),
+    "a percentage without its sign": (TIES + "parameters: {weight: 1, density: 20}\n", "4:34", "got 20", "20 % is 0.2"),
+    "a decimal comma": (
+        'merge_method: linear\nmodels:\n  - {model: "@a", parameters: {weight: 0,5}}\n',
+        "3:",
+        "no parameter '5'",
+        "write 0.5, not 0,5",
+    ),
+    "tabs": ('merge_method: linear\nmodels:\n\t- model: "@a"\n', "3:1", "cannot start any token", "spaces, not with tabs"),
+    "a flag of mergekit": (LINEAR + WEIGH + "random_seed: 7\n", "4:1", "a flag of mergekit's command line", "write seed"),
+    "a flag that nothing needs": (LINEAR + WEIGH + "lazy_unpickle: true\n", "4:1", "'lazy_unpickle' is a flag", "leave it out"),
+    "a document that is not there": (
+        'merge_method: linear\nmodels: [{model: "@a"}, {model: step1}]\n' + WEIGH,
+        "2:",
+        "nothing at 'step1'",
+        "no document of the recipe has this name",
+    ),
+    "a quantised model": (
+        "merge_method: linear\nmodels: [{model: '%s'}]\n" + WEIGH,
+        "2:",
+        "is quantised (GGUF)",
+        "safetensors",
+    ),
+    "a vocabulary in one word": (WORDS + "tokenizer: union\n", "4:12", "tokenizer is a mapping", "{source: union}"),
+    "t beside a model": (
+        "merge_method: slerp\n" + BASE + 'models: [{model: "@base"}, {model: "@a", parameters: {t: 0.5}}]\n',
+        "3:",
+        "t is missing: slerp needs it",
+        "for the recipe",
+    ),
     "embed_slerp": (
         LINEAR + "parameters: {weight: 1, embed_slerp: true}\n",
         "3:25",
@@ -242,8 +285,9 @@ def test_a_wrong_recipe_is_told_what_to_do(models, monkeypatch, tmp_path, name):
     text, where, *parts = WRONG[name]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
+    (tmp_path / "model.gguf").touch()
     with pytest.raises(recipe.RecipeError) as refused:
-        recipe.plan(text.replace("@", f"{models}/"))
+        recipe.plan(text.replace("@", f"{models}/").replace("'%s'", str(tmp_path)))
     assert time.monotonic() - began < 5
     message = str(refused.value)
     print(message)
