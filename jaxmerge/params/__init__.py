@@ -47,7 +47,8 @@ outputs of the official code at the arguments that each docstring gives (mergeki
       model_stock                          the angle between experts      sums              mergekit_model_stock,
                                                                                             fusion_bench_model_stock
       nearswap, arcee_fusion, passthrough  from one model into the base   order             mergekit_nearswap,
-                                                                                            mergekit_arcee_fusion
+                                                                                            mergekit_arcee_fusion,
+                                                                                            mergekit_arguments
       widen (5)                            columns that moved             norms, ranks      widen
       tsvm, r_tsvm (66), tsv_compress      singular vectors, orthogonal   spectral          fusion_bench_tsvm
       iso_c, iso_cts (polar)               equal singular values          spectral          fusion_bench_iso_c,

@@ -34,7 +34,8 @@ def assert_merge(
     """Check the laws of merging on random task vectors with ties, zeros, constant, one-column and scalar leaves.
 
     Always: one model comes out, finite, of the shapes that went in; zero deltas merge to zero; each leaf of the base keeps its
-    dtype; `match` then `merge` is what `params.merge` does; the result and its layout do not depend on the sharding.
+    dtype, whatever the models' are; `match` then `merge` is what `params.merge` does; the result and its layout do not depend
+    on the sharding.
 
     Args:
       tx: a transform that ends with one model.
@@ -146,10 +147,14 @@ def _check_visible(run: Callable, x: dict[str, np.ndarray], value: float) -> Non
 
 
 def _check_base(tx: MergeTransform, x: dict[str, np.ndarray], merged: Stacked) -> None:
-    """Whole models in: the base's dtypes come out, and what `match` and `merge` say."""
-    dtypes = {n: (jnp.bfloat16, jnp.float16, jnp.float32)[i % 3] for i, n in enumerate(x)}
+    """Whole models in, each leaf of another dtype in each: the base's dtypes come out, and what `match` and `merge` say."""
+    kinds = (jnp.bfloat16, jnp.float16, jnp.float32)  # all of them hold x
+    dtypes = {n: kinds[i % 3] for i, n in enumerate(x)}
     zero = {n: jnp.zeros(v.shape[1:], dtypes[n]) for n, v in x.items()}
-    models = [jax.tree.map(lambda v, k=k: jnp.asarray(v[k]), x) for k in range(next(iter(x.values())).shape[0])]
+    models = [
+        {n: jnp.asarray(v[k], kinds[(i + k + 1) % 3]) for i, (n, v) in enumerate(x.items())}
+        for k in range(next(iter(x.values())).shape[0])
+    ]
     whole = jax.jit(lambda base, models: merge(tx, base, models))(zero, models)
     for name, leaf in whole.items():
         if leaf.dtype != dtypes[name]:

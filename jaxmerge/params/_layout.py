@@ -29,7 +29,7 @@ def whole(x: Array, axes: tuple[int, ...]) -> Array:
 def like(y: Array, x: Array) -> Array:
     """y (models, *shape), or of the shape of x, laid out as x (K, *shape)."""
     split = _split(x)
-    return _laid(y, split if y.shape == x.shape else ((), *split[1:])) if any(split) else y
+    return _laid(y, split if y.shape == x.shape else ((), *split[1:]), of=x) if any(split) else y
 
 
 def longer(x: Array) -> int:
@@ -52,6 +52,14 @@ def along(x: Array, axis: int) -> Array:
     sizes = jax.typeof(x).sharding.mesh.shape
     even = x.shape[axis] % math.prod(sizes[a] for a in both) == 0
     return _laid(x, tuple(() if a == other else both if a == axis and even else s for a, s in enumerate(split)))
+
+
+def with_whole_rows(x: Array, batch: int = 0) -> Array:
+    """x (*batch, *rows, n), each row on one device: an all-to-all in which every device keeps its share.
+
+    A vector is brought together, and rows are that do not divide evenly.
+    """
+    return along(x, -2) if x.ndim > batch + 1 else whole(x, (-1,))
 
 
 def einsum(formula: str, *xs: Array) -> Array:
@@ -90,5 +98,6 @@ def _spec(split) -> P:
     return P(*(axes or None for axes in split))
 
 
-def _laid(x: Array, split: tuple[tuple[str, ...], ...]) -> Array:
-    return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, _spec(split)))
+def _laid(x: Array, split: tuple[tuple[str, ...], ...], of: Array | None = None) -> Array:
+    """x on its mesh, or on that of another array."""
+    return jax.reshard(x, NamedSharding(jax.typeof(x if of is None else of).sharding.mesh, _spec(split)))

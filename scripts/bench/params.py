@@ -104,7 +104,7 @@ CASES = {
     "pcb": Case(lambda p, _: p.pcb()),
     "widen": Case(lambda p, _: p.widen(), base="first"),
     "fisher": Case(lambda p, shapes: p.fisher([{n: np.ones(s, np.float32) for n, s in shapes.items()}] * 3)),
-    "regmean": Case(lambda p, shapes: p.regmean([_gram(shapes)] * 3), shapes=SQUARE),
+    "regmean": Case(lambda p, shapes: p.regmean([_gram(shapes)] * 3, axis=1), shapes=SQUARE),
     "tsvm": Case(lambda p, _: p.tsvm(), shapes=SQUARE),
     "iso_c": Case(lambda p, _: p.iso_c(), shapes=SQUARE),
     "iso_cts": Case(lambda p, _: p.iso_cts(), shapes=SQUARE),
@@ -277,8 +277,8 @@ def compare(a: Tensors, b: Tensors, rtol: float) -> str:
 
 
 def _gram(shapes: dict[str, Shape]) -> Tensors:
-    """What regmean wants of each matrix, here without data behind it."""
-    return {n: np.eye(s[0], dtype=np.float32) + np.float32(0.1) for n, s in shapes.items() if len(s) > 1}
+    """What regmean wants of each matrix, outputs by inputs, here without data behind it."""
+    return {n: np.eye(s[1], dtype=np.float32) + np.float32(0.1) for n, s in shapes.items() if len(s) > 1}
 
 
 if __name__ == "__main__":

@@ -22,12 +22,18 @@ from tests.hlo import compile_for, tpu_mesh
 
 
 class Row(NamedTuple):
-    """A method, the numbers of models it takes (the first by default, the others slowly), and what holds for it."""
+    """A method, the numbers of models it takes (the first by default, the others slowly), and what holds for it.
+
+    Attributes:
+      moves: collectives beside sums, under Explicit axes; under Auto axes the compiler chooses.
+      on_a_pod: the same where vectors are not split.
+    """
 
     make: Callable[[int], params.MergeTransform]
     laws: Mapping[str, Any] = MappingProxyType({})
     models: Collection[int] = (3, 1, 8)
     moves: Collection[str] = ()
+    on_a_pod: Collection[str] | None = None
     variant: bool = False
 
 
@@ -57,7 +63,9 @@ def masks(models: int) -> dict[str, np.ndarray]:
 MEAN, SYMMETRIC, LINEAR = dict(mean=True), dict(symmetric=True), dict(linear=True)
 SUMS, DROPS = dict(exact=False), dict(visible=())  # DROPS: a NaN may be among what is zeroed
 TWO, ONE = (2,), (1,)
-WHOLE = ("all-gather", "all-to-all", "collective-permute")  # rows that are ranked, matrices that are factored whole
+SHARES = ("all-to-all",)  # of a matrix that is laid out along one axis every device keeps its share
+RANKED = dict(moves=("all-gather", *SHARES), on_a_pod=SHARES)  # a vector is one row
+WHOLE = ("all-gather", *SHARES)  # numbers per column, to be ranked; a matrix, to be factored exactly
 p = params
 
 ATOMS = {  # closed by a sum where they leave all models; variants where an alias below is little else
@@ -65,7 +73,7 @@ ATOMS = {  # closed by a sum where they leave all models; variants where an alia
     "trim_band": Row(lambda k: p.chain(p.trim_band(0.4, 0.1), p.sum_experts()), SYMMETRIC | DROPS, variant=True),
     "select_variance": Row(lambda k: p.chain(p.select_variance(0.4), p.sum_experts()), DROPS),
     "random_mask": Row(lambda k: p.chain(p.random_mask(0.5, seed=1), p.sum_experts()), LINEAR | DROPS, variant=True),
-    "rank_mask": Row(lambda k: p.chain(p.rank_mask(0.5, 0.2, seed=1), p.sum_experts()), DROPS, moves=WHOLE, variant=True),
+    "rank_mask": Row(lambda k: p.chain(p.rank_mask(0.5, 0.2, seed=1), p.sum_experts()), DROPS, **RANKED, variant=True),
     "mask": Row(lambda k: p.chain(p.mask(masks(k)), p.sum_experts()), LINEAR | DROPS),
     "rescale": Row(
         lambda k: p.chain(p.rescale(p.trim(0.4, scope="tensor"), "l2"), p.sum_experts()), SYMMETRIC | SUMS, variant=True
@@ -75,7 +83,7 @@ ATOMS = {  # closed by a sum where they leave all models; variants where an alia
     # Rounding, 1e-7 of the largest singular value, turns singular vectors by itself over their gap, which is 0.03 to 0.1 at the
     # ranks here, and bases made orthogonal have singular values down to 0.14. knots takes vectors one by one: gaps of 0.013.
     "truncate": Row(
-        lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True
+        lambda k: p.chain(p.truncate(0.5), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=SHARES, variant=True
     ),
     "truncate sketch": Row(
         lambda k: p.chain(p.truncate(0.2, oversample=4), p.sum_experts()), SYMMETRIC | SUMS | dict(rounding=1e-5), variant=True
@@ -119,8 +127,8 @@ ALIASES = {
     "dare_ties": Row(lambda k: p.dare_ties(0.5, seed=3, reduce="mean"), DROPS),
     "breadcrumbs": Row(lambda k: p.breadcrumbs(0.5, 0.1, scope="model", ties="all"), SYMMETRIC | DROPS, variant=True),
     "breadcrumbs_ties": Row(lambda k: p.breadcrumbs_ties(0.5, 0.1, reduce="mean"), SYMMETRIC | DROPS),
-    "della": Row(lambda k: p.della(0.5, 0.2, seed=3), DROPS, moves=WHOLE),
-    "della_linear": Row(lambda k: p.della_linear(0.5, 0.2, seed=3, rescale="l1"), SUMS | DROPS, moves=WHOLE),
+    "della": Row(lambda k: p.della(0.5, 0.2, seed=3), DROPS, **RANKED),
+    "della_linear": Row(lambda k: p.della_linear(0.5, 0.2, seed=3, rescale="l1"), SUMS | DROPS, **RANKED),
     "magmax": Row(lambda k: p.magmax(), MEAN),
     "slerp": Row(lambda k: p.slerp(0.5), MEAN | SYMMETRIC | SUMS, TWO),
     "nuslerp": Row(lambda k: p.nuslerp([0.7, 0.4]), MEAN | SUMS, TWO),
@@ -141,7 +149,7 @@ ALIASES = {
     "sce mergekit": Row(lambda k: p.sce(0.3, mask="delta"), SUMS | DROPS, variant=True),
     "varm": Row(lambda k: p.varm(), MEAN | SYMMETRIC | SUMS),
     "ram": Row(lambda k: p.ram(), MEAN | SYMMETRIC),
-    "ramplus_tl": Row(lambda k: p.ramplus_tl(), SYMMETRIC),
+    "ramplus_tl": Row(lambda k: p.ramplus_tl(), MEAN | SYMMETRIC),
     "nearswap": Row(lambda k: p.nearswap(0.3), {}, ONE),
     "passthrough": Row(lambda k: p.passthrough(0.5), LINEAR, ONE),
     "arcee_fusion": Row(lambda k: p.arcee_fusion(), MEAN | SUMS, TWO),
@@ -160,30 +168,31 @@ ALIASES = {
     "pcb": Row(lambda k: p.pcb(0.3), SYMMETRIC | SUMS | dict(visible=(np.nan,))),
     "pcb tensor": Row(lambda k: p.pcb(0.3, tail=0.0, scope="tensor"), SYMMETRIC | SUMS | dict(visible=(np.nan,)), variant=True),
     "widen": Row(lambda k: p.widen(), MEAN | SUMS, (3, 2, 8), moves=WHOLE),
-    "tsvm": Row(lambda k: p.tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    "tsvm": Row(lambda k: p.tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=SHARES),
     "tsvm svd": Row(lambda k: p.tsvm(method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True),
     "tsvm sketch": Row(lambda k: p.tsvm(density=0.1, oversample=4), SYMMETRIC | SUMS | dict(rounding=1e-5), variant=True),
-    "r_tsvm": Row(lambda k: p.r_tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
-    "iso_c": Row(lambda k: p.iso_c(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    "r_tsvm": Row(lambda k: p.r_tsvm(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=SHARES),
+    "iso_c": Row(lambda k: p.iso_c(), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=SHARES),
     "iso_c svd": Row(lambda k: p.iso_c(method="svd"), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE, variant=True),
-    "iso_cts": Row(lambda k: p.iso_cts(0.5), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=WHOLE),
+    "iso_cts": Row(lambda k: p.iso_cts(0.5), SYMMETRIC | SUMS | dict(rounding=1e-5), moves=SHARES),
     # Eight equal experts side by side have a norm of 25 for entries of 4, and factors are true to a few eps of the norm.
-    "knots": Row(lambda k: p.knots(p.linear()), SYMMETRIC | LINEAR | SUMS | dict(mean=3e-6, rounding=1e-5), moves=WHOLE),
+    "knots": Row(lambda k: p.knots(p.linear()), SYMMETRIC | LINEAR | SUMS | dict(mean=3e-6, rounding=1e-5), moves=SHARES),
     "knots svd": Row(
         lambda k: p.knots(p.linear(), method="svd"),
         MEAN | SYMMETRIC | LINEAR | SUMS | dict(rounding=1e-5),
         moves=WHOLE,
         variant=True,
     ),
-    "knots ties": Row(lambda k: p.knots(p.ties(0.3, scope="tensor")), SUMS | dict(rounding=5e-5), moves=WHOLE, variant=True),
+    "knots ties": Row(lambda k: p.knots(p.ties(0.3, scope="tensor")), SUMS | dict(rounding=5e-5), moves=SHARES, variant=True),
     # eps times the condition of the sum of the Gram matrices, 39 here
-    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=5e-6), moves=WHOLE),
-    "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=WHOLE),
-    "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=WHOLE),
+    "wudi": Row(lambda k: p.wudi(), SYMMETRIC | SUMS | dict(rounding=5e-6), moves=SHARES),
+    "twin_merging": Row(lambda k: p.twin_merging(ramp(k)), SUMS | dict(rounding=1e-5), moves=SHARES),
+    "regmean": Row(lambda k: p.regmean(grams(k)), MEAN | LINEAR | SUMS, moves=SHARES),
+    # what divides is a constant here: XLA multiplies by its reciprocal, unless it is split
     "fisher": Row(lambda k: p.fisher(fishers(k)), MEAN | LINEAR | SUMS),
     "adamerging": Row(lambda k: p.adamerging(ramp(k)), MEAN | LINEAR),
     "expert_merging": Row(lambda k: p.expert_merging(chunks(k)), LINEAR),
-    "self_positioning": Row(lambda k: p.self_positioning(np.log(ramp(k))), MEAN | LINEAR | dict(exact=False)),
+    "self_positioning": Row(lambda k: p.self_positioning(np.log(ramp(k))), MEAN | LINEAR),
 }
 ROWS = ATOMS | ALIASES
 
@@ -212,7 +221,8 @@ def test_laws(row):
 @pytest.mark.parametrize("row", rows())
 def test_laws_under_auto_axes_on_any_number_of_devices(row):
     models = row.models[0]
-    where = dict(axes=[AxisType.Auto], sharding=(1, 2, 4, 8), moves=row.moves, layout=not row.moves)
+    moves = (*WHOLE, "collective-permute") if row.moves else ()
+    where = dict(axes=[AxisType.Auto], sharding=(1, 2, 4, 8), moves=moves, layout=not row.moves)
     assert_merge(row.make(models), models=models, **where, **row.laws)
 
 
@@ -252,7 +262,7 @@ def test_on_a_pod(row):
     """On 512 chips nothing is gathered but where the mathematics needs it, and what is added up is small."""
     tx, spectral = row.make(row.models[0]), "spectral" in looks_at(row)
     moved = on_a_pod(lambda x: tx.merge(tx.match(x), x), row.models[0], pod=SPECTRAL_POD if spectral else POD)
-    assert {c.name for c in moved} <= {"all-reduce", *row.moves}
+    assert {c.name for c in moved} <= {"all-reduce", *(row.moves if row.on_a_pod is None else row.on_a_pod)}
     if not row.moves and not spectral:  # counts, norms, one number per row or column
         assert max((c.bytes for c in moved), default=0) <= 2**18
 

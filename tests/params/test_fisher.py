@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
 
 from jaxmerge import params
 from tests.hlo import collectives
@@ -72,6 +73,19 @@ def test_batches_add_up():
     close(both.total, whole.total)
     close(information(logits, X, Y, at_once=2).total, whole.total)
     close(information(logits, X, at_once=4).total, information(logits, X).total)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_statistics_are_saved_and_taken_up_again(tmp_path):
+    """Half of the batch, to disk, the other half: Fisher and Gram as of the whole batch."""
+    halves = (X[:4], Y[:4]), (X[4:], Y[4:])
+    of = lambda x, y: {"fisher": information(logits, x, y), "gram": {"w": params.gram(x)}}
+    first, second = (of(*half) for half in halves)
+    ocp.save(tmp_path / "statistics", first)
+    saved = ocp.load(tmp_path / "statistics", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first))
+    both, whole = jax.tree.map(jnp.add, saved, second), of(X, Y)
+    close(both["fisher"].mean(), whole["fisher"].mean())
+    np.testing.assert_allclose(both["gram"]["w"], whole["gram"]["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_draws_tend_to_what_is_expected():

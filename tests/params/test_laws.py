@@ -171,6 +171,29 @@ def test_arcee_fusion_from_a_sample(shape, alone, monkeypatch):
         params.arcee_fusion(sample=0)
 
 
+def test_nearswap_counts_small_changes_as_larger():
+    """mergekit divides t by |change|, but by no less than 1e-6, and clips: of 4e-7 a t of 5e-7 takes half."""
+    merged = params.merge(params.nearswap(5e-7), {"w": jnp.zeros(3)}, [{"w": jnp.array([4e-7, -2e-6, 1.0])}])["w"]
+    np.testing.assert_allclose(merged, [2e-7, -5e-7, 5e-7], rtol=4 * 2.0**-23)
+
+
+def test_karcher_is_where_the_logarithms_cancel():
+    """Of directions far apart the normalised mean is not the mean on the sphere: ten steps are, to their tolerance."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 5)) + 0.5
+    w = np.array([0.6, 0.3, 0.1])
+    u = x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def pull(m):
+        cos = u @ m / np.linalg.norm(m)
+        off = u - cos[:, None] * m / np.linalg.norm(m)
+        return np.linalg.norm(w @ (np.arccos(cos)[:, None] * off / np.linalg.norm(off, axis=1, keepdims=True)))
+
+    merged = params.merge(params.karcher(w), None, [{"w": jnp.asarray(v, jnp.float32)} for v in x])["w"]
+    assert pull(np.asarray(merged, np.float64)) < 1e-5 + 8 * 2.0**-23 < 1e-3 < pull(w @ u)
+    np.testing.assert_allclose(np.linalg.norm(merged), w @ np.linalg.norm(x, axis=1), rtol=1e-6)
+
+
 def test_chain_is_associative_and_has_an_identity():
     stacked = {"w": jnp.array([[1.0, -2.0, 3.0], [2.0, 2.0, -1.0]])}
     a, b, c = params.trim(0.7), params.elect_sign(tie="majority"), params.mean_agreeing()

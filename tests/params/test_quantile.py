@@ -8,7 +8,7 @@ from jax.extend.random import threefry_2x32
 
 from jaxmerge import params
 from jaxmerge.params.atoms._random import hashed, threefry
-from jaxmerge.params.order import _blocks as blocks, _devices as devices, _quantile as q, _search as search
+from jaxmerge.params.order import _blocks as blocks, _devices as devices, _quantile as q, _rows as rows, _search as search
 from jaxmerge.params.order._rows import outranks, rank_in_row
 from jaxmerge.params.order._words import quotient
 
@@ -267,11 +267,18 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_ranks_for_one_device(one_device):
-    bits = np.abs(np.concatenate([_values(0), np.round(_values(1))])).view(np.uint32)
-    for rows in (bits, bits[..., :1]):
-        want = np.argsort(np.argsort(rows, axis=-1, kind="stable"), axis=-1)
-        np.testing.assert_array_equal(jax.jit(rank_in_row)(jnp.asarray(rows)), want)
+@pytest.mark.parametrize("short", [13, 0])
+def test_ranks_for_one_device(one_device, monkeypatch, short):
+    """Ties; a few entries that agree in their upper bits alone; rows of nothing but such, in order and not."""
+    monkeypatch.setattr(rows, "SHORT", short)
+    near = 1 + np.random.default_rng(0).integers(0, [[[400]], [[16]], [[9]]], (3, 40, 25)).astype(np.float32) * np.float32(
+        2**-23
+    )
+    near[2].sort(axis=-1)
+    bits = np.abs(np.concatenate([_values(0), np.round(_values(1)), near])).view(np.uint32)
+    for some in (bits, bits[..., :1]):
+        want = np.argsort(np.argsort(some, axis=-1, kind="stable"), axis=-1)
+        np.testing.assert_array_equal(jax.jit(rank_in_row)(jnp.asarray(some)), want)
 
 
 def test_counts_for_one_device(one_device):

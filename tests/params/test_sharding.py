@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+import jaxmerge as jm
 from jaxmerge import params
 from tests.hlo import collectives, compile_for, tpu_mesh
 
@@ -37,6 +38,18 @@ def test_newton_schulz_stays_split():
     tx = params.iso_c()
     x = {"w": jax.ShapeDtypeStruct((3, 64, 24), jnp.float32, sharding=NamedSharding(mesh, P(None, "data")))}
     assert set(collectives(compile_for(lambda x: tx.merge(tx.match(x), x), x))) == {"all-reduce"}
+
+
+@pytest.mark.tpu
+def test_ranks_gather_nothing():
+    """On 512 chips each lays its share of every model out by rows, and a byte an entry back: once for the norms and merge."""
+    chips = tpu_mesh("v5p:8x8x8", (64, 8), ("fsdp", "tensor"))
+    mesh = Mesh(chips.devices, chips.axis_names, axis_types=(AxisType.Explicit,) * 2)
+    x = jax.ShapeDtypeStruct((3, 1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", "tensor")))
+    tx = params.della(0.5, 0.2, seed=0, rescale="l1")
+    found = jm.testing.collectives(compile_for(lambda x: tx.merge(tx.match({"w": x}), {"w": x}), x))
+    assert {c.name for c in found} == {"all-reduce", "all-to-all"}
+    assert sum(c.bytes for c in found if c.name == "all-to-all") == (3 * 4 + 1) * 1024 * 2048 // 512
 
 
 @pytest.mark.tpu

@@ -12,11 +12,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import UInt8, UInt32
 
-from jaxmerge.params._deferred import Entries, defer, entries
+from jaxmerge.params._deferred import Entries, defer, entries, last
 from jaxmerge.params._layout import like
 from jaxmerge.params._transform import Hyperparameter, MergeTransform, Need, Step, atom, each, models, resolve
 from jaxmerge.params.atoms._trim import _density
 from jaxmerge.params.order._blocks import by_rows
+from jaxmerge.params.order._devices import alone
 from jaxmerge.params.order._quantile import ORIGIN, coordinates, magnitude_bits
 from jaxmerge.params.order._rows import as_rows, columns, outranks, rank_in_row
 from jaxmerge.params.order._words import quotient
@@ -84,8 +85,8 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, linear in the
     rank between (equal magnitudes: the entry further left ranks lower). A row of one entry has probability density. Where the
     random word falls between the two, its place there names another entry of the row: whether that ranks lower has just the
-    probability that is left. So nothing is sorted, but with `divide`. A leaf that is split along its last axis is laid out
-    anew.
+    probability that is left. So nothing is sorted, but with `divide`. A matrix that is split along its last axis is
+    laid out by rows for this (an all-to-all under Explicit axes, where they divide evenly), a vector is brought together.
 
     Args:
       density: the share to keep; 1 keeps everything, 0 nothing.
@@ -154,7 +155,7 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
             return [(m, rival(u, *chance)) for m, u, *chance in zip(models(x), words, *chances, strict=True)]
 
         def keep(drawn):
-            return [like(outranks(jnp.atleast_1d(m), rival).reshape(m.shape), m) for m, rival in drawn]
+            return [outranks(jnp.atleast_1d(m), rival).reshape(m.shape) for m, rival in drawn]
 
         return _masked(x, draw, keep)
 
@@ -176,9 +177,10 @@ def rank_mask(density: Hyperparameter, epsilon: Hyperparameter = 0.15, *, seed: 
 
 def _chances(plan: dict, x: Array) -> list[UInt32[Array, "..."]]:
     """MAGPRUNE's probability for each entry of every model of x (K, *shape), in units of 2^-32."""
-    rank = rank_in_row(as_rows(each(magnitude_bits, x))).astype(jnp.uint32).reshape(x.shape)
+    small = jnp.uint16 if x.shape[-1] <= 1 << 16 else jnp.uint32
+    rank = rank_in_row(as_rows(each(magnitude_bits, x))).astype(small).reshape(x.shape)
     chances = zip(models(rank), models(x), jnp.asarray(plan["low"]), jnp.asarray(plan["step"]), strict=True)
-    return [low + step * like(rank, one) for rank, one, low, step in chances]
+    return [low + step * like(rank, one).astype(jnp.uint32) for rank, one, low, step in chances]
 
 
 def _seed(seed: Any, what: str) -> int:
@@ -211,9 +213,12 @@ def _masked(x: Entries, *draw: Callable) -> Entries:
     """
     *begin, keep = draw
 
-    def byte(models):
-        bits = lambda *args: [kept.astype(jnp.uint8) << i for i, kept in enumerate(keep(*args)[models])]
-        return by_rows(x, *begin, lambda *args: functools.reduce(jnp.bitwise_or, bits(*args)))
+    once = x if alone() else last(x)  # not told apart, what is drawn for two readers is drawn and laid out once
+
+    def byte(some):
+        bits = lambda *args: [kept.astype(jnp.uint8) << i for i, kept in enumerate(keep(*args)[some])]
+        kept = by_rows(once, *begin, lambda *args: functools.reduce(jnp.bitwise_or, bits(*args)))
+        return like(kept, models(last(x))[0])
 
     return defer(_where, [byte(slice(k, k + 8)) for k in range(0, x.shape[0], 8)], x)
 

@@ -78,7 +78,7 @@ def compress(update: PyTree, rank: int | Callable[[str], int]) -> PyTree:
     """The nearest update of a lower rank, as factors: of `Factors` without multiplying them out, of a matrix as it is.
 
     The factors' own small factors are decomposed: b = Q R, a^T = P S, and R S^T, which is no larger than the rank there is.
-    The singular values go to b. Leaves that are neither stay as they are.
+    The singular values go to b. Leaves that are neither stay as they are. What is split is brought together for it.
 
     Args:
       update: a pytree of `Factors` and arrays: an adapter, or a task vector.

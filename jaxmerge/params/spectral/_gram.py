@@ -62,7 +62,8 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
     """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
 
     What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged. A matrix split along
-    its inputs is laid out along its outputs first (an all-to-all under Explicit axes); then nothing moves.
+    its inputs is laid out along its outputs first (an all-to-all under Explicit axes, where they divide evenly; else it is
+    brought together along its inputs); then nothing moves.
 
     Args:
       grams: for each model {leaf name: (n, n)}; `gram` makes them.

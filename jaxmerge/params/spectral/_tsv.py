@@ -126,7 +126,8 @@ def tsv_compress(
       method, oversample, iterations: see `truncate`.
 
     Returns:
-      `Factors` of K matrices, b (K, m, rank) and a (K, rank, n), split as the matrices are; other leaves as they are.
+      `Factors` of K matrices, b (K, m, rank) and a (K, rank, n), split as the matrices are (where all vectors are found, the
+      longer over all devices); other leaves as they are.
 
     Law:
       density = 1 keeps each task up to rounding.

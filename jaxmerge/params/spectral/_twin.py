@@ -6,6 +6,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, PyTree
 
+from jaxmerge.params._layout import like
 from jaxmerge.params._transform import (
     MergeTransform,
     Need,
@@ -79,7 +80,7 @@ def twin_serve(shared: Stacked, own: PyTree, weights: Float[Array, "K"]) -> Stac
       >>> jm.params.twin_serve(shared, own, jnp.array([0.0, 1.0]))["w"].round().astype(int).tolist()
       [[[4, 5], [6, 7]]]
     """
-    weigh = lambda s, x: s + total(x * over(weights, x))
+    weigh = lambda s, x: s + like(total(x * over(weights, x)), s)
     return jax.tree.map(weigh, shared, dense(own))
 
 
