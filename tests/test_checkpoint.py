@@ -140,6 +140,36 @@ def test_compiled_programs_gather_nothing(mesh):
     assert set(collectives(merge)) == {"all-reduce"}
 
 
+def test_layouts_are_visible_to_a_merge_on_devices(saved, tmp_path, monkeypatch):
+    """On a mesh of Auto axes too: left to itself the compiler would gather the matrices of Iso-C."""
+    paths, trees = saved
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    both = lambda shape: len(shape) == 2 and shape[0] % 4 == shape[1] % 2 == 0
+    rule = lambda name, shape: NamedSharding(mesh, P("data", "model") if both(shape) else P())
+    moved, merger = set(), _sharded._merger
+
+    def noted(*args):
+        work = merger(*args)
+
+        def run(settings, arrays):
+            moved.update(collectives(work.lower(settings, arrays).compile()))
+            return work(settings, arrays)
+
+        return run
+
+    monkeypatch.setattr(_sharded, "_merger", noted)
+    models = [paths["a"], paths["b"]]
+    report = checkpoint.merge(params.iso_c(), paths["base"], models, tmp_path / "out", sharding=rule, on_devices=True)
+    assert any(both(leaf.shape) for leaf in report.headers.out.values())
+    assert "all-reduce" in moved and moved <= {"all-reduce", "all-to-all"}, moved
+    loaded = ocp.load(tmp_path / "out")
+    for n, value in flat(params.merge(params.iso_c(), trees["base"], [trees["a"], trees["b"]])).items():
+        there, value = flat(loaded)[n].astype(np.float32), value.astype(np.float32)
+        rounding = 2**-7 if n == "head" else 0  # bfloat16; factors are true to 1e-5 of the largest, as the laws have it
+        np.testing.assert_allclose(there, value, rtol=rounding, atol=1e-5 * np.abs(value).max())
+    assert loaded["head"].sharding == rule("head", (8, 24))
+
+
 def test_every_mismatch_in_one_message(saved, tmp_path):
     paths, trees = saved
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -22,7 +22,7 @@ from jaxmerge.checkpoint._processes import everyone
 from jaxmerge.checkpoint._programs import after, stacked
 from jaxmerge.checkpoint._refusals import differing, strange
 from jaxmerge.checkpoint._remote import is_remote
-from jaxmerge.checkpoint._sharding import shards_of
+from jaxmerge.checkpoint._sharding import shards_of, visible
 from jaxmerge.checkpoint._source import digest
 from jaxmerge.checkpoint._tree import Leafwise, Tree
 from jaxmerge.checkpoint._units import GROUP, Span
@@ -66,6 +66,7 @@ def run(
     held: dict[str, list[Any]] = {}
     stage = done = 0
     floating = frozenset(headers.floating)
+    layouts = {n: visible(headers.shardings[n]) for n in headers.floating}
     has_base = headers.base is not None
 
     def stream(first: int = 0):
@@ -78,7 +79,7 @@ def run(
                 if held:
                     arrays = held
                 else:
-                    targets = {n: headers.shardings[n] for n in names}
+                    targets = {n: layouts[n] for n in names}
                     parts = [c.load(targets) for c in inputs] if names else []
                     arrays = {n: [part[n] for part in parts] for n in names}
                     if len(headers.batches) == 1:
@@ -98,7 +99,7 @@ def run(
                 counts = {}
                 for _, _, arrays in stream():
                     for name, leaves in arrays.items():
-                        read = _reader(steps[:i], survey.read, headers.shardings[name], has_base, cast)
+                        read = _reader(steps[:i], survey.read, layouts[name], has_base, cast)
                         counts[name] = settled(read(query, [s[name] for s in settings[:i]], leaves))
                     counts = {name: c if isinstance(c, np.ndarray) else _from_halves(c) for name, c in counts.items()}
                 query, notes = survey.step(query, notes, {name: counts[name] for name in sorted(counts)})
@@ -107,7 +108,7 @@ def run(
         for number, batch, arrays in stream(batches):
             written, small = {}, {}
             for n, leaves in arrays.items():
-                work = _merger(steps, headers.shardings[n], has_base, cast, headers.out[n].dtype)
+                work = _merger(steps, layouts[n], has_base, cast, headers.out[n].dtype)
                 written[n], *small[n] = settled(work([s[n] for s in settings], leaves))
             new = {n: jax.tree.map(np.asarray, plans) for n, (plans, _) in small.items()}
             strangers = {n: np.asarray(counts).tolist() for n, (_, counts) in small.items() if np.any(counts)}

@@ -217,6 +217,28 @@ def test_laws(row):
     assert_merge(row.make(models), models=models, moves=row.moves, axes=[AxisType.Explicit], **row.laws)
 
 
+def _per_axis(spec, ndim):
+    split = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+    return split + [()] * (ndim - len(split))
+
+
+LAYOUTS = {"rows": ("fsdp",), "columns": (None, "tensor"), "both": ("fsdp", "tensor"), "one axis": (("tensor", "fsdp"),)}
+KEYED = ("fisher", "mask", "expert_merging")  # by names and shapes of their own
+
+
+@pytest.mark.parametrize("row", rows(of=lambda row: not any(ROWS[name] is row for name in KEYED)))
+def test_matrices_of_any_layout(row):
+    """Tall, wide and stacked matrices, split along either axis or both, keep their layout; traced, which checks every type."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    layouts = {f"{shape}/{how}": (shape, spec) for shape in [(64, 48), (48, 64), (8, 24, 16)] for how, spec in LAYOUTS.items()}
+    place = lambda spec: NamedSharding(mesh, P(None, *spec))
+    models, tx = row.models[0], row.make(row.models[0])
+    array = lambda shape, spec: jax.ShapeDtypeStruct((models, *shape), jnp.float32, sharding=place(spec))
+    merged = jax.eval_shape(lambda x: tx.merge(tx.match(x), x), {n: array(*where) for n, where in layouts.items()})
+    for name, leaf in merged.items():
+        assert _per_axis(leaf.sharding.spec, leaf.ndim) == _per_axis(place(layouts[name][1]).spec, leaf.ndim), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", rows())
 def test_laws_under_auto_axes_on_any_number_of_devices(row):

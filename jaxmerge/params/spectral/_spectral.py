@@ -165,7 +165,7 @@ def iso_cts(
         models, rank = x.shape[0], min(x.shape[1:])
         own = min(round((rank - int(rank * common)) / models), rank // models)
         u0, s0, v0 = triplets(total(x), rank - own * models)
-        outside = x - einsum("mr,krn->kmn", u0[0], einsum("mr,kmn->krn", u0[0], x))
+        outside = x - like(einsum("mr,krn->kmn", u0[0], einsum("mr,kmn->krn", u0[0], x)), x)
         u, s, v = triplets(outside, own)
         u = orthogonal(jnp.concatenate([*u, *u0], axis=1))
         v = orthogonal(jnp.concatenate([*v, *v0]))
