@@ -45,7 +45,7 @@ ORIGIN = np.zeros(2, np.uint32)
 """Where a whole leaf begins."""
 GROUP = 64
 """Neighbours that a sample takes together, where they divide the leaf."""
-SAMPLE = 1 << 14
+SAMPLE = 1 << 13
 """Entries of a model that say where to look first."""
 
 
