@@ -4,10 +4,10 @@
     python -m scripts.bench.mergekit_parity --mergekit .venv-mergekit/bin/python --out runs/parity
     python -m scripts.bench.mergekit_parity --mergekit .venv-mergekit/bin/python --record-to tests/golden/recipe
 
-Prints the largest difference for each recipe, and how many entries differ by more than rounding explains: none should. (In larger
-models arcee_fusion may: mergekit takes an entry or leaves it by a divergence that is a small difference of large sums.) dare
-and della draw masks: ours are merged with those that mergekit drew. `--record-to` writes mergekit's outputs on the smallest
-models where the tests look for them.
+Prints the largest difference for each recipe, and how many entries differ by more than rounding explains: none should. (In
+larger models arcee_fusion may: mergekit takes an entry or leaves it by a divergence that is a small difference of large sums.)
+dare and della draw masks: ours are merged with those that mergekit drew. `--record-to` writes mergekit's outputs on the
+smallest models where the tests look for them.
 """
 
 import hashlib
