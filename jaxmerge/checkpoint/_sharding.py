@@ -87,7 +87,7 @@ def visible(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes = sharding.mesh.axis_names
-    mesh = Mesh(sharding.mesh.devices, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    mesh = Mesh(np.asarray(sharding.mesh.devices), axes, axis_types=(AxisType.Explicit,) * len(axes))
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
