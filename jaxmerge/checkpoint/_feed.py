@@ -50,21 +50,28 @@ def read_ahead(
 
     Args:
       units: in the order in which they are wanted.
-      inputs: the checkpoints.
+      inputs: the checkpoints; one that lacks a leaf gives no array of it, one that has it in another shape gives it whole.
       reader: what reads files.
       limit: bytes that all rooms together may take, if they are more than one.
       alone: leaves of which only the first input is wanted.
       prepare: what is to be done with a unit while those before are worked on; in threads of its own.
     """
-    several = {u.name: inputs[:1] if u.name in alone else inputs for u in units}
-    width = {n: max(s.leaves[n].dtype.itemsize for s in some if n in s.leaves) for n, some in several.items()}  # type: ignore[union-attr]
-    room_bytes = lambda unit: _direct.pages(unit.size * width[unit.name] + 2 * _direct.PAGE)
+    several = {u.name: [s for s in (inputs[:1] if u.name in alone else inputs) if u.name in s.leaves] for u in units}
+
+    def part_of(source: Source, unit: Unit) -> Unit:
+        leaf = source.leaves[unit.name]
+        return unit if leaf.shape == several[unit.name][0].leaves[unit.name].shape else Unit(unit.name, 0, leaf.size)
+
+    def room_bytes(unit: Unit) -> int:
+        sizes = (part_of(s, unit).size * s.leaves[unit.name].dtype.itemsize for s in several[unit.name])  # type: ignore[union-attr]
+        return _direct.pages(max(sizes) + 2 * _direct.PAGE)
+
     all_bytes = lambda unit: room_bytes(unit) * len(several[unit.name])
     rooms = _Rooms(rooms_bytes([all_bytes(unit) for unit in units], limit), ROOMS)
     todo, under_way = collections.deque(units), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
-        dtype, extent = source.leaves[unit.name].dtype, source.extent(unit.name)
+        unit, dtype, extent = part_of(source, unit), source.leaves[unit.name].dtype, source.extent(unit.name)
         if extent is None or dtype is None:
             return flat_range(source, unit)
         width = dtype.itemsize

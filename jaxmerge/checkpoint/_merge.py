@@ -83,6 +83,7 @@ def merge(
     models: Sequence[Any],
     out: Any,
     *,
+    statistics: Sequence[Any] = (),
     format: Format | None = None,
     sharding: Sharding | Rule | None = None,
     memory: int | str | None = None,
@@ -109,6 +110,7 @@ def merge(
       base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
       models: checkpoints, paths or sources; formats may be mixed.
       out: the directory where the output appears, when it is whole.
+      statistics: data that a method takes of each model, as large as they are: see `plan`.
       format, sharding, memory, dtype, out_dtype, max_shard_bytes, stem, on_devices: see `plan`; Orbax into a bucket is made on
         devices.
       integers: leaves that are not floating point must agree ("agree"), or are taken from the base ("base"; the first model
@@ -138,6 +140,7 @@ def merge(
         tx,
         base,
         models,
+        statistics=statistics,
         format=format,
         sharding=sharding,
         memory=memory,

@@ -14,6 +14,7 @@ from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import layout
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
+from jaxmerge.checkpoint._statistics import misfits
 from jaxmerge.checkpoint._units import by_ranges
 from jaxmerge.params._transform import Match, MergeTransform, Step
 
@@ -45,6 +46,7 @@ class CheckpointPlan(NamedTuple):
         one process; the runtime itself takes some 300 MB.
       problems: every reason to refuse; empty if there is none.
       notes: what is no reason to refuse but not as asked: the least `memory` that suffices, where what is given does not.
+      statistics: data that comes with the models, one for each.
     """
 
     base: Source | None
@@ -66,6 +68,7 @@ class CheckpointPlan(NamedTuple):
     peak_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    statistics: tuple[Source, ...] = ()
 
     @property
     def reference(self) -> Source:
@@ -73,9 +76,14 @@ class CheckpointPlan(NamedTuple):
         return self.models[0] if self.base is None else self.base
 
     @property
-    def inputs(self) -> tuple[Source, ...]:
+    def parents(self) -> tuple[Source, ...]:
         """The base, if there is one, and the models."""
         return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """All that is read: the parents, and data that comes with them."""
+        return (*self.parents, *self.statistics)
 
     @property
     def shapes(self) -> frozenset[str]:
@@ -93,6 +101,7 @@ def plan(
     base: Any | None,
     models: Sequence[Any],
     *,
+    statistics: Sequence[Any] = (),
     format: Format | None = None,
     sharding: Sharding | Rule | None = None,
     memory: int | str | None = None,
@@ -108,6 +117,9 @@ def plan(
       tx: what to do, such as `params.ties(density=0.2)`.
       base: the checkpoint that the models were trained from, a path or a `Source`; None merges the models themselves.
       models: checkpoints, paths or sources; formats may be mixed.
+      statistics: for `params.fisher()` and `params.regmean()`, one checkpoint for each model: arrays under the names of the
+        model's leaves, diagonal Fisher information in their shapes, or Gram matrices (n, n) of their inputs. They are read
+        block by block as the models are.
       format: "orbax" or "safetensors"; None: as the base (or the first model) is stored.
       sharding: where the leaves of an Orbax output go: a sharding, or a function of (name, shape) such as `fsdp(mesh)`. None:
         as the base (or the first model) was saved, if those devices exist here, else `fsdp` over all devices.
@@ -126,6 +138,7 @@ def plan(
     """
     opened_base = None if base is None else open_source(base)
     opened = tuple(open_source(m) for m in models)
+    data = tuple(open_source(s) for s in statistics)
     if not opened:
         raise MergeError("no models; name at least one checkpoint.")
     reference = opened_base or opened[0]
@@ -151,10 +164,13 @@ def plan(
     else:
         steps = tx.match.steps
         settings, trouble = _settings(steps, {n: (len(opened), *leaves[n].shape) for n in floating})
-        problems += trouble
-    looks = 1 + sum(step.survey.rounds for step in steps if step.survey is not None)
-    size = sum(leaves[n].bytes for n in floating) * len(inputs)
-    rest = sum(leaves[n].bytes for n in exact)
+        problems += trouble + misfits(steps, data, {n: (len(opened), *leaves[n].shape) for n in floating})
+    surveys = [step.survey for step in steps if step.survey is not None]
+    looks = 1 + sum(survey.rounds for survey in surveys)
+    bytes_of = lambda sources, names: sum(s.leaves[n].bytes for s in sources for n in names if n in s.leaves)
+    both = (*inputs, *data)
+    size, rest = bytes_of(both, floating), bytes_of((reference,), exact)
+    again = sum(survey.rounds * (bytes_of(data, floating) if survey.of_data else size) for survey in surveys)
     common = {
         "base": opened_base,
         "models": opened,
@@ -164,6 +180,7 @@ def plan(
         "out": result,
         "settings": settings,
         "bytes_written": sum(leaf.bytes for leaf in result.values()),
+        "statistics": data,
     }
     if format == "safetensors" and sharding is not None:
         problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
@@ -174,13 +191,14 @@ def plan(
         from jaxmerge.checkpoint import _orbax
 
         budget = parse_size(memory, "memory") if memory is not None else MEMORY
-        in_memory = lambda budget: _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(inputs)), 1))
+        in_memory = lambda budget: _batches(_orbax.groups(leaves), leaves, max(budget // (2 * len(both)), 1))
 
         def peak(batches: list[list[str]]) -> int:
             most = 0
             for batch in batches:
                 work = max((leaves[n].size for n in batch if _is_floating(leaves[n])), default=0)
-                most = max(most, sum(leaves[n].bytes for n in batch) * (len(inputs) + 1) + 2 * 4 * len(opened) * work)
+                held = bytes_of((*both, reference), batch)
+                most = max(most, held + 2 * 4 * (len(opened) + len(data)) * work)
             return most
 
         batches = in_memory(budget)
@@ -194,14 +212,14 @@ def plan(
             room_bytes=budget,
             layout=None,
             passes=passes,
-            bytes_read=size * passes + rest * (len(inputs) + 1),
+            bytes_read=size + (again if passes > 1 else 0) + rest * (len(inputs) + 1),
             peak_bytes=peak(batches),
             problems=tuple(problems),
             notes=_short(memory, peak(batches), lambda m: peak(in_memory(m))),
         )
     cut = functools.partial(
         by_ranges,
-        inputs=inputs,
+        inputs=both,
         floating=floating,
         steps=steps,
         settings=settings,
@@ -209,7 +227,7 @@ def plan(
     )
     ways = cut(memory=memory)
     problems += ways.problems
-    again = sum(leaves[n].bytes for n in ways.again) * len(inputs)
+    twice = 2 * bytes_of(inputs, ways.again)
     files = None
     if format == "orbax":
         from jaxmerge.checkpoint._tree import Tree
@@ -229,7 +247,7 @@ def plan(
         room_bytes=ways.room_bytes,
         layout=files,
         passes=looks,
-        bytes_read=size * looks + 2 * again + rest * len(inputs) + rest,
+        bytes_read=size + again + twice + rest * len(inputs) + rest,
         peak_bytes=ways.peak,
         problems=tuple(problems),
         notes=() if ways.problems else _short(memory, ways.peak, lambda m: cut(memory=m).peak),

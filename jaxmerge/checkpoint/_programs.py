@@ -44,16 +44,23 @@ def padded(arrays: Sequence[np.ndarray], start: int, stop: int, size: int) -> li
 
 
 @functools.lru_cache(maxsize=64)
-def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
-    """(settings, origin, inputs) -> the merged block, the plans, of each input whether it has NaN or inf."""
+def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any, parents: int | None = None) -> Any:
+    """(settings, origin, inputs) -> the merged block, the plans, of each input whether it has NaN or inf.
+
+    The first so many inputs are `parents`, what follows is data that comes with them; None: there is none.
+    """
 
     def merge(settings: Any, origin: Array, arrays: Sequence[Array]) -> tuple:
-        zero, x = stacked(arrays, has_base, cast)
+        zero, x = stacked(arrays[:parents], has_base, cast)
+        settings = placed(settings, origin)
+        if parents is not None:
+            settings = with_data(settings, arrays[parents:])
         plans = []
-        for step, s in zip(steps, placed(settings, origin), strict=True):
+        for step, s in zip(steps, settings, strict=True):
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
+        plans = plans if parents is None else with_data(plans, None)
         return rounded(x if zero is None else zero + x, out), plans, _strange(arrays)
 
     return jax.jit(merge)
@@ -119,6 +126,14 @@ def placed(settings: Any, origin: Array) -> Any:
     return type(settings)(placed(v, origin) for v in settings) if isinstance(settings, list | tuple) else settings
 
 
+def with_data(settings: Any, data: Sequence[Array] | None) -> Any:
+    """Settings, or plans, with data (float32) in the place for it; None takes it out."""
+    if isinstance(settings, dict):
+        wide = None if data is None else [jnp.asarray(d).astype(jnp.float32) for d in data]
+        return {k: wide if k == "data" else with_data(v, data) for k, v in settings.items()}
+    return type(settings)(with_data(v, data) for v in settings) if isinstance(settings, list | tuple) else settings
+
+
 def strange(found: Any, arrays: Sequence[np.ndarray]) -> list[int]:
     """How many entries of each input are NaN or inf; counted only where some are."""
     return [
@@ -144,10 +159,10 @@ def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array |
 
 
 def _strange(arrays: Sequence[Array]) -> Array:
-    """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those of one dtype."""
+    """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those of one dtype and shape."""
     found: list[Any] = [None] * len(arrays)
-    for dtype in dict.fromkeys(a.dtype for a in arrays):
-        mine = [i for i, a in enumerate(arrays) if a.dtype == dtype]
+    for dtype, shape in dict.fromkeys((a.dtype, a.shape) for a in arrays):
+        mine = [i for i, a in enumerate(arrays) if (a.dtype, a.shape) == (dtype, shape)]
         integer = np.dtype(f"uint{8 * dtype.itemsize}")
         mask = integer.type(_mask(dtype))
         bits = [lax.bitcast_convert_type(arrays[i], integer) & mask for i in mine]

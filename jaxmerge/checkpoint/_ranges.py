@@ -173,9 +173,9 @@ def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
     exact = frozenset(headers.exact)
     units = [u for u in stream.task.units if u.name in exact]
     others = [n for n in headers.exact if headers.reference.leaves[n].dtype is None]
-    differ = {n for n in others if any(s.read(n) != headers.reference.read(n) for s in headers.inputs)}
-    for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, limit=headers.room_bytes):
-        stream.advance(first.nbytes * len(headers.inputs), 0)
+    differ = {n for n in others if any(s.read(n) != headers.reference.read(n) for s in headers.parents)}
+    for unit, (first, *others) in read_ahead(units, headers.parents, stream.reader, limit=headers.room_bytes):
+        stream.advance(first.nbytes * len(headers.parents), 0)
         if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):
             differ.add(unit.name)
     differ = sorted(set().union(*_processes.everyone(sorted(differ))))

@@ -55,6 +55,7 @@ def write(  # noqa: PLR0917
         "options": options,
         "base": None if headers.base is None else describe(headers.base, hashes),
         "models": [describe(m, hashes) for m in headers.models],
+        "statistics": [describe(s, hashes) for s in headers.statistics],
         "format": headers.format,
         "files": {name: hashes[str(path)] for name, path in files.items()},
         "dtypes": {d: sum(1 for v in out.values() if v == d) for d in sorted(set(out.values()))},

@@ -10,7 +10,7 @@ def strange(bad: dict[str, list[int]], headers: CheckpointPlan) -> MergeError:
     lines = [
         f"  {n}: {count} in {c.name}"
         for n, counts in sorted(bad.items())
-        for c, count in zip(headers.inputs, counts, strict=True)
+        for c, count in zip([c for c in headers.inputs if n in c.leaves], counts, strict=True)
         if count
     ]
     return MergeError(

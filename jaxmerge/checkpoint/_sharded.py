@@ -19,7 +19,7 @@ from jaxmerge.checkpoint._bucket import Bucket
 from jaxmerge.checkpoint._journal import fingerprint, pack, unpack
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._processes import everyone
-from jaxmerge.checkpoint._programs import after, stacked
+from jaxmerge.checkpoint._programs import after, stacked, with_data
 from jaxmerge.checkpoint._refusals import differing, strange
 from jaxmerge.checkpoint._remote import is_remote
 from jaxmerge.checkpoint._sharding import shards_of, visible
@@ -62,12 +62,17 @@ def run(
     writer = (Bucket if is_remote(out) else Leafwise)(out, tree, identity, overwrite=overwrite, resume=resume)
     surveys = [i for i, step in enumerate(steps) if step.survey is not None]
     stages = 1 + sum(steps[i].survey.rounds for i in surveys)
-    stage_bytes = sum(headers.reference.leaves[n].bytes for n in headers.floating) * len(inputs)
+    stage_bytes = sum(s.leaves[n].bytes for s in inputs for n in headers.floating if n in s.leaves)
     held: dict[str, list[Any]] = {}
     stage = done = 0
     floating = frozenset(headers.floating)
     layouts = {n: visible(headers.shardings[n]) for n in headers.floating}
-    has_base = headers.base is not None
+    has_base, parents = headers.base is not None, len(headers.parents)
+
+    def where(source: Any, n: str) -> Sharding:
+        """As the output; data of another shape whole on every device."""
+        same = source.leaves[n].shape == headers.reference.leaves[n].shape
+        return layouts[n] if same else _replicated(layouts[n])
 
     def stream(first: int = 0):
         """(number, batch, {leaf: inputs}) for each batch from the first on; a single one stays in memory between passes."""
@@ -79,13 +84,12 @@ def run(
                 if held:
                     arrays = held
                 else:
-                    targets = {n: layouts[n] for n in names}
-                    parts = [c.load(targets) for c in inputs] if names else []
-                    arrays = {n: [part[n] for part in parts] for n in names}
+                    parts = [c.load({n: where(c, n) for n in names if n in c.leaves}) for c in inputs] if names else []
+                    arrays = {n: [part[n] for part in parts if n in part] for n in names}
                     if len(headers.batches) == 1:
                         held = arrays
                 yield number, batch, arrays
-            done += sum(headers.reference.leaves[n].bytes for n in names) * len(inputs)
+            done += sum(s.leaves[n].bytes for s in inputs for n in names if n in s.leaves)
             tell(stage, stages, done, stage_bytes * stages)
 
     try:
@@ -99,8 +103,12 @@ def run(
                 counts = {}
                 for _, _, arrays in stream():
                     for name, leaves in arrays.items():
-                        read = _reader(steps[:i], survey.read, layouts[name], has_base, cast)
-                        counts[name] = settled(read(query, [s[name] for s in settings[:i]], leaves))
+                        if survey.of_data:
+                            read, before, leaves = _reader((), survey.read, layouts[name], False), [], leaves[parents:]
+                        else:
+                            read = _reader(steps[:i], survey.read, layouts[name], has_base, cast)
+                            before, leaves = [s[name] for s in settings[:i]], leaves[:parents]
+                        counts[name] = settled(read(query, before, leaves)) if leaves else np.zeros(1, np.uint64)
                     counts = {name: c if isinstance(c, np.ndarray) else _from_halves(c) for name, c in counts.items()}
                 query, notes = survey.step(query, notes, {name: counts[name] for name in sorted(counts)})
                 writer.note({"round": i, "state": pack([n + 1, query, notes])})
@@ -108,7 +116,9 @@ def run(
         for number, batch, arrays in stream(batches):
             written, small = {}, {}
             for n, leaves in arrays.items():
-                work = _merger(steps, layouts[n], has_base, cast, headers.out[n].dtype)
+                work = _merger(
+                    steps, layouts[n], has_base, cast, headers.out[n].dtype, parents if headers.statistics else None
+                )
                 written[n], *small[n] = settled(work([s[n] for s in settings], leaves))
             new = {n: jax.tree.map(np.asarray, plans) for n, (plans, _) in small.items()}
             strangers = {n: np.asarray(counts).tolist() for n, (_, counts) in small.items() if np.any(counts)}
@@ -181,16 +191,25 @@ def _reader(steps: tuple[Step, ...], read: Callable, sharding: Sharding, has_bas
 
 
 @functools.lru_cache(maxsize=64)
-def _merger(steps: tuple[Step, ...], sharding: Sharding, has_base: bool, cast: Any = None, out: Any = None) -> Callable:
+def _merger(  # noqa: PLR0917
+    steps: tuple[Step, ...],
+    sharding: Sharding,
+    has_base: bool,
+    cast: Any = None,
+    out: Any = None,
+    parents: int | None = None,
+) -> Callable:
     """(settings, inputs) -> the merged leaf on its sharding, the plans, and how many values of each input are not finite."""
 
     def merge(settings, arrays):
-        zero, x = stacked(arrays, has_base, cast)
+        zero, x = stacked(arrays[:parents], has_base, cast)
+        settings = settings if parents is None else with_data(settings, arrays[parents:])
         plans = []
         for step, s in zip(steps, settings, strict=True):
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
+        plans = plans if parents is None else with_data(plans, None)
         leaf = rounded(x if zero is None else zero + x, arrays[0].dtype if out is None else out)
         counts = jnp.stack([jnp.sum(~jnp.isfinite(a), dtype=jnp.uint32) for a in arrays])
         return leaf, plans, counts
@@ -213,6 +232,6 @@ def _from_halves(counts: jax.Array) -> np.ndarray:
 
 def _check_exact(headers: CheckpointPlan) -> None:
     """As they are in the files: on devices without 64 bits they would be others."""
-    differ = [n for n in headers.exact if not _orbax.same([c.read(n) for c in headers.inputs])]
+    differ = [n for n in headers.exact if not _orbax.same([c.read(n) for c in headers.parents])]
     if differ:
         raise differing(differ)

@@ -29,7 +29,8 @@ class Task(NamedTuple):
     """A merge, as the executor sees it.
 
     Attributes:
-      steps, inputs: the chain; the base, if there is one, and the models.
+      steps, inputs: the chain; the base, if there is one, the models, and data that comes with them.
+      parents: how many inputs are no data.
       has_base: whether the first input is one.
       floating: leaves that are merged, in the order of the output; the others are copied from the first input.
       cast, out: {leaf: dtype} of the arithmetic's inputs (None: as they are) and of the output.
@@ -40,6 +41,7 @@ class Task(NamedTuple):
 
     steps: tuple[Step, ...]
     inputs: tuple[Source, ...]
+    parents: int
     has_base: bool
     floating: frozenset[str]
     cast: Any
@@ -82,7 +84,13 @@ class Stream:
     def counts(self, i: int, survey: Survey, query: Any) -> dict[str, np.ndarray]:
         """What a round of a survey counts in this process's units, by leaf."""
         counts: dict[str, np.ndarray] = {}
-        for unit, arrays in self.units([u for u in self.task.units if u.name in self.task.floating], i):
+        units = [u for u in self.task.units if u.name in self.task.floating]
+        if survey.of_data:
+            data = self.task.inputs[self.task.parents :]
+            pairs = read_ahead(units, data, self.reader, limit=self.task.limit)
+        else:
+            pairs = self.units(units, i)
+        for unit, arrays in pairs:
             found = self._counts(i, survey, query, unit, arrays)
             counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
             self.advance(sum(a.nbytes for a in arrays), 0)
@@ -90,6 +98,13 @@ class Stream:
 
     def _counts(self, i: int, survey: Any, query: Any, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
         task, name = self.task, unit.name
+        if survey.of_data:
+            look, total = programs.surveyor((), survey.read, False, None), np.zeros(1, np.uint64)
+            for start, stop, _ in programs.pieces(min((a.size for a in arrays), default=0)):
+                counts = look(query, [], np.zeros(2, np.uint32), [a[start:stop] for a in arrays])
+                total = total + np.asarray(counts).astype(np.uint64)
+            return total
+        arrays = arrays[: task.parents]
         if name in task.entire:
             shape = self._shape(name)
             look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
@@ -131,10 +146,11 @@ class Stream:
     def merged(self, unit: Unit, arrays: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""
         task, name = self.task, unit.name
-        run = programs.merger(task.steps, task.has_base, task.cast, task.out[name])
+        data = task.parents if len(task.inputs) > task.parents else None
+        run = programs.merger(task.steps, task.has_base, task.cast, task.out[name], data)
         if name in task.entire:
-            shape = self._shape(name)
-            whole = [a.reshape(shape) for a in arrays]
+            shapes = [s.leaves[name].shape for s in task.inputs if name in s.leaves]
+            whole = [a.reshape(shape) for a, shape in zip(arrays, shapes, strict=True)]
             block, plans, strange = run([s[name] for s in self.settings], np.zeros(2, np.uint32), whole)
             block = np.asarray(block)
             self._note(name, plans, strange, arrays)
@@ -177,7 +193,8 @@ class Stream:
 
     def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
-        name, models = unit.name, len(self.task.inputs) - self.task.has_base
+        name, models = unit.name, self.task.parents - self.task.has_base
+        arrays = None if arrays is None else arrays[: self.task.parents]
         for i, step in enumerate(self.task.steps[:before]):
             if self._finds(i) and name in self.task.floating and step.open(s := self.settings[i][name]):
                 held, of = None, (i, unit, arrays)
@@ -226,8 +243,8 @@ class Stream:
         if arrays is not None:
             yield unit, arrays
             return
-        most = max(u.size for u in self.task.units if u.name == unit.name)
-        for part, held in read_ahead(list(split(unit, most)), self.task.inputs, self.reader, limit=self.task.limit):
+        most, parents = max(u.size for u in self.task.units if u.name == unit.name), self.task.inputs[: self.task.parents]
+        for part, held in read_ahead(list(split(unit, most)), parents, self.reader, limit=self.task.limit):
             self.advance(sum(a.nbytes for a in held), 0)
             yield part, held
 

@@ -17,6 +17,7 @@ def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
     return Task(
         steps=tx.match.steps,  # type: ignore[attr-defined]
         inputs=headers.inputs,
+        parents=len(headers.parents),
         has_base=headers.base is not None,
         floating=frozenset(headers.floating),
         cast=None if cast is None else jax.numpy.dtype(cast),
@@ -30,7 +31,6 @@ def make_task(tx: MergeTransform, headers: CheckpointPlan, cast: Any) -> Task:
 def unit_bytes(headers: CheckpointPlan, unit: Unit) -> int:
     """What a unit reads and writes."""
     inputs = headers.inputs if unit.name in headers.shapes else headers.inputs[:1]
-    return unit.size * (
-        sum(s.leaves[unit.name].dtype.itemsize for s in inputs)  # type: ignore[union-attr]
-        + headers.out[unit.name].dtype.itemsize  # type: ignore[union-attr]
-    )
+    leaf = headers.reference.leaves[unit.name]
+    read = sum(there.bytes for s in inputs if (there := s.leaves.get(unit.name)) is not None)
+    return unit.size * read // max(leaf.size, 1) + unit.size * headers.out[unit.name].dtype.itemsize  # type: ignore[union-attr]

@@ -99,7 +99,8 @@ def by_ranges(
         look = any(step.resolve is not None and name in s and step.open(s[name]) for step, s in mine)
         if not blockwise:
             entire.add(name)
-            need = held + 4 * leaf.size * (2 * len(inputs) + 1)
+            apart = sum(o.size for o in there if o.shape != leaf.shape)  # data of another shape: Gram matrices
+            need = held + 4 * leaf.size * (2 * len(inputs) + 1) + 8 * apart
             if need > most:
                 problems.append(
                     f"  {name}: this method must see a tensor whole: {show_size(need)} of memory for {list(leaf.shape)}, "

@@ -36,6 +36,7 @@ def verify(
     *,
     base: Any = None,
     models: Sequence[Any] | None = None,
+    statistics: Sequence[Any] | None = None,
     leaves: int = 8,
     seed: int = 0,
     memory: int | str | None = None,
@@ -45,7 +46,8 @@ def verify(
     Args:
       out: the directory of the merge.
       tx: the transform that made it.
-      base, models: the parents, where they have moved or were views; None: as the receipt names them.
+      base, models, statistics: the parents, and data that came with them, where they have moved or were views; None: as the
+        receipt names them.
       leaves: of how many leaves, drawn at random, a part is computed again.
       seed: another seed, another sample.
       memory: see `plan`; None: as the merge had.
@@ -58,14 +60,16 @@ def verify(
     if base is None and receipt["base"] is not None:
         base = receipt["base"]["path"]
     models = [m["path"] for m in receipt["models"]] if models is None else models
+    if statistics is None:
+        statistics = [s["path"] for s in receipt.get("statistics", [])]
     made = receipt.get("format", "safetensors")
-    headers = plan(tx, base, models, format=made, dtype=receipt["options"]["dtype"], memory=memory, on_devices=False)
+    headers = plan(tx, base, models, statistics=statistics, format=made, dtype=receipt["options"]["dtype"], memory=memory, on_devices=False)
     headers.check()
     problems, notes = [], []
     for file, was in receipt["files"].items():
         if _receipt.sample_hash(result.path / file) != was:
             problems.append(f"{file} is not the file that was written")
-    said = ([receipt["base"]] if receipt["base"] else []) + receipt["models"]
+    said = ([receipt["base"]] if receipt["base"] else []) + receipt["models"] + receipt.get("statistics", [])
     if len(said) != len(headers.inputs):
         raise MergeError(f"the receipt names {len(said)} parents, {len(headers.inputs)} are given.")
     for was, source in zip(said, headers.inputs, strict=True):

@@ -147,6 +147,7 @@ from jaxmerge.params.atoms._masks import (
 from jaxmerge.params.atoms._random import random_mask as random_mask, rank_mask as rank_mask
 from jaxmerge.params.atoms._scale import rescale as rescale, scale as scale, weigh as weigh
 from jaxmerge.params.atoms._trim import trim as trim, trim_band as trim_band
+from jaxmerge.params.entries._fisher import fisher as fisher
 from jaxmerge.params.entries._overlap import ram as ram, ramplus_tl as ramplus_tl
 from jaxmerge.params.entries._pcb import pcb as pcb
 from jaxmerge.params.entries._sce import sce as sce, select_variance as select_variance, varm as varm
@@ -183,7 +184,7 @@ from jaxmerge.params.spectral._adapters import (
     dense as dense,
     fit_adapters as fit_adapters,
 )
-from jaxmerge.params.spectral._gram import fisher as fisher, gram as gram, regmean as regmean, wudi as wudi
+from jaxmerge.params.spectral._gram import gram as gram, regmean as regmean, wudi as wudi
 from jaxmerge.params.spectral._polar import polar as polar
 from jaxmerge.params.spectral._spectral import (
     iso_c as iso_c,

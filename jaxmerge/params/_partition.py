@@ -148,6 +148,10 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
     def resolve(settings, x):
         return {key: find(s, x) if (find := steps[key].resolve) and steps[key].open(s) else s for key, s in settings.items()}
 
+    def fits(name, shape, found):
+        if (data := steps[key].data if (key := label(name)) in steps else None) is not None:
+            data(name, shape, found)
+
     def waits(settings):
         return any(steps[key].resolve is not None and steps[key].open(s) for key, s in settings.items())
 
@@ -163,6 +167,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
             blocks=_blocks(steps.values()),
             resolve=resolve if any(step.resolve for step in steps.values()) else None,
             open=waits,
+            data=fits if any(step.data for step in steps.values()) else None,
         )
     )
 
@@ -221,9 +226,12 @@ def _of_labels(surveys: Mapping[str, Survey], lazy: Mapping[str, bool]) -> Surve
         found = surveys[key].look
         return np.zeros(1, np.uint64) if asked is None or found is None else found(asked, bits)
 
+    if len({survey.of_data for survey in surveys.values()}) > 1:
+        raise ValueError("partition: statistics of the model and of data that lies in files cannot be taken side by side.")
     all_look = all(survey.look is not None for survey in surveys.values())
     rounds = sum(survey.rounds for survey in surveys.values())
-    return Survey(settle, rounds, start, read, step, finish, look if all_look else None)
+    of_data = any(survey.of_data for survey in surveys.values())
+    return Survey(settle, rounds, start, read, step, finish, look if all_look else None, of_data)
 
 
 # --- a chain inside an atom ------------------------------------------------------------------------------------------
@@ -233,6 +241,8 @@ def inner_steps(tx: MergeTransform, what: str) -> tuple[Step, ...]:
     """The steps of a chain that can run on one leaf at a time."""
     if not isinstance(tx.match, Match):
         raise ValueError(f"{what}: pass a chain of this package's atoms; write your own with per_leaf.")
+    if any(step.data is not None for step in tx.match.steps):
+        raise ValueError(f"{what}: data that lies in files cannot be taken inside; pass arrays.")
     if any(step.survey is not None for step in tx.match.steps):
         raise ValueError(f'{what}: a statistic of the whole model cannot be taken inside; use scope="tensor".')
     return tx.match.steps

@@ -9,7 +9,7 @@ that one and the same chain runs over a pytree in memory and streams over checkp
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ Stacked = PyTree[Float[Array, "_K ..."]]
 Plan = Any
 Hyperparameter = float | Any
 """A scalar, K numbers (one per model), or a function of the leaf's name ("layers/0/kernel") that returns either."""
+IN_FILES = "where they lie in files, merge these with checkpoint.merge(statistics=...) or jaxmerge merge --statistics."
 
 
 class Survey(NamedTuple):
@@ -39,6 +40,7 @@ class Survey(NamedTuple):
       step: (query, notes, counts by leaf, uint64, in sorted order) -> (query, notes).
       finish: (notes, settings by leaf) -> settings.
       look: `read` on the host, where it is faster there: (query, the block's magnitudes as integers (K, n)) -> counts.
+      of_data: `read` sees the data that comes with the models (`Step.data`) in their place.
     """
 
     settle: Callable[[dict, dict], dict]
@@ -48,6 +50,7 @@ class Survey(NamedTuple):
     step: Callable[[Any, Any, dict], tuple[Any, Any]]
     finish: Callable[[Any, dict], dict]
     look: Callable[[Any, np.ndarray], np.ndarray] | None = None
+    of_data: bool = False
 
 
 class Need(NamedTuple):
@@ -85,6 +88,10 @@ class Step(NamedTuple):
       open: settings -> whether `resolve` has still to find something.
       written: `merge` for who adds up what it leaves, the random choice in memory: XLA adds one by one, and would draw so too.
         None: as `merge`.
+      data: of an atom whose data lies in files and comes with the models (`checkpoint.merge(statistics=...)`): (name, stacked
+        shape, the shape of each model's data for the leaf, None where it has none) -> None, or ValueError where they do not
+        fit. An entry "data" in the settings, None, then becomes a list of them, or of the block's part of those that have the
+        leaf's shape; an empty one where there are none.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -98,6 +105,7 @@ class Step(NamedTuple):
     resolve: Callable[[Any, Streamed], Any] | None = None
     open: Callable[[Any], bool] = lambda settings: True
     written: Callable[[Any, Any], Entries] | None = None
+    data: Callable[[str, tuple[int, ...], Sequence[tuple[int, ...] | None]], None] | None = None
 
 
 class Match(NamedTuple):

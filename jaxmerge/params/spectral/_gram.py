@@ -10,19 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxmerge.params._layout import along, einsum, like, locally
-from jaxmerge.params._transform import (
-    Hyperparameter,
-    MergeTransform,
-    Need,
-    Step,
-    atom,
-    chain,
-    each,
-    float32,
-    models,
-    resolve,
-    total,
-)
+from jaxmerge.params._transform import IN_FILES, MergeTransform, Need, Step, atom, chain, total
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.spectral._spectral import Select, per_matrix, turned
 
@@ -58,7 +46,7 @@ def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
     return einsum("mi,mj->ij", x, x)
 
 
-def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
+def regmean(grams: Sequence[Mapping[str, Any]] | None = None, *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
     """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
 
     What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged. A matrix split along
@@ -66,7 +54,7 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
     brought together along its inputs); then nothing moves.
 
     Args:
-      grams: for each model {leaf name: (n, n)}; `gram` makes them.
+      grams: for each model {leaf name: (n, n)}; `gram` makes them. None: they lie in files, `checkpoint.merge(statistics=...)`.
       shrink: what off-diagonal entries are multiplied by.
       ridge: added to the diagonal, in units of its mean.
       axis: of a matrix's two axes the one of its inputs: 0 for Flax kernels, 1 for PyTorch's.
@@ -89,24 +77,27 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
     if axis not in (0, 1):
         raise ValueError(f"regmean: axis must be 0 or 1, the axis of a matrix's inputs; got {axis}.")
 
-    def settings(name, shape):
-        if len(grams) != shape[0]:
-            raise ValueError(f"regmean: pass Gram matrices for each of the {shape[0]} models; got {len(grams)}.")
-        if name not in grams[0]:
-            return {"rest": ()}
+    def fits(name, shape, found):
+        if len(found) != shape[0]:
+            raise ValueError(f"regmean: pass Gram matrices for each of the {shape[0]} models; got {len(found)}.")
         n = shape[1 + axis] if len(shape) == 3 else None
-        if any(np.shape(g[name]) != (n, n) for g in grams):
-            raise ValueError(
-                f"regmean: leaf {name!r} of shape {shape[1:]} needs Gram matrices of shape {(n, n)} (axis={axis}); "
-                f"got {[np.shape(g[name]) for g in grams]}."
-            )
-        return {"gram": jnp.stack([jnp.asarray(g[name], jnp.float32) for g in grams])}
+        if any(f is not None for f in found) and any(f != (n, n) for f in found):
+            need = f"needs Gram matrices of shape {(n, n)} (axis={axis})" if n is not None else "is no matrix, and has none"
+            raise ValueError(f"regmean: leaf {name!r} of shape {shape[1:]} {need}; got {list(found)}.")
+
+    def settings(name, shape):
+        if grams is None:
+            return {"data": None}
+        fits(name, shape, [np.shape(g[name]) if name in g else None for g in grams])
+        return {"data": [jnp.asarray(g[name], jnp.float32) for g in grams if name in g]}
 
     def merge(plan, x):
         mean = total(x) / x.shape[0]
-        if "rest" in plan:
+        if plan["data"] is None:
+            raise ValueError(f"regmean: pass grams; {IN_FILES}")
+        if not plan["data"]:
             return mean
-        g = plan["gram"]
+        g = jnp.stack(plan["data"])
         g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
         w = x - mean if axis == 0 else jnp.swapaxes(x - mean, 1, 2)
         w = along(w, 2)  # outputs may be split: the system is the same for each
@@ -114,7 +105,8 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
         return mean + like(solved if axis == 0 else jnp.swapaxes(solved, 1, 2), x)
 
     needs = (Need("data", "tensor"), Need("spectral", "tensor"))
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs))
+    data = fits if grams is None else None
+    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=needs, data=data))
 
 
 def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Float[Array, "n m"]:
@@ -127,52 +119,6 @@ def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Floa
     b = b / jnp.where(unit > 0, unit, 1)
     x = einsum("ij,jm->im", inverse, b)
     return x + einsum("ij,jm->im", inverse, b - einsum("ij,jm->im", regular, x)) * (unit > 0)
-
-
-def fisher(
-    weights: Sequence[Any], *, weight: Hyperparameter = 1.0, normalize: bool = True, floor: float = 1e-6
-) -> MergeTransform:
-    """The mean of the models, entry by entry, weighted by how sure each model is of it: its diagonal Fisher information.
-
-    Args:
-      weights: for each model {leaf name: array of the leaf's shape}: mean squared gradients of its log-likelihood.
-      weight: one number, one per model, or a function of the leaf's name, times the Fisher information.
-      normalize: divide each model's by its l2 norm over the whole model.
-      floor: added to the information and to the norms.
-
-    Law:
-      Identical models give the model back.
-
-    Raises:
-      ValueError: not one mapping per model; a leaf without information, or of another shape.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> tx = jm.params.fisher([{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}])
-      >>> models = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}]
-      >>> jm.params.merge(tx, None, models)["w"].round(3).tolist()
-      [1.0, 4.0]
-
-    Source: Merging models with Fisher-weighted averaging (arXiv:2111.09832); fusion_bench.
-    """
-    leaves = [{n: jnp.asarray(v, jnp.float32) for n, v in model.items()} for model in weights]
-    square = jnp.stack([sum((jnp.sum(v * v) for v in model.values()), jnp.float32(0)) for model in leaves])
-    size = 1 / (jnp.sqrt(square) + floor)
-    factor = size / jnp.sum(size) if normalize else jnp.ones_like(size)
-
-    def settings(name, shape):
-        if len(leaves) != shape[0]:
-            raise ValueError(f"fisher: pass the information of each of the {shape[0]} models; got {len(leaves)}.")
-        if any(name not in model or model[name].shape != shape[1:] for model in leaves):
-            raise ValueError(f"fisher: every model needs information of shape {shape[1:]} for leaf {name!r}.")
-        w = float32(resolve(weight, name, shape[0], "fisher: weight"))
-        return {"fisher": [model[name] for model in leaves], "factor": w * factor}
-
-    def merge(plan, x):
-        f = jnp.stack([(one + floor) * times for one, times in zip(plan["fisher"], models(plan["factor"]), strict=True)])
-        return total(each(jnp.multiply, x, f)) / total(f)
-
-    return atom(Step(settings, lambda settings, x: settings, merge, models=1, needs=(Need("data", "entry"),)))
 
 
 def wudi(
