@@ -125,12 +125,19 @@ class Slerp:
         return params.slerp(self.t, threshold=self.threshold)
 
 
+NO_OPTIONS = ("weights", "grams", "optimizer", "steps")
+"""Data, which lies in files (--statistics), and an optimizer with its steps."""
+
+
 def _options(alias: Any) -> type:
     """The options of a merge that is one function: its parameters, but for those that are functions or data themselves."""
     fields = []
     for p in inspect.signature(alias).parameters.values():
         kind = Numbers if p.annotation == Hyperparameter else p.annotation
-        if kind == Select:
+        if kind == Select or p.name in NO_OPTIONS:
+            continue
+        if p.name == "axis":  # of square matrices nobody can tell
+            fields.append((p.name, Literal[0, 1]))
             continue
         default = (p.default,) if kind is Numbers and p.default is not p.empty else p.default
         fields.append((p.name, kind) if default is p.empty else (p.name, kind, dataclasses.field(default=default)))
@@ -157,6 +164,7 @@ METHODS = {
         params.consensus,
         params.della,
         params.della_linear,
+        params.fisher,
         params.iso_c,
         params.iso_cts,
         params.karcher,
@@ -169,17 +177,20 @@ METHODS = {
         params.pcb,
         params.ram,
         params.ramplus_tl,
+        params.regmean,
         params.sce,
         params.tsvm,
         params.update_selective,
         params.varm,
         params.widen,
+        params.wudi,
     )
 }
 NEED_NO_BASE = (
     Linear,
     Slerp,
-    *(METHODS[name] for name in ("arcee-fusion", "karcher", "multislerp", "nuslerp", "passthrough", "widen")),
+    *(METHODS[name] for name in ("arcee-fusion", "fisher", "karcher", "multislerp", "nuslerp", "passthrough")),
+    *(METHODS[name] for name in ("regmean", "widen")),
 )
 
 

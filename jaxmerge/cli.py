@@ -28,6 +28,8 @@ class Inputs:
     """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://, gs://, s3://."""
     base: str | None = None
     """The checkpoint that they were trained from."""
+    statistics: tuple[str, ...] = ()
+    """For fisher and regmean: one checkpoint for each model, of its Fisher information or its Gram matrices by leaf."""
     format: Literal["orbax", "safetensors"] | None = None
     """Of the output; None: as the base (or the first model) is stored."""
     mesh: str = ""
@@ -208,6 +210,7 @@ def _arguments(files: Inputs) -> dict[str, Any]:
     kind = files.format or checkpoint.open(files.base or files.models[0]).format
     return {
         "format": kind,
+        "statistics": files.statistics,
         "sharding": _sharding(files.mesh) if kind == "orbax" or files.mesh else None,
         "memory": files.memory,
         "dtype": files.dtype,
@@ -233,7 +236,7 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
 
     plan = _checked(tx, files)
     table = Table("", "leaves", "parameters", "bytes", "dtypes", title="what the headers say")
-    for checkpoint in (*([plan.base] if plan.base else []), *plan.models):
+    for checkpoint in plan.inputs:
         headers = [h for h in checkpoint.leaves.values() if h.dtype is not None]
         parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
         dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))

@@ -116,9 +116,7 @@ def run(
         for number, batch, arrays in stream(batches):
             written, small = {}, {}
             for n, leaves in arrays.items():
-                work = _merger(
-                    steps, layouts[n], has_base, cast, headers.out[n].dtype, parents if headers.statistics else None
-                )
+                work = _merger(steps, layouts[n], has_base, cast, headers.out[n].dtype, parents if headers.statistics else None)
                 written[n], *small[n] = settled(work([s[n] for s in settings], leaves))
             new = {n: jax.tree.map(np.asarray, plans) for n, (plans, _) in small.items()}
             strangers = {n: np.asarray(counts).tolist() for n, (_, counts) in small.items() if np.any(counts)}

@@ -1,6 +1,6 @@
 """Data that comes with the models of a merge, one checkpoint for each: whether it fits them, from the headers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,12 +32,8 @@ def misfits(steps: Sequence[Step], data: Sequence[Source], shapes: Mapping[str, 
         return ["  statistics: a step that comes after such a merge may not look at what it leaves; end the chain with it"]
     problems = []
     for source in data:
-        strangers = [n for n in source.leaves if n not in shapes]
-        if strangers:
-            more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-            sums = all(n == "count" or n.startswith("total/") for n in source.leaves)
-            remedy = "save Information.mean()" if sums else "name each array as the leaf that it belongs to"
-            problems.append(f"  statistics {source.name}: {strangers[0]}{more} is no leaf that is merged; {remedy}")
+        if wrong := stranger(source, shapes):
+            problems.append(f"  {wrong}")
         for n, leaf in source.leaves.items():
             if leaf.dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == np.float64:
                 problems.append(f"  statistics {source.name}: {n} is {leaf.dtype or 'no array'}; save it as float32")
@@ -52,3 +48,14 @@ def misfits(steps: Sequence[Step], data: Sequence[Source], shapes: Mapping[str, 
             problems.append(f"  {e}")
             break
     return problems
+
+
+def stranger(source: Source, names: Container[str]) -> str | None:
+    """What is wrong with the names of a model's data, if anything is."""
+    strangers = [n for n in source.leaves if n not in names]
+    if not strangers:
+        return None
+    more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+    sums = all(n == "count" or n.startswith("total/") for n in source.leaves)
+    remedy = "save Information.mean()" if sums else "name each array as the leaf that it belongs to"
+    return f"statistics {source.name}: {strangers[0]}{more} is no leaf that is merged; {remedy}"

@@ -63,7 +63,9 @@ def verify(
     if statistics is None:
         statistics = [s["path"] for s in receipt.get("statistics", [])]
     made = receipt.get("format", "safetensors")
-    headers = plan(tx, base, models, statistics=statistics, format=made, dtype=receipt["options"]["dtype"], memory=memory, on_devices=False)
+    headers = plan(
+        tx, base, models, statistics=statistics, format=made, dtype=receipt["options"]["dtype"], memory=memory, on_devices=False
+    )
     headers.check()
     problems, notes = [], []
     for file, was in receipt["files"].items():

@@ -154,6 +154,9 @@ def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats:
     for m in models:
         name = f"{link(m)} (base)" if m == base else link(m)
         lines.append(f"| {name} | {revision_of(m, sources[m])} | {licences.get(str(m), '')} |")
+    if recipe.statistics():
+        named = ", ".join(os.path.basename(path.path.rstrip("/")) for path, _ in recipe.statistics().values())
+        lines += ["", f"Weighted by statistics of the models: {named}."]
     if len(set(licences.values())) > 1:
         lines += ["", "The parents' licences differ: whoever shares this merge must keep to all of them."]
     lines += ["", "## Recipe", "", "```yaml", recipe.text.strip(), "```", ""]

@@ -20,6 +20,7 @@ from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._open import open_model
 from jaxmerge.recipe._resolve import Row, resolve
 from jaxmerge.recipe._schema import Recipe, Reference
+from jaxmerge.recipe._statistics import statistics
 from jaxmerge.recipe._tokenizer import dump
 from jaxmerge.recipe._transform import Work, work
 from jaxmerge.recipe._vocabulary import Vocabulary, aligned, report, vocabulary
@@ -69,6 +70,7 @@ def plan_document(
     sources, mistakes = open_all(recipe, earlier)
     if mistakes or not all(source.leaves for source in sources.values()):
         return None, mistakes
+    opened = dict(sources)
     alone = [m for m, source in sources.items() if is_adapter(source)]
     if alone:
         return _adapters(recipe, sources, alone, options, title)
@@ -87,13 +89,17 @@ def plan_document(
         mistakes.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
     if mistakes:
         return None, mistakes
+    data, mistakes = statistics(recipe, rows, sources, opened, earlier) if recipe.method.data else (None, [])
+    if mistakes:
+        return None, mistakes
     try:
-        todo = work(recipe.method, rows, _where(recipe, rows, sources, words), recipe.own["seed"])
+        todo = work(recipe.method, rows, _where(recipe, rows, sources, words), recipe.own["seed"], data)
         arguments = _arguments(recipe, rows, sources, options)
         headers = _headers(todo, arguments)
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
-    mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
+    at = next((mark for _, mark in recipe.statistics().values()), None) if data else None
+    mistakes += [Mistake(at if p.strip().startswith(recipe.method_name) else None, p.strip()) for p in headers.problems]
     files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
     tables = {} if words is None else report(words, list(sources), recipe.base)
     notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in headers.notes))
@@ -123,7 +129,10 @@ def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, So
     def where(model: Reference, there: str, name: str) -> tuple[Source, str]:
         if words is None or vocabulary_axis(name) is None:
             return sources[model], there
-        return aligned(words, by_name[name], recipe.base, sources, model)
+        found = aligned(words, by_name[name], recipe.base, sources, model)
+        if recipe.method.data and found[0] is not sources[model]:
+            raise ValueError(f"{recipe.method_name} takes statistics, which have the rows of {model}; leave the tokenizer out.")
+        return found
 
     return where
 
@@ -148,7 +157,7 @@ def _with_options(found: dict[str, Any], options: Mapping[str, Any]) -> dict[str
 
 def _headers(todo: Work, arguments: Mapping[str, Any]) -> CheckpointPlan:
     apart = {k: v for k, v in arguments.items() if k not in ("integers", "nonfinite")}
-    return checkpoint.plan(todo.tx, todo.base, todo.models, **apart)
+    return checkpoint.plan(todo.tx, todo.base, todo.models, statistics=todo.statistics, **apart)
 
 
 def _dtypes(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source]) -> dict[str, Any]:
@@ -179,6 +188,9 @@ def _adapters(
     elif len(adapters) < len(sources):
         text = "is an adapter and not a model; write it after the model it was trained on, as model+adapter."
         return None, [Mistake(marks.get(m), f"{m} {text}") for m in alone]
+    if recipe.method.data:
+        text = f"{recipe.method_name} takes statistics of whole models; merge model+adapter, each with statistics of its own."
+        return None, [Mistake(recipe.marks["merge_method"], text)]
     exact = recipe.method_name == "linear" and "rank" not in recipe.own
     based = recipe
     if recipe.method.base == "required" and recipe.base not in alone:

@@ -46,6 +46,7 @@ class Method(NamedTuple):
       least, most: how many inputs it takes beside the base.
       parameters: by the name that recipes use.
       build: their values -> the chain; a value that is not static is a function of the tensor's name.
+      data: whether it takes statistics of each model, from files.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Method(NamedTuple):
     most: int | None
     parameters: dict[str, Parameter]
     build: Callable[[Mapping[str, Any]], MergeTransform]
+    data: bool = False
 
 
 def number(default: Any = REQUIRED, low: float | int | None = None, high: float | int | None = None) -> Parameter:
@@ -304,4 +306,38 @@ METHODS["window_average"] = Method(
     {"decay": Parameter(str, "shared", "linear", True, words=("linear", "cosine", "minus_sqrt"))},
     lambda v: params.window_average(v["decay"]),
 )
-PARAMETERS = {name for method in METHODS.values() for name in method.parameters}
+AXIS = {"axis": fixed(int, REQUIRED, 0, 1)}  # of the inputs: of square matrices nobody can tell
+METHODS |= {
+    "fisher": Method(
+        "Fisher-weighted averaging",
+        ARXIV + "2111.09832",
+        "input",
+        1,
+        None,
+        {"weight": Parameter(float, "input", 1.0), "normalize": flag(True), "floor": fixed(float, 1e-6, 0)},
+        lambda v: params.fisher(weight=v["weight"], normalize=v["normalize"], floor=v["floor"]),
+        data=True,
+    ),
+    "regmean": Method(
+        "RegMean",
+        ARXIV + "2212.09849",
+        "input",
+        1,
+        None,
+        {"shrink": fixed(float, 0.9, 0, 1), "ridge": fixed(float, 1e-6, 0)} | AXIS,
+        lambda v: params.regmean(shrink=v["shrink"], ridge=v["ridge"], axis=v["axis"]),
+        data=True,
+    ),
+    "wudi": Method(
+        "WUDI-Merging",
+        ARXIV + "2503.08099",
+        "required",
+        1,
+        None,
+        {"scale": fixed(float, 1.0), "cutoff": fixed(float, 1e-6, 0)} | AXIS,
+        lambda v: params.wudi(scale=v["scale"], cutoff=v["cutoff"], axis=v["axis"]),
+    ),
+}
+STATISTICS = "statistics"
+"""Beside a model, under its parameters: where they lie."""
+PARAMETERS = {STATISTICS} | {name for method in METHODS.values() for name in method.parameters}

@@ -8,7 +8,7 @@ from typing import Any
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._remote import Url, is_remote, on_web
 from jaxmerge.recipe._layouts import LAYOUTS
-from jaxmerge.recipe._methods import METHODS, PARAMETERS
+from jaxmerge.recipe._methods import METHODS, PARAMETERS, STATISTICS
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
@@ -191,7 +191,18 @@ class _Reader:
             return None
         model = self.reference(fields["model"])
         parameters = self.parameters(fields.get("parameters"), own=True)
-        return Input(model, layers, parameters, fields["model"].mark) if model else None
+        return Input(model, layers, parameters, fields["model"].mark, self.statistics(fields)) if model else None
+
+    def statistics(self, fields: dict[str, Node]) -> tuple[Path, Mark] | None:
+        """Ours: a checkpoint of what a method looks at beside a model."""
+        inside = fields["parameters"].value if "parameters" in fields else None
+        if not self.method.data or not isinstance(inside, dict) or STATISTICS not in inside:
+            return None
+        node = inside[STATISTICS]
+        if not isinstance(node.value, str | dict) or not node.value:
+            self.wrong(node.mark, f"statistics is the path of a checkpoint, one for each model; got {node.plain!r}.")
+            return None
+        return self.path(node), node.mark
 
     def layers(self, node: Node, fields: dict[str, Node]) -> tuple[int, int] | None:
         if "layer_range" not in fields:
@@ -247,10 +258,14 @@ class _Reader:
             p = self.method.parameters.get(name)
             if self.lenient:
                 continue
-            if p is None and name in PARAMETERS:
+            if name == STATISTICS and self.method.data:
+                if not own:
+                    text = f"statistics are those of one model; write {STATISTICS}: path under the parameters of each model."
+                    self.wrong(node.keys[name], text)
+            elif p is None and name in PARAMETERS:
                 self.notes.append(Mistake(node.keys[name], f"{name} has no effect on {self.name}."))
             elif p is None:
-                text = f"{self.name} has no parameter {name!r}{self.hint(name)}"
+                text = f"{self.name} has no parameter {name!r}{self.hint(name, own=own)}"
                 self.wrong(node.keys[name], text)
             elif own and p.scope == "shared":
                 text = (
@@ -261,12 +276,12 @@ class _Reader:
                 found[name] = read_setting(value, name, p, self.name, self.mistakes)
         return found
 
-    def hint(self, name: str) -> str:
+    def hint(self, name: str, *, own: bool) -> str:
         if name.isdigit():
             return f"; decimals have a point: write 0.{name}, not 0,{name}."
         if name == "embed_slerp":
             return ": mergekit dropped it; write t, or weight, as a condition: {part: embeddings, value: 0.5}."
-        return suggest(name, self.method.parameters)
+        return suggest(name, [*self.method.parameters, *([STATISTICS] if own and self.method.data else [])])
 
     # --- the rest ---
 

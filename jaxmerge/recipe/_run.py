@@ -118,6 +118,7 @@ def merge(
             todo.work.base,
             todo.work.models,
             place,
+            statistics=todo.work.statistics,
             overwrite=overwrite or not last,
             resume=resume,
             recipe=document.text,
@@ -157,7 +158,8 @@ def verify(
     todo, mistakes = plan_document(document, earlier, {}, place.name)
     if todo is None or mistakes:
         raise RecipeError(mistakes, "the receipt's recipe")
-    return checkpoint.verify(place, todo.work.tx, base=todo.work.base, models=todo.work.models, leaves=leaves, seed=seed)
+    parents = {"base": todo.work.base, "models": todo.work.models, "statistics": todo.work.statistics}
+    return checkpoint.verify(place, todo.work.tx, leaves=leaves, seed=seed, **parents)
 
 
 def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
@@ -212,6 +214,6 @@ def _is_there(place: Any, todo: RecipePlan) -> bool:
     if not (place / RECEIPT).exists():
         return False
     receipt = checkpoint.receipt(place)
-    parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
+    parents = [*([receipt["base"]] if receipt["base"] else []), *receipt["models"], *receipt.get("statistics", [])]
     now = [hashes([source]) for source in todo.headers.inputs]
     return receipt["recipe"] == todo.recipe.text and [p["files"] for p in parents] == now

@@ -28,12 +28,13 @@ class Reference(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A model as it goes into a slice: which of its layers (None is all), and its own parameters."""
+    """A model as it goes into a slice: which of its layers (None is all), its own parameters, statistics of it, and where."""
 
     model: Reference
     layers: tuple[int, int] | None
     parameters: Settings
     mark: Mark
+    statistics: tuple[Path, Mark] | None = None
 
 
 class Slice(NamedTuple):
@@ -115,3 +116,8 @@ class Recipe(NamedTuple):
                 if part.base:
                     found.setdefault(part.base, part.mark)
         return found
+
+    def statistics(self) -> dict[Reference, tuple[Path, Mark]]:
+        """Where the statistics of each model lie that has any."""
+        inputs = [each for module in self.modules for part in module.slices for each in part.inputs]
+        return {each.model: each.statistics for each in inputs if each.statistics is not None}

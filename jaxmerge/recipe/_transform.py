@@ -18,14 +18,17 @@ Adapt = Callable[[Reference, str, str], tuple[Source, str]]
 
 
 class Work(NamedTuple):
-    """What the engine is asked to do: tx, and the checkpoints, whose tensors have the names of the output."""
+    """What the engine is asked to do: tx, and the checkpoints, whose tensors have the names of the output; statistics too."""
 
     tx: MergeTransform
     base: Source | None
     models: tuple[Source, ...]
+    statistics: tuple[Source, ...] = ()
 
 
-def work(method: Method, rows: Sequence[Row], adapt: Adapt, seed: int) -> Work:
+def work(
+    method: Method, rows: Sequence[Row], adapt: Adapt, seed: int, statistics: Mapping[Reference, Source] | None = None
+) -> Work:
     """A recipe's transform and its inputs.
 
     Args:
@@ -33,6 +36,7 @@ def work(method: Method, rows: Sequence[Row], adapt: Adapt, seed: int) -> Work:
       rows: what it says.
       adapt: where a model's tensor is read.
       seed: of random masks.
+      statistics: of each model, under the names of its tensors; None where the method takes none.
     """
     inputs = {row.name: _ordered(method, row) for row in rows}
     slots = max(len(experts) for _, experts in inputs.values())
@@ -44,9 +48,17 @@ def work(method: Method, rows: Sequence[Row], adapt: Adapt, seed: int) -> Work:
         title = next(iter(models)) if len(models) == 1 else f"{which} ({', '.join(models)})"
         return Mosaic(title, like, {name: adapt(model, there, name) for name, (model, there) in chosen.items()})
 
+    def beside(k: int) -> Source:
+        chosen = {name: given[1][min(k, len(given[1]) - 1)] for name, given in inputs.items()}
+        known = statistics or {}
+        parts = {n: (known[model], there) for n, (model, there) in chosen.items() if there in known[model].leaves}
+        names = dict.fromkeys(known[model].name for model, _ in chosen.values())
+        return Mosaic(next(iter(names)) if len(names) == 1 else f"statistics {k + 1}", known[chosen[rows[0].name][0]], parts)
+
     based = any(base is not None for base, _ in inputs.values())
     models = tuple(mosaic(f"input {k + 1}", lambda given, k=k: given[1][min(k, len(given[1]) - 1)]) for k in range(slots))
-    return Work(transform(method, rows, seed), mosaic("base", lambda given: given[0]) if based else None, models)
+    data = tuple(beside(k) for k in range(slots)) if statistics is not None else ()
+    return Work(transform(method, rows, seed), mosaic("base", lambda given: given[0]) if based else None, models, data)
 
 
 def _ordered(method: Method, row: Row) -> tuple[tuple[Reference, str] | None, tuple[tuple[Reference, str], ...]]:

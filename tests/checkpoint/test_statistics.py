@@ -13,7 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 IN_PARTS = 3 * 10**5
 RNG = np.random.default_rng(0)
 FISHERS = [{n: (10.0**e * RNG.standard_normal(s) ** 2).astype(np.float32) for n, s in SHAPES.items()} for e in (-4, -3, -2)]
-INPUTS = [{n: RNG.standard_normal((4 * s[1], s[1])).astype(np.float32) for n, s in SHAPES.items() if len(s) == 2} for _ in "abc"]
+INPUTS = [
+    {n: RNG.standard_normal((4 * s[1], s[1])).astype(np.float32) for n, s in SHAPES.items() if len(s) == 2} for _ in "abc"
+]
 GRAMS = [{n: x.T @ x for n, x in model.items() if n != "big"} for model in INPUTS]
 
 MERGES = {  # {name: (from arrays, from files, the arrays)}

@@ -111,10 +111,10 @@ modules:
         )
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - MERGEKIT - {"window_average"}))
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if n not in MERGEKIT and m.base == "required"))
 def test_methods_of_our_own(models, name):
     """Their parameters are those of the function, and they end in one model."""
-    needed = "weight: [0.5, 1]" if "weight" in METHODS[name].parameters else ""
+    needed = "weight: [0.5, 1]" if "weight" in METHODS[name].parameters else "axis: 1" if name == "wudi" else ""
     one = name == "update_selective"
     others = "{model: ROOT/a}" if one else "{model: ROOT/a}, {model: ROOT/b}"
     text = f"merge_method: {name}\nbase_model: ROOT/base\nmodels: [{others}]\nparameters: {{{needed}}}\n".replace(

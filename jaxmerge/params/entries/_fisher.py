@@ -60,7 +60,9 @@ def fisher(
         if len(found) != shape[0]:
             raise ValueError(f"fisher: pass the information of each of the {shape[0]} models; got {len(found)}.")
         if any(f != shape[1:] for f in found):
-            raise ValueError(f"fisher: every model needs information of shape {shape[1:]} for leaf {name!r}; got {list(found)}.")
+            raise ValueError(
+                f"fisher: every model needs information of shape {shape[1:]} for leaf {name!r}; got {list(found)}."
+            )
 
     def settings(name, shape):
         w = float32(resolve(weight, name, shape[0], "fisher: weight"))

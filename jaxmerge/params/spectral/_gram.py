@@ -46,7 +46,9 @@ def gram(x: Float[Array, "*batch n"]) -> Float[Array, "n n"]:
     return einsum("mi,mj->ij", x, x)
 
 
-def regmean(grams: Sequence[Mapping[str, Any]] | None = None, *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0) -> MergeTransform:
+def regmean(
+    grams: Sequence[Mapping[str, Any]] | None = None, *, shrink: float = 0.9, ridge: float = 1e-6, axis: int = 0
+) -> MergeTransform:
     """Least squares: W = (sum of G_k)^-1 (sum of G_k W_k), where G_k is the Gram matrix of model k's inputs.
 
     What the inputs do not determine stays at the models' mean. Leaves without a Gram matrix are averaged. A matrix split along
