@@ -159,7 +159,7 @@ def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array |
 
 
 def _strange(arrays: Sequence[Array]) -> Array:
-    """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those of a dtype and shape."""
+    """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those that are alike."""
     found: list[Any] = [None] * len(arrays)
     for dtype, shape in dict.fromkeys((a.dtype, a.shape) for a in arrays):
         mine = [i for i, a in enumerate(arrays) if (a.dtype, a.shape) == (dtype, shape)]

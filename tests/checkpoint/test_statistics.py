@@ -115,7 +115,7 @@ def test_refused_before_a_byte_is_read(models, saved, tmp_path):
     assert "end the chain with it" in problems(params.chain(params.fisher(), params.trim(0.5)), fisher)
     stranger = save(tmp_path / "stranger", FISHERS[0] | {"bigger": np.zeros(1, np.float32)})
     assert "stranger: bigger is no leaf that is merged" in problems(params.fisher(), [*fisher[:2], stranger])
-    summed = save(tmp_path / "summed", {f"total/{n}": v for n, v in FISHERS[0].items()} | {"count": np.float32([8])})
+    summed = save(tmp_path / "summed", {f"total/{n}": v for n, v in FISHERS[0].items()} | {"count": np.full(1, 8, np.float32)})
     assert "save Information.mean()" in problems(params.fisher(), [*fisher[:2], summed])
     wide = save(tmp_path / "wide", {n: v.astype(np.float64) for n, v in FISHERS[0].items()})
     assert "is float64; save it as float32" in problems(params.fisher(), [*fisher[:2], wide])

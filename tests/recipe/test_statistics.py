@@ -9,7 +9,9 @@ from safetensors.numpy import load_file, save_file
 from jaxmerge import checkpoint, cli, params, recipe
 
 RNG = np.random.default_rng(0)
-SHAPES = {f"model.layers.{i}.mlp.{n}.weight": s for i in range(3) for n, s in (("up_proj", (6, 4)), ("down_proj", (4, 6)))}
+SHAPES: dict[str, tuple[int, ...]] = {
+    f"model.layers.{i}.mlp.{n}.weight": s for i in range(3) for n, s in (("up_proj", (6, 4)), ("down_proj", (4, 6)))
+}
 SHAPES |= {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (4,)}
 draw = lambda f: {n: np.asarray(f(s), np.float32) for n, s in SHAPES.items()}
 TREES = {m: draw(RNG.standard_normal) for m in "ab"}
