@@ -230,6 +230,11 @@ def _coefficients(plan: Any, pattern: str) -> None:
 
 
 def _merge(files: Any, options: Merge) -> None:
+    carry_out(pathlib.Path(files.recipe), files.out, options, parts=options.parts)
+
+
+def carry_out(text: Any, out: str, options: Any, **more: Any) -> None:
+    """Merge as a recipe (a path, or its text) says, with a bar that moves and a table at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
     from rich.table import Table
@@ -246,15 +251,15 @@ def _merge(files: Any, options: Merge) -> None:
             bar.update(task, description=f"{name}: pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
 
         done = recipe.merge(
-            pathlib.Path(files.recipe),
-            files.out,
-            parts=options.parts,
+            text,
+            out,
             overwrite=options.overwrite,
             resume=options.resume,
             on_progress=show,
             **_engine(options),
+            **more,
         )
-    table = Table("document", "tensors", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
+    table = Table("document", "tensors", "read", "written", "seconds", "GB/s", "peak memory", title=str(out))
     console = Console()
     for plan, report in done:
         headers = report.headers

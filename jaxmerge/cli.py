@@ -1,4 +1,4 @@
-"""`jaxmerge plan|merge|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method and its options.
+"""`jaxmerge plan|merge|window|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method and its options.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged
@@ -6,6 +6,8 @@ jaxmerge verify ckpt/merged
 jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+jaxmerge merge fisher --models ckpt/math ckpt/code --statistics fisher/math fisher/code --out ckpt/merged
+jaxmerge window 'run/{1000..2000}' --schedule 1-sqrt --out ckpt/merged
 jaxmerge doctor
 """
 
@@ -64,6 +66,7 @@ class InputsAndOutput(Inputs):
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
 USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
        jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
+       jaxmerge window CHECKPOINT... --out OUT
        jaxmerge doctor"""
 
 
@@ -134,6 +137,10 @@ def _main(argv: list[str]) -> int:
     if argv in (["doctor", "-h"], ["doctor", "--help"]):
         print(f"usage: jaxmerge doctor\n\n{_doctor.__doc__}")
         return 0
+    if argv[:1] == ["window"]:
+        from jaxmerge import _window
+
+        return _window.main(argv[1:])
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
@@ -171,7 +178,7 @@ def _main(argv: list[str]) -> int:
 
 def _not_understood(argv: list[str]) -> list[str]:
     """What to say of the first word that means nothing."""
-    known = [*_verbs.VERBS, "doctor"]
+    known = [*_verbs.VERBS, "window", "doctor"]
     if argv and argv[0] not in known:
         return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
     if len(argv) > 1 and argv[0] in VERBS:

@@ -38,7 +38,8 @@ BELOW = {
     "recipe": {"params", "checkpoint"},
     "_methods": {"params"},
     "_verbs": {"_methods", "params", "checkpoint", "recipe", "cli"},
-    "cli": {"_plan", "_kernels", "_methods", "_verbs", "params", "checkpoint", "recipe"},
+    "_window": {"_verbs", "params", "recipe"},
+    "cli": {"_plan", "_kernels", "_methods", "_verbs", "_window", "params", "checkpoint", "recipe"},
 }
 
 

@@ -20,6 +20,7 @@ from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._open import open_model
 from jaxmerge.recipe._resolve import Row, resolve
 from jaxmerge.recipe._schema import Recipe, Reference
+from jaxmerge.recipe._state import parameters_of
 from jaxmerge.recipe._statistics import statistics
 from jaxmerge.recipe._tokenizer import dump
 from jaxmerge.recipe._transform import Work, work
@@ -67,7 +68,7 @@ def plan_document(
       options: arguments of the engine that stand above the recipe's keys.
       title: what the card is headed.
     """
-    sources, mistakes = open_all(recipe, earlier)
+    sources, mistakes, state = open_all(recipe, earlier)
     if mistakes or not all(source.leaves for source in sources.values()):
         return None, mistakes
     opened = dict(sources)
@@ -82,7 +83,7 @@ def plan_document(
     mistakes, notes = stacked(recipe) if one_array else ([], [])
     rows, wrong, more = resolve(recipe, sources)
     words, mistaken, said = vocabulary(recipe, sources)
-    mistakes, notes = [*mistakes, *wrong, *mistaken], [*notes, *more, *said]
+    mistakes, notes = [*mistakes, *wrong, *mistaken], [*state, *notes, *more, *said]
     if not mistakes:
         mistakes += mismatched(recipe, rows, sources) + weightless(recipe, rows) + strangers(recipe, rows, words)
     if not mistakes and not rows:
@@ -107,19 +108,23 @@ def plan_document(
     return found, mistakes + wrong
 
 
-def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Reference, Source], list[Mistake]]:
-    """Every model of a document, adapters in their bases; and those that cannot be opened."""
+def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Reference, Source], list[Mistake], list[Mistake]]:
+    """Every model of a document, adapters in their bases; those that cannot be opened; what is left out of training states."""
     sources: dict[Reference, Source] = {}
-    mistakes = []
+    mistakes, notes = [], []
     for reference, mark in recipe.references().items():
         try:
             source = open_model(reference.model, earlier)
+            if recipe.own["state"] == "skip":
+                source, left = parameters_of(source)
+                if left is not None and not notes:
+                    notes.append(Mistake(mark, f"of {reference} is left out: {left}; state: keep (--state keep) merges it."))
             if reference.lora is not None and source.leaves:
                 source = adapted(source, open_model(reference.lora, earlier))
             sources[reference] = source
         except ValueError as e:
             mistakes.append(Mistake(mark, str(e)))
-    return sources, mistakes
+    return sources, mistakes, notes
 
 
 def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source], words: Vocabulary | None) -> Any:

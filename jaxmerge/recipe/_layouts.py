@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from jaxmerge.checkpoint import Derived, Leaf, Source, derived, renamed
+from jaxmerge.recipe._state import STATE
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
@@ -168,7 +169,6 @@ LAYOUTS = {
 }
 AROUND = re.compile(r"^(?P<before>(?:(?:params|target|model|transformer|base)/)*)(?P<name>.*?)(?P<after>(?:/value)?)$")
 """Collections that a tree may stand in, and what stands after a name: they are kept."""
-STATE = re.compile(r"^(?:opt_state|state|step|flax_mutables)(?:/|$)")
 
 
 class Found(NamedTuple):

@@ -303,8 +303,11 @@ METHODS["window_average"] = Method(
     "input",
     1,
     None,
-    {"decay": Parameter(str, "shared", "linear", True, words=("linear", "cosine", "minus_sqrt"))},
-    lambda v: params.window_average(v["decay"]),
+    {
+        "decay": Parameter(str, "shared", "linear", True, words=("linear", "cosine", "minus_sqrt", "ema")),
+        "beta": fixed(float, 0.8, 0, 1),
+    },
+    lambda v: params.window_average(v["decay"], beta=v["beta"]),
 )
 AXIS = {"axis": fixed(int, REQUIRED, 0, 1)}  # of the inputs: of square matrices nobody can tell
 METHODS |= {

@@ -3,6 +3,7 @@
 import difflib
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,11 @@ from jax.sharding import Sharding
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import Leaf, Source
-from jaxmerge.checkpoint._remote import Place
+from jaxmerge.checkpoint._remote import Place, Url, is_remote, on_web
 from jaxmerge.checkpoint._source import Extent, Format, Index
 from jaxmerge.recipe._schema import Path
+
+WINDOW = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}")
 
 
 class Absent(ValueError):
@@ -48,6 +51,31 @@ def locate(path: Path) -> str:
         f"{path.path!r} is no path here, and the Hub's cache {hub_cache()} has no such model; fetch it: "
         f"hf download {path.path}{revision}"
     )
+
+
+def window(pattern: str) -> list[str]:
+    """Every checkpoint of a run whose number lies in run/{1000..2000}, or {1000..2000..500}, in the order of the numbers; what
+    has no braces is itself.
+
+    Raises:
+      Absent: there is none, or the folder cannot be listed.
+    """
+    found = WINDOW.search(pattern)
+    if found is None:
+        return [pattern]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    folder, _, prefix = before.rpartition("/")
+    if on_web(folder):
+        raise Absent(f"{found[0]}: folders cannot be listed over https; name every checkpoint.")
+    parent = Url(folder) if is_remote(folder) else pathlib.Path(folder or ("/" if before.startswith("/") else "."))
+    names = parent.names() if isinstance(parent, Url) else _names(parent)
+    steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
+    first, last, stride = int(found[1]), int(found[2]), int(found[3] or 1) or 1
+    inside = sorted(step for step in steps if first <= step <= last and (step - first) % stride == 0)
+    if not inside:
+        there = f"; there are {min(steps)} to {max(steps)}" if steps else f"; {parent} has none"
+        raise Absent(f"no checkpoint lies in {found[0]}{there}.")
+    return [f"{before.removesuffix(prefix)}{steps[i]}{after}" for i in inside]
 
 
 def hub_cache() -> pathlib.Path:

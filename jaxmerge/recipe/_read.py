@@ -1,14 +1,13 @@
 """Read a recipe: every unknown key and every wrong value with its place, all of them in one message."""
 
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from jaxmerge.checkpoint._budget import parse_size
-from jaxmerge.checkpoint._remote import Url, is_remote, on_web
 from jaxmerge.recipe._layouts import LAYOUTS
 from jaxmerge.recipe._methods import METHODS, PARAMETERS, STATISTICS
+from jaxmerge.recipe._open import window
 from jaxmerge.recipe._schema import Input, Module, Path, Recipe, Reference, Slice, Tokenizer, TokenSource
 from jaxmerge.recipe._settings import Settings, read_setting
 from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, nearest, suggest
@@ -16,9 +15,8 @@ from jaxmerge.recipe._yaml import Mark, Mistake, Node, RecipeError, documents, n
 FLAGS = {"random_seed": "write seed", "out_shard_size": "pass --max-shard-bytes"} | dict.fromkeys(
     ("allow_crimes", "copy_tokenizer", "cuda", "lazy_unpickle", "low_cpu_memory", "trust_remote_code"), "leave it out"
 )
-WINDOW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DTYPES = ("float32", "float16", "bfloat16")
-OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank")
+OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank", "state")
 TOP = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "name", *OURS,
@@ -133,22 +131,13 @@ class _Reader:
 
     def window(self, node: Node | None) -> list[Node | None]:
         """Ours: run/{1000..2000} is every checkpoint of a run whose number lies there, in the order of the numbers."""
-        found = WINDOW.search(node.value) if node is not None and isinstance(node.value, str) else None
-        if node is None or found is None:
+        if node is None or not isinstance(node.value, str):
             return [node]
-        before, after = node.value[: found.start()], node.value[found.end() :]
-        folder, _, prefix = before.rpartition("/")
-        if on_web(folder):
-            self.wrong(node.mark, f"{found[0]}: folders cannot be listed over https; name every checkpoint.")
+        try:
+            return [node._replace(value=path) for path in window(node.value)]
+        except ValueError as e:
+            self.wrong(node.mark, str(e))
             return []
-        parent = Url(folder) if is_remote(folder) else pathlib.Path(folder or ".")
-        names = parent.names() if isinstance(parent, Url) else [p.name for p in parent.iterdir()] if parent.exists() else []
-        steps = {int(m[1]): m[0] for n in names if (m := re.fullmatch(rf"{re.escape(prefix)}(\d+)", n))}
-        inside = sorted(step for step in steps if int(found[1]) <= step <= int(found[2]))
-        if not inside:
-            there = f"; there are {min(steps)} to {max(steps)}" if steps else f"; {parent} has none"
-            self.wrong(node.mark, f"no checkpoint lies in {found[0]}{there}.")
-        return [node._replace(value=f"{folder}/{steps[i]}{after}" if folder else steps[i] + after) for i in inside]
 
     def slices(self, node: Node) -> tuple[Slice, ...]:
         found = []
@@ -357,6 +346,7 @@ class _Reader:
         self.word(fields, "layout", ("hf", *LAYOUTS))
         self.word(fields, "integers", ("agree", "base"))
         self.word(fields, "nonfinite", ("refuse", "allow"))
+        self.word(fields, "state", ("skip", "keep"))
         if self.there(fields, "memory"):
             try:
                 parse_size(fields["memory"].value, "memory")
@@ -373,7 +363,7 @@ class _Reader:
             self.wrong(
                 fields["rank"].mark, f"rank, of a merge of adapters alone, must be a whole number from 1 on, got {rank!r}."
             )
-        found = {"seed": seed, "integers": "agree", "nonfinite": "refuse"}
+        found = {"seed": seed, "integers": "agree", "nonfinite": "refuse", "state": "skip"}
         return found | {k: fields[k].value for k in OURS if self.there(fields, k)}
 
     def mapping(self, node: Node, what: str, known: Iterable[str]) -> dict[str, Node]:

@@ -85,7 +85,7 @@ class Recipe(NamedTuple):
       parameters: for all of it.
       dtype, out_dtype: of the output; arithmetic is float32.
       tokenizer, chat_template: of the output.
-      own: our keys: seed, format, layout, memory, sharding, integers, nonfinite; rank, of adapters alone.
+      own: our keys: seed, format, layout, memory, sharding, integers, nonfinite, state; rank, of adapters alone.
       text: the document as it is written.
       marks: where its keys stand.
       notes: what has no effect.

@@ -124,7 +124,10 @@ def update_selective(density: float = 0.2, *, scale: Hyperparameter = 1.0, scope
 
 
 def window_average(
-    decay: Literal["linear", "cosine", "minus_sqrt"] | Sequence[float] = "linear", *, window: int | None = None
+    decay: Literal["linear", "cosine", "minus_sqrt", "ema"] | Sequence[float] = "linear",
+    *,
+    window: int | None = None,
+    beta: float = 0.8,
 ) -> MergeTransform:
     """Average the last checkpoints of one run, as if the learning rate had decayed.
 
@@ -132,15 +135,18 @@ def window_average(
     "linear" is the plain mean of the checkpoints.
 
     Args:
-      decay: the schedule of updates ("linear" falls to 0 evenly, "cosine" as half a cosine, "minus_sqrt" as 1 - sqrt); or the
-        multiplier of each update itself, one fewer than checkpoints in the window, none above the one before or 1.
+      decay: the schedule of updates ("linear" falls to 0 evenly, "cosine" as half a cosine, "minus_sqrt" as 1 - sqrt, "ema" so
+        that the result is an exponential moving average, begun at the first checkpoint); or the multiplier of each update
+        itself, one fewer than checkpoints in the window, none above the one before or 1.
       window: how many checkpoints, the last ones, take part; None is all. Oldest first, no base.
+      beta: of "ema": what each checkpoint leaves of the average before it.
 
     Law:
       With multipliers f_1 >= f_2 ..., the result is the first checkpoint plus the sum of f_i times the i-th update.
 
     Raises:
-      ValueError: an unknown schedule; a window of more checkpoints than there are; multipliers that rise or do not fit.
+      ValueError: an unknown schedule; a window of more checkpoints than there are; multipliers that rise or do not fit; a beta
+        that is not between 0 and 1.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -151,10 +157,13 @@ def window_average(
     Source: WSM: decay-free learning rate schedule via checkpoint merging (arXiv:2507.17634).
     """
     shapes = {
-        "linear": lambda u: 1 - u,
-        "cosine": lambda u: (1 + np.cos(np.pi * u)) / 2,
-        "minus_sqrt": lambda u: 1 - np.sqrt(u),
+        "linear": lambda u, n: 1 - u,
+        "cosine": lambda u, n: (1 + np.cos(np.pi * u)) / 2,
+        "minus_sqrt": lambda u, n: 1 - np.sqrt(u),
+        "ema": lambda u, n: np.where(u > 0, 1 - float(beta) ** (n * (1 - u)), 1),
     }
+    if not 0 <= beta <= 1:
+        raise ValueError(f"window_average: beta must be between 0 and 1, got {beta}.")
     if isinstance(decay, str) and decay not in shapes:
         raise ValueError(f"window_average: decay must be one of {tuple(shapes)} or numbers, got {decay!r}.")
 
@@ -163,7 +172,7 @@ def window_average(
         n = models if window is None else window
         if not 1 <= n <= models:
             raise ValueError(f"window_average: a window of {n} checkpoints does not fit the {models} that there are.")
-        f = shapes[decay](np.arange(n + 1) / n) if isinstance(decay, str) else np.array([1.0, *decay, 0.0])
+        f = shapes[decay](np.arange(n + 1) / n, n) if isinstance(decay, str) else np.array([1.0, *decay, 0.0])
         if len(f) != n + 1 or (np.diff(f) > 0).any():
             raise ValueError(
                 f"window_average: {n} checkpoints need {n - 1} multipliers that fall from at most 1 to at least 0; got {decay}."
