@@ -92,7 +92,7 @@ def _run(patterns: Sequence[str], options: Window) -> None:
     if options.dry_run:
         _verbs._show(Console(), plan)
         return
-    _verbs.carry_out(text, options.out, options)
+    _verbs.carry_out(text, str(options.out), options)
 
 
 def _are_there(patterns: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`jaxmerge plan|merge|window|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method and its options.
+"""`jaxmerge plan|merge|window|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged

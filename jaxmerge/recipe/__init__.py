@@ -19,10 +19,10 @@ A recipe of mergekit 0.1.5 gives the tensors that mergekit gives (tests/golden/r
 * Keys that nobody knows are mistakes; parameters that have no effect are said so.
 
 Ours beside mergekit's: `regex` and `part` (embeddings, head, layers, rest) in conditions; `scope` of ties and breadcrumbs,
-`rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite`, `state` at the top (of
-training states the parameters alone are merged, unless it says keep);
-twelve more methods, of which fisher and regmean look at `statistics: path` under the parameters of each model;
-`model: run/{1000..2000}`, or {1000..2000..500}, for all checkpoints of a run; documents with names in any order; adapters alone.
+`rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite`, `state` at
+the top (of training states the parameters alone are merged, unless it says keep); twelve more methods, of which fisher and
+regmean look at `statistics: path` under the parameters of each model; `model: run/{1000..2000}`, or {1000..2000..500}, for all
+checkpoints of a run; documents with names in any order; adapters alone.
 """
 
 from jaxmerge.recipe._compare import Difference as Difference, differences as differences

@@ -11,7 +11,7 @@ STATE = re.compile(r"^(?:opt_states?|optimizer(?:_state)?|state|steps?|training_
 
 
 def parameters_of(source: Source) -> tuple[Source, str | None]:
-    """A source without the state of an optimiser, and what is left out, in words; None where there is none beside parameters."""
+    """A source without the state of an optimiser, and what is left out, in words; None where nothing is."""
     left = [n for n in source.leaves if STATE.match(n)]
     if not left or not any(PARAMETERS.match(n) for n in source.leaves):
         return source, None
