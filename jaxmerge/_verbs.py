@@ -323,7 +323,8 @@ def _leaves(source: Any, pattern: str) -> None:
     fits = regex("--leaves", pattern)
     for name, leaf in source.leaves.items():
         if fits.search(name):
-            print(name, leaf.dtype or "not an array", list(leaf.shape))
+            dtype, shape = leaf.stored or (leaf.dtype or "not an array", leaf.shape)
+            print(name, dtype, list(shape))
 
 
 def _compare(console: Any, a: Any, b: Any, *, by_layer: bool) -> None:

@@ -130,7 +130,8 @@ SURFACE = {
         sign_conflict slerp spherical sum_experts tall_masks task_arithmetic task_norms task_vectors
         ties trim trim_band truncate tsv_compress tsvm twin_merging twin_serve twin_split unit_budget unit_gains
         update_selective varm weigh widen window_average wudi""",
-    "jaxmerge.checkpoint": """CheckpointPlan Derived Leaf MergeError MergeReport Progress Source Verified derived fsdp merge
+    "jaxmerge.checkpoint": """CheckpointPlan Derived Leaf MergeError MergeReport Progress Source Verified dequantized
+        derived fsdp merge
         open plan receipt renamed subset verify""",
     "jaxmerge.recipe": """Difference Extraction Mistake Recipe RecipeError RecipePlan differences extract merge plan read
         stacks verify""",

@@ -6,7 +6,7 @@ fsdp(mesh)                          a sharding rule: split the largest dimension
 receipt(out)                        what a merge says it was made of
 verify(out, tx)                     files, parents and a sample of the tensors against the receipt of a merge
 open(path)                          a source: one checkpoint, lazily; headers alone are read
-renamed subset derived              views of a source, which are sources again
+renamed subset derived dequantized  views of a source, which are sources again
 """
 
 from jaxmerge.checkpoint._merge import MergeReport as MergeReport, Progress as Progress, merge as merge
@@ -15,6 +15,7 @@ from jaxmerge.checkpoint._plan import (
     MergeError as MergeError,
     plan as plan,
 )
+from jaxmerge.checkpoint._quantised import dequantized as dequantized
 from jaxmerge.checkpoint._receipt import receipt as receipt
 from jaxmerge.checkpoint._sharding import fsdp as fsdp
 from jaxmerge.checkpoint._source import (

@@ -1,7 +1,7 @@
 """What a merge will do, from the headers alone: leaves, bytes, batches, passes, and every mismatch."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import layout
+from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
 from jaxmerge.checkpoint._statistics import misfits
@@ -148,23 +149,39 @@ def plan(
     leaves = reference.leaves
     inputs = (reference, *(m for m in opened if m is not reference))
     problems = _mismatches(reference, inputs[1:], cast=dtype is not None)
-    for name, header in leaves.items():
-        if header.dtype is not None and (header.dtype == np.float64 or header.dtype.kind == "c"):
-            problems.append(f"  {name}: {header.dtype} cannot be merged exactly in float32; cast it in the checkpoint")
-    floating = tuple(n for n in sorted(leaves) if _is_floating(leaves[n]))
-    exact = tuple(n for n in sorted(leaves) if not _is_floating(leaves[n]))
-    result, trouble = _result(leaves, floating, dtype, out_dtype)
-    problems += trouble
-
-    settings, steps = (), ()
+    devices = format == "orbax" and (jax.default_backend() != "cpu" if on_devices is None else on_devices)
+    numbers = [n for n in sorted(leaves) if _is_floating(leaves[n])]
+    others = frozenset(n for n, leaf in leaves.items() if leaf.dtype is not None and leaf.dtype.kind == "c")
+    others |= frozenset(codes := quantised(reference))
+    settings, steps, copied = (), (), frozenset()
     if not isinstance(tx.match, Match):
         problems.append("  the transform's match is a plain function of a whole model; write it with params.per_leaf")
-    elif not floating:
+    elif not numbers and not others:
         problems.append("  no floating-point leaf to merge")
     else:
         steps = tx.match.steps
-        settings, trouble = _settings(steps, {n: (len(opened), *leaves[n].shape) for n in floating})
-        problems += trouble + misfits(steps, data, {n: (len(opened), *leaves[n].shape) for n in floating})
+        shapes = {n: (len(opened), *leaves[n].shape) for n in (*numbers, *sorted(others.difference(numbers)))}
+        settings, trouble = _settings(steps, shapes)
+        problems += trouble
+        if len(inputs) == 1 and not trouble:
+            wanted = {dtype if out_dtype is None else out_dtype, dtype} - {None}
+            kept = lambda n: n in others or (not devices and all(leaves[n].dtype == d for d in wanted))
+            copied = frozenset(n for n in _left_alone(steps, settings, shapes) if kept(n))
+        settings = tuple({n: s[n] for n in numbers if n in s} for s in settings)
+        problems += misfits(steps, data, {n: shapes[n] for n in numbers}) if numbers else []
+    if not copied.issuperset(codes):
+        problems.append(f"  {refusal(reference, codes)}")
+    problems += [f"  {refusal(other, found)}" for other in inputs[1:] if (found := quantised(other))]
+    for name, header in leaves.items():
+        wide = header.dtype is not None and (header.dtype == np.float64 or header.dtype.kind == "c")
+        if wide and name not in copied:
+            problems.append(f"  {name}: {header.dtype} cannot be merged exactly in float32; cast it in the checkpoint")
+    if format == "orbax" and (alien := next((n for n, leaf in leaves.items() if leaf.stored), None)):
+        problems.append(f"  {alien} is {leaves[alien].stored[0]}, which Orbax cannot hold; write safetensors")  # type: ignore[index]
+    floating = tuple(n for n in numbers if n not in copied)
+    exact = tuple(n for n in sorted(leaves) if n in copied or not _is_floating(leaves[n]))
+    result, trouble = _result(leaves, floating, dtype, out_dtype)
+    problems += trouble
     surveys = [step.survey for step in steps if step.survey is not None]
     looks = 1 + sum(survey.rounds for survey in surveys)
     bytes_of = lambda sources, names: sum(s.leaves[n].bytes for s in sources for n in names if n in s.leaves)
@@ -187,7 +204,8 @@ def plan(
     shardings = _shardings(leaves, sharding) if format == "orbax" else {}
     for name, target in shardings.items():
         problems += split_evenly(name, leaves[name].shape, target)
-    if format == "orbax" and (jax.default_backend() != "cpu" if on_devices is None else on_devices):
+    agree = rest * len(inputs) if len(inputs) > 1 else 0
+    if devices:
         from jaxmerge.checkpoint import _orbax
 
         budget = parse_size(memory, "memory") if memory is not None else MEMORY
@@ -212,7 +230,7 @@ def plan(
             room_bytes=budget,
             layout=None,
             passes=passes,
-            bytes_read=size + (again if passes > 1 else 0) + rest * (len(inputs) + 1),
+            bytes_read=size + (again if passes > 1 else 0) + agree + rest,
             peak_bytes=peak(batches),
             problems=tuple(problems),
             notes=_short(memory, peak(batches), lambda m: peak(in_memory(m))),
@@ -247,7 +265,7 @@ def plan(
         room_bytes=ways.room_bytes,
         layout=files,
         passes=looks,
-        bytes_read=size + again + twice + rest * len(inputs) + rest,
+        bytes_read=size + again + twice + agree + rest,
         peak_bytes=ways.peak,
         problems=tuple(problems),
         notes=() if ways.problems else _short(memory, ways.peak, lambda m: cut(memory=m).peak),
@@ -332,6 +350,11 @@ def _settings(steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> tupl
     if next(iter(shapes.values()))[0] != 1:
         problems.append("  several models are left at the end; end the chain with sum_experts, mean_agreeing or the like")
     return tuple(settings), problems
+
+
+def _left_alone(steps: Sequence[Step], settings: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """Leaves that the steps leave as they are, of one model without a base."""
+    return [n for n in names if all(step.copies(s[n]) for step, s in zip(steps, settings, strict=True))]
 
 
 def _batches(groups: list[list[str]], leaves: dict[str, Any], batch_bytes: int) -> list[list[str]]:

@@ -142,6 +142,15 @@ def strange(found: Any, arrays: Sequence[np.ndarray]) -> list[int]:
     ]
 
 
+def unfinite(array: np.ndarray) -> int:
+    """How many entries are NaN or inf, of what is copied; of eight bits and fewer all are codes."""
+    dtype = array.dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
+        return 0
+    integer = np.dtype(f"uint{8 * dtype.itemsize}").type
+    return int(np.count_nonzero((array.view(integer) & integer(_mask(dtype))) > integer(_limit(dtype))))
+
+
 def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Array:
     """What these steps leave."""
     for step, s in zip(steps, settings, strict=True):

@@ -53,7 +53,7 @@ def run(
         lines = place.begin(identity, lambda: layout.prepare(place.directory), resume=resume)
         keep = bool(lines)
         stream = Stream(task, headers.settings, _Teller(headers, tell))
-        if integers == "agree":
+        if integers == "agree" and len(headers.parents) > 1:
             _check_exact(headers, stream)
         done = _recall(stream, lines)
         surveyed = _survey(stream, place, lines)

@@ -27,7 +27,9 @@ DTYPES: dict[str, np.dtype] = {
         "U8": np.uint8,
         "I8": np.int8,
         "F8_E4M3": jnp.float8_e4m3fn,
+        "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
         "F8_E5M2": jnp.float8_e5m2,
+        "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
         "F8_E8M0": jnp.float8_e8m0fnu,
         "U16": np.uint16,
         "I16": np.int16,
@@ -42,6 +44,8 @@ DTYPES: dict[str, np.dtype] = {
         "C64": np.complex64,
     }.items()
 }
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Dtypes that numpy has not, packed; these, and those that are not known yet, are bytes here (`Leaf.stored`)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -113,11 +117,14 @@ def _entry(path: Place, name: str, entry: Any) -> tuple[Leaf, tuple[int, int]]:
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{path} is damaged: {name} is described as {str(entry)[:200]}.") from None
-    if dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}.")
-    leaf = Leaf(shape, DTYPES[dtype])
-    if leaf.bytes != stop - start:
-        raise ValueError(f"{path} is damaged: {name}, {dtype} {list(shape)}, needs {leaf.bytes} bytes and has {stop - start}.")
+    need = -(-math.prod(shape) * BITS[dtype] // 8) if dtype in BITS else None
+    if dtype in DTYPES:
+        leaf = Leaf(shape, DTYPES[dtype])
+        need = leaf.bytes
+    else:
+        leaf = Leaf((stop - start,), np.dtype(np.uint8), stored=(str(dtype), shape))
+    if need not in (None, stop - start):
+        raise ValueError(f"{path} is damaged: {name}, {dtype} {list(shape)}, needs {need} bytes and has {stop - start}.")
     return leaf, (start, stop)
 
 
@@ -165,7 +172,11 @@ class Safetensors:
         return 1 if self.leaves[name].shape else None
 
     def identity(self) -> str:
-        tensors = [(n, e.file, e.offset, str(self.leaves[n].dtype), self.leaves[n].shape) for n, e in self._extents.items()]
+        tensors = [
+            (n, e.file, e.offset, str(leaf.dtype), leaf.shape, *(leaf.stored or ()))
+            for n, e in self._extents.items()
+            for leaf in [self.leaves[n]]
+        ]
         return digest(str(self.path), self._stamps, sorted(tensors))
 
 
@@ -237,9 +248,10 @@ def header_bytes(tensors: Mapping[str, Leaf], metadata: Mapping[str, str]) -> tu
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset, begins = 0, {}
     for name, leaf in tensors.items():
+        dtype, shape = leaf.stored or (NAMES[np.dtype(leaf.dtype)], leaf.shape)
         entries[name] = {
-            "dtype": NAMES[np.dtype(leaf.dtype)],
-            "shape": list(leaf.shape),
+            "dtype": dtype,
+            "shape": list(shape),
             "data_offsets": [offset, offset + leaf.bytes],
         }
         begins[name] = offset

@@ -32,12 +32,14 @@ class Leaf(NamedTuple):
       shape, dtype: of an array; (), None for anything else.
       sharding: as saved, if those devices exist here; else None.
       path: its key path in a tree; None where names are flat.
+      stored: of an array whose dtype numpy has not: what the file calls it, and its shape; the leaf is its bytes, as uint8.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype | None
     sharding: Sharding | None = None
     path: tuple | None = None
+    stored: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def size(self) -> int:

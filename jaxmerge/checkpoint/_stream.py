@@ -132,6 +132,8 @@ class Stream:
             if unit.name not in task.floating:
                 at = where[unit.name].offset + unit.start * arrays[0].itemsize
                 sink.write(where[unit.name].file, at, _raw(arrays[0]))
+                if count := programs.unfinite(arrays[0]):
+                    self.bad[unit.name] = [count + self.bad.get(unit.name, [0])[0]]
                 self.advance(arrays[0].nbytes, arrays[0].nbytes)
             else:
                 width = task.out[unit.name].itemsize

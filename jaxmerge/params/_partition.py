@@ -167,6 +167,7 @@ def _column(steps: Mapping[str, Step], label: Callable[[str], str]) -> MergeTran
             blocks=_blocks(steps.values()),
             resolve=resolve if any(step.resolve for step in steps.values()) else None,
             open=waits,
+            copies=lambda settings: all(steps[key].copies(s) for key, s in settings.items()),
             data=fits if any(step.data for step in steps.values()) else None,
         )
     )

@@ -92,6 +92,7 @@ class Step(NamedTuple):
         shape, the shape of each model's data for the leaf, None where it has none) -> None, or ValueError where they do not
         fit. An entry "data" in the settings, None, then becomes a list of them, or of the block's part of those that have the
         leaf's shape; an empty one where there are none.
+      copies: settings -> whether it leaves one model as it is, so that its bytes may be copied.
     """
 
     settings: Callable[[str, tuple[int, ...]], Any]
@@ -106,6 +107,7 @@ class Step(NamedTuple):
     open: Callable[[Any], bool] = lambda settings: True
     written: Callable[[Any, Any], Entries] | None = None
     data: Callable[[str, tuple[int, ...], Sequence[tuple[int, ...] | None]], None] | None = None
+    copies: Callable[[Any], bool] = lambda settings: False
 
 
 class Match(NamedTuple):

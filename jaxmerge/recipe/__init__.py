@@ -19,8 +19,9 @@ A recipe of mergekit 0.1.5 gives the tensors that mergekit gives (tests/golden/r
 * Keys that nobody knows are mistakes; parameters that have no effect are said so.
 
 Ours beside mergekit's: `regex` and `part` (embeddings, head, layers, rest) in conditions; `scope` of ties and breadcrumbs,
-`rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite`, `state` at
-the top (of training states the parameters alone are merged, unless it says keep); twelve more methods, of which fisher and
+`rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite`, `state`,
+`dequantize` at the top (of training states the parameters alone are merged, unless state says keep; quantised models are passed
+through as they are, or read as the numbers they stand for); twelve more methods, of which fisher and
 regmean look at `statistics: path` under the parameters of each model; `model: run/{1000..2000}`, or {1000..2000..500}, for all
 checkpoints of a run; documents with names in any order; adapters alone.
 """

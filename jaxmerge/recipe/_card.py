@@ -77,6 +77,8 @@ def configuration(
     config = side_json(sources[recipe.base or next(iter(recipe.references()))], "config.json")
     if not config:
         return {}
+    if recipe.own.get("dequantize"):
+        config.pop("quantization_config", None)
     for module in recipe.modules:
         name = "" if module.name == "default" else module.name
         if not any(i.layers for part in module.slices for i in part.inputs):

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint import CheckpointPlan, Source
 from jaxmerge.checkpoint._budget import parse_size, show_size
+from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import of_mesh
 from jaxmerge.recipe._adapters import adapted, concatenated, is_adapter
 from jaxmerge.recipe._card import beside, card
+from jaxmerge.recipe._dequantize import dequantized
 from jaxmerge.recipe._layouts import LAYOUTS, in_one_layout
 from jaxmerge.recipe._low_rank import BASE, dense, lost, low_rank, said
 from jaxmerge.recipe._mistakes import mismatched, stacked, strangers, weightless
@@ -115,6 +117,10 @@ def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Refere
     for reference, mark in recipe.references().items():
         try:
             source = open_model(reference.model, earlier)
+            if recipe.own.get("dequantize"):
+                source = dequantized(source)
+            elif recipe.method_name != "passthrough" and (codes := quantised(source)):
+                raise ValueError(f"{refusal(source, codes)}.")
             if recipe.own["state"] == "skip":
                 source, left = parameters_of(source)
                 if left is not None and not notes:

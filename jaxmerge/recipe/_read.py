@@ -16,7 +16,7 @@ FLAGS = {"random_seed": "write seed", "out_shard_size": "pass --max-shard-bytes"
     ("allow_crimes", "copy_tokenizer", "cuda", "lazy_unpickle", "low_cpu_memory", "trust_remote_code"), "leave it out"
 )
 DTYPES = ("float32", "float16", "bfloat16")
-OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank", "state")
+OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank", "state", "dequantize")
 TOP = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "name", *OURS,
@@ -355,6 +355,8 @@ class _Reader:
                 self.wrong(fields["memory"].mark, text)
         if self.there(fields, "sharding") and not isinstance(fields["sharding"].value, str):
             self.wrong(fields["sharding"].mark, f"sharding is words such as fsdp=4, got {fields['sharding'].plain!r}.")
+        if self.there(fields, "dequantize") and not isinstance(fields["dequantize"].value, bool):
+            self.wrong(fields["dequantize"].mark, f"dequantize must be true or false, got {fields['dequantize'].plain!r}.")
         seed = fields["seed"].value if "seed" in fields else 0
         if type(seed) is not int:
             self.wrong(fields["seed"].mark, f"seed must be a whole number, got {seed!r}.")

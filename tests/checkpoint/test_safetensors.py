@@ -61,7 +61,7 @@ DAMAGE = {
     "wrong size": ({"a": entry([3], 0, 8)}, b"\0" * 8, None, "needs 12 bytes and has 8"),
     "backwards": ({"a": entry([1], 4, 0)}, b"\0" * 4, None, "a is described as"),
     "no dtype": ({"a": {"shape": [1]}}, b"", None, "a is described as"),
-    "dtype": ({"a": entry([2], 0, 1, "F4")}, b"\0", None, "has dtype 'F4'; known are BOOL, U8"),
+    "dtype": ({"a": entry([3], 0, 1, "F4")}, b"\0", None, "needs 2 bytes and has 1"),
 }
 
 

@@ -88,6 +88,26 @@ def test_on_devices(models, saved, tmp_path, name):
     assert not checkpoint.verify(tmp_path / "out", by_files).problems
 
 
+def test_cut_off_and_gone_on_with(models, saved, tmp_path):
+    """Cut off after the norms were found: they are not looked for again, and the bytes are those of an undisturbed merge."""
+    paths, _ = models
+    experts, tx = [paths[n] for n in "abc"], params.fisher()
+
+    def stop(p):
+        if p.stage == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.merge(tx, None, experts, tmp_path / "out", statistics=saved["fisher"], memory=IN_PARTS, on_progress=stop)
+    stages = []
+    again = lambda p: stages.append(p.stage)
+    checkpoint.merge(tx, None, experts, tmp_path / "out", statistics=saved["fisher"], memory=IN_PARTS, on_progress=again)
+    assert set(stages[1:-1]) == {2}
+    checkpoint.merge(tx, None, experts, tmp_path / "whole", statistics=saved["fisher"], memory=IN_PARTS)
+    out, whole = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "whole"))
+    assert out == whole
+
+
 def test_a_changed_statistic_is_seen(models, saved, tmp_path):
     paths, _ = models
     data = [save(tmp_path / f"s{i}", f) for i, f in enumerate(FISHERS)]

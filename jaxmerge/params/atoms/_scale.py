@@ -65,7 +65,8 @@ def scale(factor: Hyperparameter) -> MergeTransform:
     def settings(name, shape):
         return {"factor": float32(resolve(factor, name, shape[0], "scale: factor"))}
 
-    return atom(Step(settings, _as_is, _times("factor"), blocks=True))
+    one = lambda settings: not isinstance(settings["factor"], Array) and bool(np.all(settings["factor"] == 1))
+    return atom(Step(settings, _as_is, _times("factor"), blocks=True, copies=one))
 
 
 def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> MergeTransform:

@@ -22,7 +22,7 @@ def one_model(what: str) -> MergeTransform:
             raise ValueError(f"{what}: takes one model beside the base, got {shape[0]}; merge them first, or one at a time.")
         return ()
 
-    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1, blocks=True))
+    return atom(Step(settings, lambda settings, x: settings, lambda plan, x: x, models=1, blocks=True, copies=lambda _: True))
 
 
 def passthrough(scale: Hyperparameter = 1.0) -> MergeTransform:
