@@ -1,7 +1,7 @@
 """Where a merge moves values: sums over a split axis, a matrix laid out anew, an axis sorted, a matrix brought together.
 
-Under Explicit axes every move is visible here. Under Auto axes nothing is said, and the compiler chooses; whoever knows the layout
-can say it (`over_explicit_axes`).
+Under Explicit axes every move is visible here. Under Auto axes nothing is said, and the compiler chooses, unless the layout is
+said by who knows it (`over_explicit_axes`).
 """
 
 import math
@@ -126,8 +126,8 @@ def seen(x: Any) -> Any:
         return x
     if isinstance(x, Tracer):
         raise ValueError(
-            f"merge: with shardings=, an array that the method holds, {x.aval}, must say its layout too, and inside jit one over "
-            "Auto axes cannot; jax.reshard it to a mesh of Explicit axes, or do not trace it."
+            f"merge: with shardings=, an array that the method holds, {x.aval}, must say its layout too, and inside jit one "
+            "over Auto axes cannot; jax.reshard it to a mesh of Explicit axes, or do not trace it."
         )
     return jax.device_put(x, visible(x.sharding))
 

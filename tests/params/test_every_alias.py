@@ -262,7 +262,8 @@ def test_auto_axes_where_the_layout_is_said(row):
     program = run(layout).lower(*args).compile()
     assert {c.name for c in collectives(program)} <= {"all-reduce", *row.moves}
     expected, there = run(None)(base, models), program(*args)
-    tolerance = row.laws.get("rounding", 1e-6) if not row.laws.get("exact", True) else 0.0
+    ahead = row is ROWS["expert_merging"]  # coefficients that are computed before the program round as such
+    tolerance = row.laws.get("rounding", 1e-6) if ahead or not row.laws.get("exact", True) else 0.0
     for name, leaf in there.items():
         assert leaf.sharding.is_equivalent_to(layout[name], leaf.ndim)
         scale = max(1.0, float(abs(expected[name]).max()))

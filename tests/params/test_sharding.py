@@ -49,7 +49,9 @@ def told():
     shapes = {"a/w": (16, 24), "b/w": (32, 24), "c": (16,)}
     draw = lambda seed: {n: np.random.default_rng(seed).standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     base, *models = (jax.device_put(draw(k) | {"ids": np.arange(3)}, shardings) for k in range(4))
-    grams = [{"a/w": jax.device_put(np.cov(np.random.default_rng(k).standard_normal((16, 40))), shardings["a/w"])} for k in range(3)]
+    grams = [
+        {"a/w": jax.device_put(np.cov(np.random.default_rng(k).standard_normal((16, 40))), shardings["a/w"])} for k in range(3)
+    ]
     tx = params.partition({"a": params.regmean(grams), "b": params.iso_c(), "c": params.linear()}, lambda name: name[0])
     return tx, base, models, shardings
 
