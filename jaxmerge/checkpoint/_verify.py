@@ -99,10 +99,10 @@ def verify(
     chosen = set(random.Random(seed).sample(names, min(leaves, len(names))))
     task = task._replace(out={n: leaf.dtype for n, leaf in result.leaves.items()}, units=_one_each(task.units, chosen, seed))
     stream = Stream(task, settings, lambda read, written: None)
-    for unit, arrays in stream.units(task.units, len(task.steps)):
+    for unit, runs in stream.units(task.units, len(task.steps)):
         there = flat_range(result, unit)
         merged = unit.name in task.floating
-        again = np.concatenate([block for _, block in stream.merged(unit, arrays)]) if merged else arrays[0]
+        again = np.concatenate([block for _, block in stream.merged(unit, runs)]) if merged else runs[0].entries
         differ = np.flatnonzero(_bits(again) != _bits(there))
         if merged and receipt["options"].get("on_devices"):
             differ = differ[~_near(again[differ].astype(np.float32), there[differ].astype(np.float32), again.dtype)]

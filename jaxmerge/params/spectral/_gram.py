@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import along, einsum, like, locally
+from jaxmerge.params._layout import along, einsum, like, locally, whole
 from jaxmerge.params._transform import IN_FILES, MergeTransform, Need, Step, atom, chain, total
 from jaxmerge.params.atoms._scale import scale as scaled
 from jaxmerge.params.spectral._spectral import Select, per_matrix, turned
@@ -99,7 +99,7 @@ def regmean(
             raise ValueError(f"regmean: pass grams; {IN_FILES}")
         if not plan["data"]:
             return mean
-        g = jnp.stack(plan["data"])
+        g = whole(jnp.stack(plan["data"]), (1, 2))  # a system is solved where it is whole
         g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
         w = x - mean if axis == 0 else jnp.swapaxes(x - mean, 1, 2)
         w = along(w, 2)  # outputs may be split: the system is the same for each
@@ -116,7 +116,7 @@ def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Floa
     eye = jnp.eye(a.shape[0])
     unit = jnp.trace(a) / a.shape[0]
     regular = a / jnp.where(unit > 0, unit, 1) + ridge * eye
-    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), eye)
+    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), jnp.eye(a.shape[0]))
     inverse = locally(invert, regular + jnp.where(unit > 0, 0, 1) * eye)  # b may be split; a is not
     b = b / jnp.where(unit > 0, unit, 1)
     x = einsum("ij,jm->im", inverse, b)
