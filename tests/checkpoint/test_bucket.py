@@ -60,7 +60,7 @@ def test_as_in_a_folder_here(parents, bucket, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(loaded[name]), np.asarray(leaf))
         assert loaded[name].sharding == want.headers.shardings[name]
     found = checkpoint.verify("gs://out/merged", tx)
-    assert not found.problems and len(found.leaves) == 5
+    assert not found.problems and len(found.leaves) == 6
     assert cli.main(["inspect", "gs://out/merged", str(tmp_path / "want"), "--by-layer"]) == 0
     with pytest.raises(FileExistsError, match="--overwrite"):
         checkpoint.merge(tx, there["base"], [there["a"]], "gs://out/merged", **options)
