@@ -119,9 +119,9 @@ def dequantized(source: Source, *, block: tuple[int, int] = (128, 128), dtype: A
             continue
         rows, columns = leaf.shape
         shape = source.leaves[scale].shape
-        fit = {(-(-rows // block[0]), -(-columns // block[1])): block} if by_block else {}
-        whole = {s: leaf.shape for s in ((), (1,), (1, 1))} | {(rows,): (1, columns), (rows, 1): (1, columns)}
-        fits = fit or whole
+        fits: dict[tuple[int, ...], tuple[int, int]] = {(-(-rows // block[0]), -(-columns // block[1])): block}
+        if not by_block:
+            fits = {s: (rows, columns) for s in ((), (1,), (1, 1))} | {(rows,): (1, columns), (rows, 1): (1, columns)}
         if shape not in fits:
             need = " or ".join(str(list(s)) for s in fits)
             raise ValueError(f"{source.name}: {scale} is {list(shape)}; for {list(leaf.shape)} it must be {need}.")

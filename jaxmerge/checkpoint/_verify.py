@@ -92,7 +92,7 @@ def verify(
         elif _journal.pack(settings[i]) != said:
             problems.append(f"step {i} of the transform has other coefficients than the receipt")
     task = make_task(tx, headers, receipt["options"]["dtype"])
-    others = {n: headers.out[n].dtype for n in headers.exact if n in result.leaves and headers.out[n].dtype is not None}
+    others = {n: d for n in headers.exact if n in result.leaves and (d := headers.out[n].dtype) is not None}
     cast = {n for n, d in others.items() if jnp.issubdtype(d, jnp.floating) and result.leaves[n].dtype != d}  # not copied then
     task = task._replace(floating=task.floating | cast)
     names = sorted(n for n in (*headers.floating, *others) if n in result.leaves)

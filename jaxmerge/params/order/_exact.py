@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, UInt32
+from jaxtyping import ArrayLike, Float, UInt32
 
 EXPONENTS = 256
 LINE = 1024
@@ -33,7 +33,7 @@ def square_sums(x: Float[Array, "k *shape"]) -> UInt32[Array, "k 256"]:
     return jnp.where(jnp.arange(EXPONENTS)[None] == exponent[:, None], whole[:, None], 0).astype(jnp.uint32)
 
 
-def as_floats(counts: np.ndarray) -> np.ndarray:
+def as_floats(counts: ArrayLike) -> np.ndarray:
     """What such columns come to, float64; inf where one of the numbers was none."""
     counts = np.asarray(counts)
     weights = [math.ldexp(1.0, max(e, 1) - 150) for e in range(EXPONENTS - 1)]
