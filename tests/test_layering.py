@@ -37,9 +37,10 @@ BELOW = {
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
     "_methods": {"params"},
-    "_verbs": {"_methods", "params", "checkpoint", "recipe"},
-    "_by_method": {"_methods", "params", "checkpoint"},
-    "cli": {"_kernels", "_methods", "_verbs", "_by_method"},
+    "_progress": {"checkpoint"},
+    "_verbs": {"_methods", "_progress", "params", "checkpoint", "recipe"},
+    "_by_method": {"_methods", "_progress", "params", "checkpoint"},
+    "cli": {"_kernels", "_methods", "_verbs", "_by_method", "params"},
 }
 
 
