@@ -1,4 +1,4 @@
-"""`jaxmerge plan|merge|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method and its options.
+"""`jaxmerge plan|merge|verify|inspect|extract|doctor|demo`: merge checkpoints as a recipe says, or by a method and its options.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged
@@ -6,7 +6,8 @@ jaxmerge verify ckpt/merged
 jaxmerge inspect ckpt/merged
 jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
-jaxmerge doctor
+jaxmerge doctor ckpt/base gs://bucket/run --out gs://bucket/merged
+jaxmerge demo
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from jaxmerge._methods import METHODS, NEED_NO_BASE
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://, gs://, s3://."""
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    gs://, s3://; or names on the Hub, org/name or org/name@revision."""
     base: str | None = None
     """The checkpoint that they were trained from."""
     format: Literal["orbax", "safetensors"] | None = None
@@ -62,7 +64,7 @@ class InputsAndOutput(Inputs):
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
 USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
        jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
-       jaxmerge doctor"""
+       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...] | demo [OUT]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,12 +128,18 @@ def _main(argv: list[str]) -> int:
 
         print(f"jaxmerge {__version__}")
         return 0
-    if argv == ["doctor"]:
-        _doctor()
-        return 0
-    if argv in (["doctor", "-h"], ["doctor", "--help"]):
-        print(f"usage: jaxmerge doctor\n\n{_doctor.__doc__}")
-        return 0
+    if argv[:1] == ["doctor"]:
+        from jaxmerge import _doctor
+
+        return _doctor.main(argv[1:])
+    if argv[:1] == ["demo"]:
+        from jaxmerge import _demo
+
+        try:
+            return _demo.main(argv[1:])
+        except OSError as e:
+            print(f"jaxmerge: error: {e}", file=sys.stderr)
+            return 2
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
@@ -169,7 +177,7 @@ def _main(argv: list[str]) -> int:
 
 def _not_understood(argv: list[str]) -> list[str]:
     """What to say of the first word that means nothing."""
-    known = [*_verbs.VERBS, "doctor"]
+    known = [*_verbs.VERBS, "doctor", "demo"]
     if argv and argv[0] not in known:
         return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
     if len(argv) > 1 and argv[0] in VERBS:
@@ -291,30 +299,10 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
 
 def _note(console: Any, plan: Any) -> None:
-    for note in plan.notes:
+    from jaxmerge.checkpoint import _hub
+
+    for note in (*plan.notes, *_hub.said(file for source in plan.inputs for file in source.files)):
         console.print(f"note: {note}", markup=False)
-
-
-def _doctor() -> None:
-    """The device, and of each operation which implementation can run, why not, and which would be chosen."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from jaxmerge._kernels import _doctor as doctor
-
-    console = Console()
-    for name, value in doctor.machine().items():
-        console.print(f"{name}: {value}", highlight=False)
-    table = Table("operation", "implementation", "usable", "chosen at", title="bfloat16, a batch of 8 on one device")
-    for row in doctor.rows():
-        usable = "no: " + "; ".join(row.why) if row.why else "yes"
-        table.add_row(row.op, row.implementation, usable, "all" if len(row.chosen) == row.of else ", ".join(row.chosen) or "-")
-    console.print(table)
-    console.print(
-        "Kernels run on one device, inside of jax.shard_map, and on meshes of Explicit axes. On a mesh of Auto axes XLA runs, "
-        "because a traced array does not tell its layout there.",
-        highlight=False,
-    )
 
 
 def _checked(tx: params.MergeTransform, files: Inputs) -> Any:

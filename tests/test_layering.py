@@ -37,8 +37,11 @@ BELOW = {
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
     "_methods": {"params"},
+    "_roll_call": set(),
+    "_doctor": {"_kernels", "_roll_call", "checkpoint"},
+    "_demo": {"params", "recipe", "cli"},
     "_verbs": {"_methods", "params", "checkpoint", "recipe", "cli"},
-    "cli": {"_plan", "_kernels", "_methods", "_verbs", "params", "checkpoint", "recipe"},
+    "cli": {"_plan", "_methods", "_verbs", "_doctor", "_demo", "params", "checkpoint", "recipe"},
 }
 
 

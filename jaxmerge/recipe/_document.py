@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import CheckpointPlan, Source
+from jaxmerge.checkpoint import CheckpointPlan, Source, _hub
 from jaxmerge.checkpoint._budget import parse_size, show_size
 from jaxmerge.checkpoint._sharding import of_mesh
 from jaxmerge.recipe._adapters import adapted, concatenated, is_adapter
@@ -96,7 +96,7 @@ def plan_document(
     mistakes += [Mistake(None, problem.strip()) for problem in headers.problems]
     files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
     tables = {} if words is None else report(words, list(sources), recipe.base)
-    notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in headers.notes))
+    notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in (*headers.notes, *on_hub(sources))))
     found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, notes)
     return found, mistakes + wrong
 
@@ -114,6 +114,11 @@ def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Refere
         except ValueError as e:
             mistakes.append(Mistake(mark, str(e)))
     return sources, mistakes
+
+
+def on_hub(sources: Mapping[Reference, Source]) -> list[str]:
+    """Which models are the Hub's, from where, and at which commit."""
+    return _hub.said(file for source in sources.values() for file in source.files)
 
 
 def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source], words: Vocabulary | None) -> Any:
@@ -204,7 +209,7 @@ def _adapters(
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
     problems = list(headers.problems)
-    notes += [Mistake(None, note) for note in headers.notes]
+    notes += [Mistake(None, note) for note in (*headers.notes, *on_hub(sources))]
     if made is not None:
         allowed = arguments.get("memory")
         if allowed is not None and made.bytes > parse_size(allowed, "memory"):
