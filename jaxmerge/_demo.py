@@ -71,24 +71,24 @@ def main(argv: list[str]) -> int:
 
 
 def make(out: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-    """Write the checkpoints, as folders of the Hub; {name: tensors}. Each expert learned most in layers of its own."""
+    """Write the checkpoints, as folders of the Hub; {name: tensors}. Each learned in layers of its own, two of them alike."""
     import ml_dtypes
 
     from jaxmerge.recipe._extract import write
 
     rng, trees = np.random.default_rng(0), {}
     base = {n: (np.ones(s) if len(s) == 1 else rng.normal(0, 0.02, s)).astype(np.float32) for n, s in shapes(len(WORDS))}
-    common = rng.normal(0, 1, (HIDDEN, 4))
+    shared = {n: rng.normal(0, 1, s) for n, s in shapes(len(WORDS))}
     for k, name in enumerate(("base", *EXPERTS)):
         tokens = [*WORDS, "<|fim|>"] if name == "code" else WORDS
         tree: dict[str, np.ndarray] = dict(base)
         for n, shape in shapes(len(tokens)):
             old = base[n] if base[n].shape == shape else np.concatenate([base[n], rng.normal(0, 0.02, (1, HIDDEN))])
             layer = int(n.split(".")[2]) if ".layers." in n else LAYERS / 2
-            size = 0.0 if name == "base" or len(shape) == 1 else 0.004 * np.exp(-(((layer + 1 - 2 * k) / 2) ** 2))
-            low = common[: shape[-1]] if shape[-1] <= HIDDEN else rng.normal(0, 1, (shape[-1], 4))
-            change = size * (rng.normal(0, 1, (shape[0], 4)) @ low.T + rng.normal(0, 1, shape)) if size else 0.0
-            tree[n] = (old + change).astype(ml_dtypes.bfloat16)
+            size = 0.0 if name == "base" or len(shape) == 1 else 0.004 * np.exp(-(((layer + 1 - 2 * k) / 3) ** 2))
+            lesson = rng.normal(0, 1, shape)
+            lesson[: len(shared[n])] += (0, 0.7, 0.7, -0.3)[k] * shared[n]  # math and code are akin, chat is not
+            tree[n] = (old + size * lesson).astype(ml_dtypes.bfloat16)
         trees[name] = tree
         write(out / name, tree, beside(tokens))
     return trees

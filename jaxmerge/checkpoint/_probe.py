@@ -62,7 +62,7 @@ def read(path: Any) -> list[Finding]:
         arrays = {n: leaf for n, leaf in source.leaves.items() if leaf.dtype is not None and leaf.size}
         if arrays:
             name = min(arrays, key=lambda n: arrays[n].bytes)
-            index = tuple(slice(0, 1) for _ in arrays[name].shape) if source.granule(name) else ()
+            index = (slice(0, 1),) if source.granule(name) else ()
             step("read", lambda: source.read(name, index), lambda x: f"{np.asarray(x).nbytes} bytes of {name}")
     return findings
 
