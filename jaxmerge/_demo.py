@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shlex
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> int:
         return 0 if {"-h", "--help"} & set(argv) else 2
     out = pathlib.Path(argv[0] if argv else "jaxmerge-demo")
     if out.exists():
-        raise FileExistsError(f"{out} exists; name another folder: jaxmerge demo OUT.")
+        print(f"jaxmerge: error: {out} exists; name another folder: jaxmerge demo OUT", file=sys.stderr)
+        return 2
     from jaxmerge import cli
 
     trees = make(out)

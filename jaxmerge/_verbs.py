@@ -190,7 +190,7 @@ def _plan(files: Any, options: Plan) -> None:
 def _show(console: Any, plan: Any) -> None:
     from rich.table import Table
 
-    from jaxmerge.cli import _size
+    from jaxmerge.checkpoint._budget import show_size
 
     headers = plan.headers
     title = f"{plan.recipe.name or 'the recipe'}: {plan.recipe.method_name}"
@@ -198,13 +198,14 @@ def _show(console: Any, plan: Any) -> None:
     for source in headers.inputs:
         leaves = [leaf for leaf in source.leaves.values() if leaf.dtype is not None]
         dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-        table.add_row(source.name, str(len(leaves)), _size(sum(leaf.bytes for leaf in leaves)), dtypes)
+        table.add_row(source.name, str(len(leaves)), show_size(sum(leaf.bytes for leaf in leaves)), dtypes)
     dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in headers.out.values() if leaf.dtype is not None}))
-    table.add_row(f"output, {headers.format}", str(len(headers.out)), _size(headers.bytes_written), dtypes)
+    table.add_row(f"output, {headers.format}", str(len(headers.out)), show_size(headers.bytes_written), dtypes)
     console.print(table)
     console.print(
-        f"passes over the files: {headers.passes}; reads {_size(headers.bytes_read)}, writes {_size(headers.bytes_written)}; "
-        f"peak memory about {_size(headers.peak_bytes)}, and some 300 MB for the runtime"
+        f"passes over the files: {headers.passes}; reads {show_size(headers.bytes_read)}, "
+        f"writes {show_size(headers.bytes_written)}; "
+        f"peak memory about {show_size(headers.peak_bytes)}, and some 300 MB for the runtime"
     )
     if plan.vocabulary:
         table = Table("rows of the vocabulary", *next(iter(plan.vocabulary.values())))
@@ -244,7 +245,7 @@ def _merge(files: Any, options: Merge) -> None:
     from rich.table import Table
 
     from jaxmerge import recipe
-    from jaxmerge.cli import _size
+    from jaxmerge.checkpoint._budget import show_size
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, transient=True) as bar:
@@ -271,11 +272,11 @@ def _merge(files: Any, options: Merge) -> None:
         table.add_row(
             plan.recipe.name or plan.recipe.method_name,
             str(len(headers.out)),
-            _size(headers.bytes_read),
-            _size(headers.bytes_written),
+            show_size(headers.bytes_read),
+            show_size(headers.bytes_written),
             f"{report.seconds:.1f}",
             f"{moved / report.seconds / 1e9:.2f}",
-            _size(report.peak_bytes),
+            show_size(report.peak_bytes),
         )
     console.print(table)
     for plan, report in done:
@@ -293,7 +294,7 @@ def _inspect(files: Any, options: Inspect) -> None:
     from rich.table import Table
 
     from jaxmerge import checkpoint
-    from jaxmerge.cli import _size
+    from jaxmerge.checkpoint._budget import show_size
     from jaxmerge.recipe import stacks
 
     console = Console()
@@ -310,8 +311,8 @@ def _inspect(files: Any, options: Inspect) -> None:
             source.format,
             str(len(leaves)),
             f"{sum(leaf.size for leaf in leaves):,}",
-            _size(sum(leaf.bytes for leaf in leaves)),
-            ", ".join(f"{kind} ({_size(n)})" for kind, n in sorted(kinds.items())),
+            show_size(sum(leaf.bytes for leaf in leaves)),
+            ", ".join(f"{kind} ({show_size(n)})" for kind, n in sorted(kinds.items())),
             layers,
         )
     console.print(table)

@@ -12,59 +12,10 @@ jaxmerge demo
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import os
 import pathlib
 import sys
-from typing import Any, Literal
-
-from jaxmerge import _verbs, params
-from jaxmerge._methods import METHODS, NEED_NO_BASE
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
-    gs://, s3://; or names on the Hub, org/name or org/name@revision."""
-    base: str | None = None
-    """The checkpoint that they were trained from."""
-    format: Literal["orbax", "safetensors"] | None = None
-    """Of the output; None: as the base (or the first model) is stored."""
-    mesh: str = ""
-    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default:
-    all devices on fsdp. "saved": as the base was saved."""
-    memory: str | None = None
-    """What buffers and arrays may take, such as 2GB."""
-    dtype: str | None = None
-    """Cast inputs to it first, such as bfloat16; arithmetic is float32 all the same."""
-    out_dtype: str | None = None
-    """Of the output; None: --dtype, or what each leaf of the base has."""
-    max_shard_bytes: str = "5GB"
-    """Safetensors files larger than this are split."""
-    on_devices: bool | None = None
-    """Merge into Orbax leaf by leaf on the mesh, or by ranges in the host's memory; None: on accelerators."""
-
-
-@dataclasses.dataclass(frozen=True)
-class InputsAndOutput(Inputs):
-    out: str = dataclasses.field(kw_only=True)
-    """Where the merged checkpoint appears."""
-    overwrite: bool = False
-    """Replace the output of an earlier merge."""
-    integers: Literal["agree", "base"] = "agree"
-    """Leaves that are not floating point must agree, or are taken from the base."""
-    nonfinite: Literal["refuse", "allow"] = "refuse"
-    """Refuse models with NaN or inf, or merge them all the same."""
-    resume: bool = True
-    """Go on where the same merge was cut off."""
-
-
-VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-USAGE = f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
-       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
-       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...] | demo [OUT]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,9 +41,14 @@ def _guarded(argv: list[str]) -> int:
 
 
 def _settle() -> list[str]:
-    """Make the process one that lives for a single command; its arguments."""
-    gc.freeze()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
+    """Make the process one that lives for a single command, and load what commands need; its arguments."""
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's threads would turn for a while at first, with nothing to do
+    gc.disable()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
+    import jaxmerge._by_method  # noqa: F401
+
+    gc.freeze()
     gc.set_threshold(100_000)
+    gc.enable()
     _keep_freed()
     _keep_compiled()
     return sys.argv[1:]
@@ -121,7 +77,7 @@ def _leave(code: int) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv in (["-h"], ["--help"]):
-        print(f"{__doc__}\n{USAGE}")
+        print(f"{__doc__}\n{_usage()}")
         return 0
     if argv == ["--version"]:
         from jaxmerge import __version__
@@ -135,52 +91,36 @@ def _main(argv: list[str]) -> int:
     if argv[:1] == ["demo"]:
         from jaxmerge import _demo
 
-        try:
-            return _demo.main(argv[1:])
-        except OSError as e:
-            print(f"jaxmerge: error: {e}", file=sys.stderr)
-            return 2
+        return _demo.main(argv[1:])
+    from jaxmerge import _by_method, _verbs
+    from jaxmerge._methods import METHODS
+
     if _verbs.takes(argv, METHODS):
         return _verbs.main(argv)
-    if len(argv) < 2 or argv[0] not in VERBS or argv[1] not in METHODS:
-        print(USAGE, *_not_understood(argv), sep="\n", file=sys.stderr)
+    if len(argv) < 2 or argv[0] not in _by_method.VERBS or argv[1] not in METHODS:
+        print(_usage(), *_not_understood(argv), sep="\n", file=sys.stderr)
         return 2
-    import tyro
+    return _by_method.main(argv)
 
-    verb, method = argv[:2]
-    command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
-    try:
-        parsed = tyro.cli(
-            command,
-            prog=f"jaxmerge {verb} {method}",
-            description=METHODS[method].__doc__,
-            args=argv[2:],
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-    except SystemExit as e:  # --help, or an argument that tyro has explained
-        return e.code if isinstance(e.code, int) else 2
-    from jaxmerge.checkpoint import MergeError
 
-    try:
-        tx = _transform(method, parsed)
-        if verb == "plan":
-            _plan(tx, parsed.files)
-        else:
-            _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
-    except BrokenPipeError:
-        raise
-    except (MergeError, OSError, _UserError) as e:
-        print(f"jaxmerge: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def _usage() -> str:
+    from jaxmerge._by_method import VERBS
+    from jaxmerge._methods import METHODS
+
+    return f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
+       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
+       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...] | demo [OUT]"""
 
 
 def _not_understood(argv: list[str]) -> list[str]:
     """What to say of the first word that means nothing."""
+    from jaxmerge import _by_method, _verbs
+    from jaxmerge._methods import METHODS
+
     known = [*_verbs.VERBS, "doctor", "demo"]
     if argv and argv[0] not in known:
         return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
-    if len(argv) > 1 and argv[0] in VERBS:
+    if len(argv) > 1 and argv[0] in _by_method.VERBS:
         here = f"neither a recipe (a file) nor a method{_verbs.near(argv[1], METHODS)}"
         return [f"jaxmerge: error: {argv[1]!r} is {here}"]
     return []
@@ -194,184 +134,6 @@ def _keep_compiled() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxmerge"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-class _UserError(Exception):
-    """Something that the user can change."""
-
-
-def _transform(method: str, parsed: Any) -> params.MergeTransform:
-    if parsed.files.base is None and not isinstance(parsed.options, NEED_NO_BASE):
-        raise _UserError(f"{method} works on task vectors: name the checkpoint the models were trained from with --base.")
-    try:
-        return parsed.options.transform()
-    except ValueError as e:
-        raise _UserError(str(e)) from e
-
-
-def _arguments(files: Inputs) -> dict[str, Any]:
-    """How `plan` and `merge` are to do it."""
-    from jaxmerge import checkpoint
-
-    kind = files.format or checkpoint.open(files.base or files.models[0]).format
-    return {
-        "format": kind,
-        "sharding": _sharding(files.mesh) if kind == "orbax" or files.mesh else None,
-        "memory": files.memory,
-        "dtype": files.dtype,
-        "out_dtype": files.out_dtype,
-        "max_shard_bytes": files.max_shard_bytes,
-        "on_devices": files.on_devices,
-    }
-
-
-def _sharding(mesh: str) -> Any:
-    """The rule that a --mesh flag means; None for "saved"."""
-    from jaxmerge.checkpoint._sharding import of_mesh
-
-    try:
-        return of_mesh(mesh, "--mesh")
-    except ValueError as e:
-        raise _UserError(str(e)) from None
-
-
-def _plan(tx: params.MergeTransform, files: Inputs) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    plan = _checked(tx, files)
-    table = Table("", "leaves", "parameters", "bytes", "dtypes", title="what the headers say")
-    for checkpoint in (*([plan.base] if plan.base else []), *plan.models):
-        headers = [h for h in checkpoint.leaves.values() if h.dtype is not None]
-        parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
-        dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))
-        table.add_row(
-            checkpoint.name,
-            str(len(checkpoint.leaves)),
-            f"{parameters:,}",
-            _size(sum(h.bytes for h in headers)),
-            dtypes,
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"output: {plan.format}, {len(plan.batches or plan.units)} batches; passes over the files: {plan.passes}; reads "
-        f"{_size(plan.bytes_read)}, writes {_size(plan.bytes_written)}; peak memory about {_size(plan.peak_bytes)}"
-    )
-    looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
-    console.print(f"looks at: {looks or 'every entry for itself'}")
-    plan.check()
-    _note(console, plan)
-    console.print(f"nothing {'else ' if plan.notes else ''}speaks against this merge")
-
-
-def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    from jaxmerge import checkpoint
-
-    plan = _checked(tx, files)
-    plan.check()
-    _note(Console(), plan)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("merging", total=None, figures="")
-
-        def show(p):
-            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left, peak {_size(p.peak_bytes)}"
-            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
-
-        report = checkpoint.merge(
-            tx,
-            files.base,
-            files.models,
-            files.out,
-            integers=files.integers,
-            nonfinite=files.nonfinite,
-            overwrite=files.overwrite,
-            resume=files.resume,
-            recipe=recipe,
-            on_progress=show,
-            **_arguments(files),
-        )
-    _summary(Console(), report, files)
-
-
-def _note(console: Any, plan: Any) -> None:
-    from jaxmerge.checkpoint import _hub
-
-    for note in (*plan.notes, *_hub.said(file for source in plan.inputs for file in source.files)):
-        console.print(f"note: {note}", markup=False)
-
-
-def _checked(tx: params.MergeTransform, files: Inputs) -> Any:
-    from jaxmerge import checkpoint
-
-    try:
-        return checkpoint.plan(tx, files.base, files.models, **_arguments(files))
-    except ValueError as e:
-        raise _UserError(str(e)) from e
-
-
-def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
-    """What was merged, how fast, and what the plan found for each model."""
-    from rich.table import Table
-
-    plan = report.headers
-    moved = plan.bytes_read + plan.bytes_written
-    table = Table("leaves", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
-    table.add_row(
-        str(len(plan.out)),
-        _size(plan.bytes_read),
-        _size(plan.bytes_written),
-        f"{report.seconds:.1f}",
-        f"{moved / report.seconds / 1e9:.2f}",
-        _size(report.peak_bytes),
-    )
-    console.print(table)
-    if report.resumed:
-        console.print(f"went on from {_size(report.resumed)} that an earlier run had written")
-    if report.buffered:
-        console.print(f"through the page cache, as direct I/O was refused: {', '.join(report.buffered)}")
-    found = _masks(report)
-    if found:
-        table = Table("model", "kept", "threshold")
-        for path, kept, threshold in zip(files.models, *found, strict=True):
-            table.add_row(pathlib.Path(path).name, kept, threshold)
-        console.print(table)
-    for name, counts in report.nonfinite.items():
-        console.print(f"not finite: {name}: {sum(counts)} values")
-
-
-def _masks(report: Any) -> tuple[list[str], list[str]] | None:
-    """Per model: the share kept, and the threshold (or its range over the leaves)."""
-    import numpy as np
-
-    sizes = {n: int(np.prod(h.shape, dtype=object)) for n, h in report.headers.reference.leaves.items()}
-    for plans in report.plan:
-        masks = {n: p.get("mask", p) for n, p in plans.items() if isinstance(p, dict)}
-        if masks and all("kept" in m for m in masks.values()):
-            words = np.stack([m["kept"] for m in masks.values()]).astype(np.float64)
-            share = (words[:, 0] * 2.0**32 + words[:, 1]).sum(axis=0) / sum(sizes[n] for n in masks)
-            thresholds = np.stack([m["threshold"] for m in masks.values()])[
-                :, -words.shape[-1] :
-            ]  # a band has an upper one too
-            low, high = thresholds.min(axis=0), thresholds.max(axis=0)
-            shown = [f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
-            return [f"{100 * s:.2f} %" for s in share], shown
-        if masks and all("key" in m for m in masks.values()):
-            density = next(iter(masks.values()))["density"]
-            return [f"{100 * d:.0f} % at random" for d in density], ["-"] * len(density)
-    return None
-
-
-def _size(n: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.4g} TB"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import jaxmerge
-from jaxmerge import checkpoint, cli, params
+from jaxmerge import _methods, checkpoint, cli, params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -72,8 +72,8 @@ def test_merges(saved, tmp_path, capsys, name):
 
 def test_every_method_has_the_options_of_its_function():
     """Those above by running; the others have their options from the function itself, with its defaults."""
-    assert METHODS.keys() <= cli.METHODS.keys()
-    for name, options in cli.METHODS.items():
+    assert METHODS.keys() <= _methods.METHODS.keys()
+    for name, options in _methods.METHODS.items():
         parameters = inspect.signature(getattr(params, name.replace("-", "_"))).parameters
         needed = {n: 7 for n, p in parameters.items() if p.default is p.empty and n != "t"} | (
             {"t": (0.5,)} if name == "nearswap" else {}
@@ -197,8 +197,15 @@ def test_help(capsys):
 
 
 def test_starts_without_the_heavy_rooms():
-    code = "import sys, jaxmerge.cli; print([m for m in ('orbax', 'tyro', 'rich', 'flax') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    """What a process sets for itself it sets before there is anything to be set up: numpy's threads, the collector."""
+    code = """
+import sys, jaxmerge.cli
+print([m for m in ("jax", "numpy") if m in sys.modules])
+jaxmerge.cli._settle()
+print([m for m in ("orbax", "tyro", "rich", "flax") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
 
 
 def test_doctor(capsys):

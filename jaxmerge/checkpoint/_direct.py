@@ -15,8 +15,6 @@ import threading
 import numpy as np
 
 PAGE = mmap.PAGESIZE
-LINE = 64
-"""XLA takes host arrays as they are where they begin at a multiple of it."""
 STEP = 1 << 20
 HUGE = 1 << 21
 """A large page; direct I/O moves them faster than small ones."""
@@ -40,8 +38,8 @@ class Reader:
         self._lock = threading.Lock()
         self.buffered: set[str] = set()
 
-    def read(self, file: str, offset: int, size: int, room: np.ndarray) -> np.ndarray:
-        """Fill a part of `room` (a `buffer` of at least `size` and two pages) and return it; it begins at a multiple of LINE.
+    def read(self, file: str, offset: int, size: int, room: np.ndarray, *, width: int) -> int:
+        """Fill a part of `room` (a `buffer` of at least `size` and two pages); where that begins: at a multiple of `width`.
 
         Raises:
           OSError: the file is shorter than that.
@@ -56,13 +54,13 @@ class Reader:
             else:
                 lead = offset - begin
                 _check(got - lead, size, file, offset)
-                shift = lead % LINE
+                shift = lead % width
                 if shift:
                     ctypes.memmove(room.ctypes.data + lead - shift, room.ctypes.data + lead, size)
-                return room[lead - shift : lead - shift + size]
+                return lead - shift
         fd, _ = self._open(file)
         _check(sum(_fill(fd, room[at : min(at + STEP, size)], offset + at) for at in range(0, size, STEP)), size, file, offset)
-        return room[:size]
+        return 0
 
     def _open(self, file: str) -> tuple[int, bool]:
         with self._lock:

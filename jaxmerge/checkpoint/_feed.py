@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmerge.checkpoint import _direct
 from jaxmerge.checkpoint._source import Source
+from jaxmerge.checkpoint._windows import Run
 
 LANES = 4
 """Inputs that are read at once."""
@@ -44,9 +45,9 @@ def read_ahead(
     *,
     limit: int,
     alone: frozenset[str] = frozenset(),
-    prepare: Callable[[Unit, list[np.ndarray]], None] | None = None,
-) -> Iterator[tuple[Unit, list[np.ndarray]]]:
-    """Each unit with its entries of every input, flat; the arrays are good until the next one is asked for.
+    prepare: Callable[[Unit, list[Run]], None] | None = None,
+) -> Iterator[tuple[Unit, list[Run]]]:
+    """Each unit with its entries of every input, flat; they are good until the next one is asked for.
 
     Args:
       units: in the order in which they are wanted.
@@ -63,19 +64,21 @@ def read_ahead(
     rooms = _Rooms(rooms_bytes([all_bytes(unit) for unit in units], limit), ROOMS)
     todo, under_way = collections.deque(units), collections.deque()
 
-    def fill(source: Source, unit: Unit, room: np.ndarray) -> np.ndarray:
+    def fill(source: Source, unit: Unit, room: np.ndarray) -> Run:
         dtype, extent = source.leaves[unit.name].dtype, source.extent(unit.name)
-        if extent is None or dtype is None:
-            return flat_range(source, unit)
-        width = dtype.itemsize
-        data = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room)
-        return data.view(dtype)
+        assert dtype is not None
+        memory, width, begin = room.view(dtype), dtype.itemsize, 0
+        if extent is None:
+            memory[: unit.size] = flat_range(source, unit)
+        else:
+            begin = reader.read(extent.file, extent.offset + unit.start * width, unit.size * width, room, width=width)
+        return Run(memory, begin // width, unit.size)
 
-    def ready(unit: Unit, reads: list[concurrent.futures.Future]) -> list[np.ndarray]:
-        arrays = [read.result() for read in reads]
+    def ready(unit: Unit, reads: list[concurrent.futures.Future]) -> list[Run]:
+        runs = [read.result() for read in reads]
         if prepare is not None:
-            prepare(unit, arrays)
-        return arrays
+            prepare(unit, runs)
+        return runs
 
     with _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes, _Threads(PREPARERS, "jaxmerge-prepare") as preparers:
         for _ in units:
@@ -83,11 +86,11 @@ def read_ahead(
                 unit = todo.popleft()
                 pairs = zip(several[unit.name], rooms.split(part, room_bytes(unit)), strict=True)
                 reads = [lanes.submit(fill, source, unit, room) for source, room in pairs]
-                arrays = functools.partial(ready, unit, reads)
-                under_way.append((unit, part, arrays if prepare is None else preparers.submit(arrays).result))
-            unit, part, arrays = under_way.popleft()
-            yield unit, arrays()
-            del arrays
+                runs = functools.partial(ready, unit, reads)
+                under_way.append((unit, part, runs if prepare is None else preparers.submit(runs).result))
+            unit, part, runs = under_way.popleft()
+            yield unit, runs()
+            del runs
             rooms.give(part)
 
 

@@ -1,7 +1,7 @@
 """What is compiled: a few programs for flat blocks of fixed sizes, whatever the shapes of the leaves.
 
-Leaves of one structure of settings share them: what differs by leaf (coefficients, thresholds, the place of a block) is a
-runtime value. A leaf that must be seen whole has a program of its own shape.
+Leaves of one structure of settings share them: what differs by leaf (coefficients, thresholds, the place of a block in the leaf
+and in memory) is a runtime value. A leaf that must be seen whole has a program of its own shape.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxmerge.checkpoint._windows import Window, opened
 from jaxmerge.params._deferred import Entries, defer, last
 from jaxmerge.params._stack import reduced, rounded
 from jaxmerge.params._transform import Step, left, models
@@ -32,29 +33,18 @@ def pieces(size: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, 
         start += fits
 
 
-def padded(arrays: Sequence[np.ndarray], start: int, stop: int, size: int) -> list[np.ndarray]:
-    """A piece of each array, filled up with zeros."""
-    parts = [a[start:stop] for a in arrays]
-    if stop - start == size:
-        return parts
-    filled = [np.zeros(size, a.dtype) for a in arrays]
-    for room, part in zip(filled, parts, strict=True):
-        room[: part.size] = part
-    return filled
-
-
 @functools.lru_cache(maxsize=64)
 def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
     """(settings, origin, inputs) -> the merged block, the plans, of each input whether it has NaN or inf."""
 
-    def merge(settings: Any, origin: Array, arrays: Sequence[Array]) -> tuple:
-        zero, x = stacked(arrays, has_base, cast)
+    def merge(settings: Any, origin: Array, windows: Sequence[Window]) -> tuple:
+        zero, x = stacked(windows, has_base, cast)
         plans = []
         for step, s in zip(steps, placed(settings, origin), strict=True):
             plans.append(step.match(s, x))
             x = left(step, plans[-1], x)
         x = reduced(last(x))
-        return rounded(x if zero is None else zero + x, out), plans, _strange(arrays)
+        return rounded(x if zero is None else zero + x, out), plans, _strange(windows)
 
     return jax.jit(merge)
 
@@ -63,8 +53,8 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any) -> Any:
 def patterns(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
     """(settings, origin, inputs) -> the magnitudes of what these steps leave of a block, as integers (K, n)."""
 
-    def look(settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
-        return magnitude_bits(after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+    def look(settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
+        return magnitude_bits(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
 
     return jax.jit(look)
 
@@ -77,9 +67,9 @@ def tally(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
     One loop over the inputs as they are: nothing is written but a word for each run, half of it for either count.
     """
 
-    def look(patterns: Array, settings: Any, origin: Array, arrays: Sequence[Array], size: Array) -> tuple[Array, Array]:
+    def look(patterns: Array, settings: Any, origin: Array, windows: Sequence[Window], size: Array) -> tuple[Array, Array]:
         signed = lambda bits: lax.bitcast_convert_type(bits, jnp.int32)  # magnitudes have no sign; compared in one operation
-        left = models(after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+        left = models(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
         bits = [signed(magnitude_bits(x)).reshape(-1, RUN) for x in left]
         counts = lambda t, u: (u > t).astype(jnp.uint32) + ((u == t).astype(jnp.uint32) << 16)
         words = [counts(t, bits[j % len(bits)]) for row in signed(patterns) for j, t in enumerate(row)]
@@ -96,8 +86,8 @@ def tally(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
 def adder(steps: tuple[Step, ...], f: Any, has_base: bool, cast: Any) -> Any:
     """(settings of f, settings, origin, inputs) -> f of what these steps leave of a block."""
 
-    def look(mine: Any, settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
-        return f(placed(mine, origin), after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+    def look(mine: Any, settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
+        return f(placed(mine, origin), after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
 
     return jax.jit(look)
 
@@ -106,8 +96,8 @@ def adder(steps: tuple[Step, ...], f: Any, has_base: bool, cast: Any) -> Any:
 def surveyor(steps: tuple[Step, ...], read: Any, has_base: bool, cast: Any) -> Any:
     """(query, settings, origin, inputs) -> counts of what these steps leave of a block."""
 
-    def look(query: Any, settings: Any, origin: Array, arrays: Sequence[Array]) -> Array:
-        return read(query, after(steps, placed(settings, origin), stacked(arrays, has_base, cast)[1]))
+    def look(query: Any, settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
+        return read(query, after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
 
     return jax.jit(look)
 
@@ -134,25 +124,25 @@ def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Array:
     return last(x)
 
 
-def stacked(arrays: Sequence[Array], has_base: bool, cast: Any) -> tuple[Array | None, Entries]:
-    """The base (or None) and the models less the base, float32, deferred: it starts from the arrays as they are."""
-    wide = lambda a: (jnp.asarray(a) if cast is None else jnp.asarray(a).astype(cast)).astype(jnp.float32)
+def stacked(inputs: Sequence[Window | Array], has_base: bool, cast: Any) -> tuple[Array | None, Entries]:
+    """The base (or None) and the models less the base, float32, deferred: it starts from the inputs as they are."""
+    wide = lambda x: (opened(x) if cast is None else opened(x).astype(cast)).astype(jnp.float32)
     if not has_base:
-        return None, defer(lambda models: jnp.stack([wide(m) for m in models]), list(arrays))
-    zero, *models = arrays
+        return None, defer(lambda models: jnp.stack([wide(m) for m in models]), list(inputs))
+    zero, *models = inputs
     return wide(zero), defer(lambda zero, models: jnp.stack([wide(m) - wide(zero) for m in models]), zero, models)
 
 
-def _strange(arrays: Sequence[Array]) -> Array:
+def _strange(windows: Sequence[Window]) -> Array:
     """Of each input, whether its largest magnitude is beyond the finite; as integers, one loop for those of one dtype."""
-    found: list[Any] = [None] * len(arrays)
-    for dtype in dict.fromkeys(a.dtype for a in arrays):
-        mine = [i for i, a in enumerate(arrays) if a.dtype == dtype]
+    found: list[Any] = [None] * len(windows)
+    for dtype in dict.fromkeys(w.dtype for w in windows):
+        mine = [i for i, w in enumerate(windows) if w.dtype == dtype]
         integer = np.dtype(f"uint{8 * dtype.itemsize}")
         mask = integer.type(_mask(dtype))
-        bits = [lax.bitcast_convert_type(arrays[i], integer) & mask for i in mine]
+        bits = [windows[i].bits() & mask for i in mine]
         step = lambda a, b: [jnp.maximum(p, q) for p, q in zip(a, b, strict=True)]
-        axes = tuple(range(arrays[mine[0]].ndim))
+        axes = tuple(range(bits[0].ndim))
         for i, m in zip(mine, lax.reduce(bits, [integer.type(0)] * len(bits), step, axes), strict=True):
             found[i] = m > integer.type(_limit(dtype))
     return jnp.stack(found)

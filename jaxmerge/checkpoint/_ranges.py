@@ -177,7 +177,7 @@ def _check_exact(headers: CheckpointPlan, stream: Stream) -> None:
     differ = {n for n in others if any(s.read(n) != headers.reference.read(n) for s in headers.inputs)}
     for unit, (first, *others) in read_ahead(units, headers.inputs, stream.reader, limit=headers.room_bytes):
         stream.advance(first.nbytes * len(headers.inputs), 0)
-        if any(not np.array_equal(first.view(np.uint8), other.view(np.uint8)) for other in others):
+        if any(not np.array_equal(first.entries.view(np.uint8), other.entries.view(np.uint8)) for other in others):
             differ.add(unit.name)
     differ = sorted(set().union(*_processes.everyone(sorted(differ))))
     if differ:

@@ -22,11 +22,12 @@ from jaxmerge.checkpoint._processes import everyone
 from jaxmerge.checkpoint._programs import after, stacked
 from jaxmerge.checkpoint._refusals import differing, strange
 from jaxmerge.checkpoint._remote import is_remote
-from jaxmerge.checkpoint._sharding import shards_of, visible
+from jaxmerge.checkpoint._sharding import shards_of
 from jaxmerge.checkpoint._source import digest
 from jaxmerge.checkpoint._tree import Leafwise, Tree
 from jaxmerge.checkpoint._units import GROUP, Span
 from jaxmerge.params._deferred import last
+from jaxmerge.params._layout import visible
 from jaxmerge.params._stack import Integers, reduced, rounded
 from jaxmerge.params._transform import MergeTransform, Step, left, settled
 

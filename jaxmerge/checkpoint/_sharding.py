@@ -82,15 +82,6 @@ def shards_of(sharding: Sharding, dimensions: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def visible(sharding: Sharding) -> Sharding:
-    """The same layout over Explicit axes: what a merge brings together is then the merge's to say, not the compiler's."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    axes = sharding.mesh.axis_names
-    mesh = Mesh(np.asarray(sharding.mesh.devices), axes, axis_types=(AxisType.Explicit,) * len(axes))
-    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
-
-
 def of_mesh(mesh: str, what: str) -> Rule | None:
     """The rule that words such as data=2,fsdp=4 mean; every device on fsdp where there are none; None for "saved".
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
 from jaxmerge.checkpoint._feed import Sink, Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
+from jaxmerge.checkpoint._windows import Run, Window, copied, windows
 from jaxmerge.params._transform import Step, Survey
 from jaxmerge.params.order._host import Held, Streamed
 from jaxmerge.params.order._quantile import position, row_size
@@ -82,30 +83,23 @@ class Stream:
     def counts(self, i: int, survey: Survey, query: Any) -> dict[str, np.ndarray]:
         """What a round of a survey counts in this process's units, by leaf."""
         counts: dict[str, np.ndarray] = {}
-        for unit, arrays in self.units([u for u in self.task.units if u.name in self.task.floating], i):
-            found = self._counts(i, survey, query, unit, arrays)
+        for unit, runs in self.units([u for u in self.task.units if u.name in self.task.floating], i):
+            found = self._counts(i, survey, query, unit, runs)
             counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
-            self.advance(sum(a.nbytes for a in arrays), 0)
+            self.advance(sum(run.nbytes for run in runs), 0)
         return counts
 
-    def _counts(self, i: int, survey: Any, query: Any, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
+    def _counts(self, i: int, survey: Any, query: Any, unit: Unit, runs: list[Run]) -> np.ndarray:
         task, name = self.task, unit.name
-        if name in task.entire:
-            shape = self._shape(name)
-            look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
-            counts = look(
-                query, [s[name] for s in self.settings[:i]], np.zeros(2, np.uint32), [a.reshape(shape) for a in arrays]
-            )
-            return np.asarray(counts).astype(np.uint64)
         settings = self._placed(i, name)
         total: Any = np.uint64(0)
-        if survey.look is not None:
-            for _, bits in self._magnitudes(i, settings, unit, arrays):
+        if survey.look is not None and name not in task.entire:
+            for _, bits in self._magnitudes(i, settings, unit, runs):
                 total = total + survey.look(query, bits)
             return total
         look = programs.surveyor(task.steps[:i], survey.read, task.has_base, task.cast)
-        for start, _, parts in self._pieces(unit, arrays, programs.SIZES, fill=False):
-            total = total + np.asarray(look(query, settings, self._origin(unit, start), parts)).astype(np.uint64)
+        for start, _, seen in self._windows(unit, runs, fill=False):
+            total = total + np.asarray(look(query, settings, self._origin(unit, start), seen)).astype(np.uint64)
         return total
 
     # --- the merge ---
@@ -113,48 +107,42 @@ class Stream:
     def merge(self, sink: Sink, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
         """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
         task = self.task
-        for n, (unit, arrays) in enumerate(self.units(task.units[done:], len(task.steps)), done):
-            if unit.name not in task.floating:
-                at = where[unit.name].offset + unit.start * arrays[0].itemsize
-                sink.write(where[unit.name].file, at, _raw(arrays[0]))
-                self.advance(arrays[0].nbytes, arrays[0].nbytes)
-            else:
-                width = task.out[unit.name].itemsize
-                for start, block in self.merged(unit, arrays):
-                    at = where[unit.name].offset + (unit.start + start) * width
-                    sink.write(where[unit.name].file, at, _raw(block))
-                self.advance(sum(a.nbytes for a in arrays), unit.size * width)
+        for n, (unit, runs) in enumerate(self.units(task.units[done:], len(task.steps)), done):
+            blocks = self.merged(unit, runs) if unit.name in task.floating else [(0, runs[0].entries)]
+            width = task.out[unit.name].itemsize
+            for start, block in blocks:
+                at = where[unit.name].offset + (unit.start + start) * width
+                sink.write(where[unit.name].file, at, block.view(np.uint8))
+            self.advance(sum(run.nbytes for run in runs), unit.size * width)
             note = mark(n + 1)
             if note is not None:
                 sink.mark(note)
 
-    def merged(self, unit: Unit, arrays: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    def merged(self, unit: Unit, runs: list[Run]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""
         task, name = self.task, unit.name
-        run = programs.merger(task.steps, task.has_base, task.cast, task.out[name])
-        if name in task.entire:
-            shape = self._shape(name)
-            whole = [a.reshape(shape) for a in arrays]
-            block, plans, strange = run([s[name] for s in self.settings], np.zeros(2, np.uint32), whole)
-            block = np.asarray(block)
-            self._note(name, plans, strange, arrays)
-            yield 0, block.reshape(-1)
-            return
+        look = programs.merger(task.steps, task.has_base, task.cast, task.out[name])
         settings = self._placed(len(task.steps), name)
-        for start, stop, parts in self._pieces(unit, arrays, programs.SIZES):
-            block, plans, strange = run(settings, self._origin(unit, start), parts)
+        for start, stop, seen in self._windows(unit, runs):
+            block, plans, strange = look(settings, self._origin(unit, start), seen)
             block = np.asarray(block).reshape(-1)
-            self._note(name, plans, strange, [p.reshape(-1)[: stop - start] for p in parts])
+            self._note(name, plans, strange, [run.part(start, stop).entries for run in runs])
             yield start, block[: stop - start]
 
+    def _windows(self, unit: Unit, runs: Sequence[Run], *, fill: bool = True) -> Iterator[tuple[int, int, list[Window]]]:
+        """`_pieces` for all steps; of a leaf that must be seen whole, the one."""
+        if unit.name in self.task.entire:
+            return iter([(0, unit.size, [run.window(self._shape(unit.name)) for run in runs])])
+        return self._pieces(unit, runs, programs.SIZES, fill=fill)
+
     def _pieces(
-        self, unit: Unit, arrays: Sequence[np.ndarray], sizes: Sequence[int], *, fill: bool = True
-    ) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-        """(start, stop, that piece of each array), the last filled up with zeros; in rows where a step looks at those."""
+        self, unit: Unit, runs: Sequence[Run], sizes: Sequence[int], *, fill: bool = True
+    ) -> Iterator[tuple[int, int, list[Window]]]:
+        """(start, stop, that piece of each input), the last filled up with zeros; in rows where a step looks at those."""
         row = row_of(self.task.steps, self._shape(unit.name))
         for start, stop, size in programs.pieces(unit.size, [max(size // row, 1) * row for size in sizes]):
-            parts = programs.padded(arrays, start, stop, size if fill else stop - start)
-            yield start, stop, parts if row == 1 else [p.reshape(-1, row) for p in parts]
+            size = size if fill else stop - start
+            yield start, stop, windows(runs, start, stop, (size,) if row == 1 else (size // row, row))
 
     def _note(self, name: str, plans: Any, strange: Any, arrays: Sequence[np.ndarray]) -> None:
         if name not in self.found:
@@ -175,17 +163,17 @@ class Stream:
         steps = self.task.steps
         return steps[i].resolve is not None and all(step.blocks for step in steps[:i])
 
-    def _resolve(self, before: int, unit: Unit, arrays: list[np.ndarray] | None) -> None:
+    def _resolve(self, before: int, unit: Unit, runs: list[Run] | None) -> None:
         """Find out all that the steps before this one must know of a leaf: from memory, or (None) from the files."""
         name, models = unit.name, len(self.task.inputs) - self.task.has_base
         for i, step in enumerate(self.task.steps[:before]):
             if self._finds(i) and name in self.task.floating and step.open(s := self.settings[i][name]):
-                held, of = None, (i, unit, arrays)
-                if arrays is not None and unit.size >= SAMPLED and row_of(self.task.steps[:i], self._shape(name)) == 1:
+                held, of = None, (i, unit, runs)
+                if runs is not None and unit.size >= SAMPLED and row_of(self.task.steps[:i], self._shape(name)) == 1:
                     part = functools.partial
                     held = Held(part(self._sample, *of), part(self._tally, *of), part(self._part, *of))
-                blocks = functools.partial(self._magnitudes, i, None, unit, arrays)
-                total = functools.partial(self._total, i, unit, arrays)
+                blocks = functools.partial(self._magnitudes, i, None, unit, runs)
+                total = functools.partial(self._total, i, unit, runs)
                 assert step.resolve is not None
                 self.settings[i][name] = step.resolve(s, Streamed(models, self._shape(name), blocks, held, total))
             models = step.models or models
@@ -196,67 +184,66 @@ class Stream:
             self._on_device = ((name, before), jax.device_put([s[name] for s in self.settings[:before]]))
         return self._on_device[1]
 
-    def _magnitudes(
-        self, i: int, settings: Any, unit: Unit, arrays: list[np.ndarray] | None
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def _magnitudes(self, i: int, settings: Any, unit: Unit, runs: list[Run] | None) -> Iterator[tuple[int, np.ndarray]]:
         """Of what the steps before i leave of a unit, from memory or from the files."""
         task = self.task
         look = programs.patterns(task.steps[:i], task.has_base, task.cast)
         if settings is None:
             settings = jax.device_put([s[unit.name] for s in self.settings[:i]])
-        for part, held in self._parts(unit, arrays):
-            for start, stop, parts in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
-                bits = np.asarray(look(settings, self._origin(part, start), parts))
+        for part, held in self._parts(unit, runs):
+            for start, stop, seen in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
+                bits = np.asarray(look(settings, self._origin(part, start), seen))
                 yield part.start - unit.start + start, bits.reshape(len(bits), -1)[:, : stop - start]
 
-    def _total(self, i: int, unit: Unit, arrays: Any, f: Any, mine: Any, combine: np.ufunc) -> np.ndarray:  # noqa: PLR0917
+    def _total(self, i: int, unit: Unit, runs: list[Run] | None, f: Any, mine: Any, combine: np.ufunc) -> np.ndarray:  # noqa: PLR0917
         """What f comes to over a unit, of what the steps before i leave; added up alike whatever is in memory together."""
         look = programs.adder(self.task.steps[:i], f, self.task.has_base, self.task.cast)
         mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
         total: Any = None
-        for part, held in self._parts(unit, arrays):
-            for start, _, parts in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
-                found = look(mine, settings, self._origin(part, start), parts)
+        for part, held in self._parts(unit, runs):
+            for start, _, seen in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
+                found = look(mine, settings, self._origin(part, start), seen)
                 found = np.asarray(found).astype(np.float64)
                 total = found if total is None else combine(total, found)
         return total
 
-    def _parts(self, unit: Unit, arrays: list[np.ndarray] | None) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+    def _parts(self, unit: Unit, runs: list[Run] | None) -> Iterator[tuple[Unit, list[Run]]]:
         """A unit that is held, or its parts from the files."""
-        if arrays is not None:
-            yield unit, arrays
+        if runs is not None:
+            yield unit, runs
             return
         most = max(u.size for u in self.task.units if u.name == unit.name)
         for part, held in read_ahead(list(split(unit, most)), self.task.inputs, self.reader, limit=self.task.limit):
-            self.advance(sum(a.nbytes for a in held), 0)
+            self.advance(sum(run.nbytes for run in held), 0)
             yield part, held
 
-    def _sample(self, i: int, unit: Unit, arrays: list[np.ndarray]) -> np.ndarray:
+    def _sample(self, i: int, unit: Unit, runs: list[Run]) -> np.ndarray:
         look = programs.patterns(self.task.steps[:i], self.task.has_base, self.task.cast)
         step = unit.size // LOOK
-        some = [np.ascontiguousarray(a[step // 2 :: step][:LOOK]) for a in arrays]
+        some = [copied(run.entries[step // 2 :: step][:LOOK], LOOK).window((LOOK,)) for run in runs]
         return np.asarray(look([s[unit.name] for s in self.settings[:i]], np.zeros(2, np.uint32), some))
 
-    def _tally(self, i: int, unit: Unit, arrays: list[np.ndarray], patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _tally(self, i: int, unit: Unit, runs: list[Run], patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`Held.tally` of what the steps before i leave of a unit that is held."""
         look = programs.tally(self.task.steps[:i], self.task.has_base, self.task.cast)
         asked, settings = jax.device_put((patterns, [s[unit.name] for s in self.settings[:i]]))
         above, at = np.zeros(patterns.shape, np.int64), []
         for start, stop, size in programs.pieces(unit.size, programs.SIZES):
-            parts = programs.padded(arrays, start, stop, size)
-            counts = look(asked, settings, self._origin(unit, start), parts, np.int32(stop - start))
+            seen = windows(runs, start, stop, (size,))
+            counts = look(asked, settings, self._origin(unit, start), seen, np.int32(stop - start))
             above = above + np.asarray(counts[0]).astype(np.int64)
             at.append(np.asarray(counts[1]))
         return above, np.concatenate(at, axis=-1)
 
-    def _part(self, i: int, unit: Unit, arrays: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+    def _part(self, i: int, unit: Unit, runs: list[Run], start: int, stop: int) -> np.ndarray:
         part = Unit(unit.name, unit.start + start, unit.start + stop)
-        return np.concatenate([u for _, u in self._magnitudes(i, None, part, [a[start:stop] for a in arrays])], axis=1)
+        some = [run.part(start, stop) for run in runs]
+        return np.concatenate([u for _, u in self._magnitudes(i, None, part, some)], axis=1)
 
     # --- units ---
 
-    def units(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
-        """Units with their arrays, read ahead; a leaf in parts whose thresholds are open is looked through before its first."""
+    def units(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[Run]]]:
+        """Units with their entries, read ahead; a leaf in parts whose thresholds are open is looked through first."""
         run: list[Unit] = []
         for unit in units:
             size = self._size(unit.name)
@@ -267,12 +254,12 @@ class Stream:
             run.append(unit)
         yield from self._read(run, before)
 
-    def _read(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[np.ndarray]]]:
+    def _read(self, units: Sequence[Unit], before: int) -> Iterator[tuple[Unit, list[Run]]]:
         task = self.task
-        copied = frozenset(u.name for u in units) - task.floating
+        alone = frozenset(u.name for u in units) - task.floating
         waits = any(self._waits(name, before) for name in {u.name for u in units} & task.floating)
         prepare = functools.partial(self._resolve, before) if waits else None
-        return read_ahead(units, task.inputs, self.reader, limit=task.limit, alone=copied, prepare=prepare)
+        return read_ahead(units, task.inputs, self.reader, limit=task.limit, alone=alone, prepare=prepare)
 
     def _origin(self, unit: Unit, start: int) -> np.ndarray:
         return position(self._shape(unit.name), unit.start + start)
@@ -304,7 +291,3 @@ def parts_of(name: str, shape: tuple[int, ...], most: int) -> Iterator[Unit]:
     """A leaf in parts, as `split`; each within one row of its coordinates."""
     size = int(np.prod(shape, dtype=object))
     return split(Unit(name, 0, size), most, row_size(shape))
-
-
-def _raw(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint8)

@@ -1,6 +1,7 @@
 """Where a merge moves values: sums over a split axis, a matrix laid out anew, an axis sorted, a matrix brought together.
 
-Under Explicit axes every move is visible here. Under Auto axes nothing is said, and the compiler chooses.
+Under Explicit axes every move is visible here. Under Auto axes nothing is said, and the compiler chooses, unless the layout is
+said by who knows it (`over_explicit_axes`).
 """
 
 import math
@@ -9,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, Sharding
 
 
 def whole(x: Array, axes: tuple[int, ...]) -> Array:
@@ -80,11 +83,53 @@ def einsum(formula: str, *xs: Array) -> Array:
 
 
 def locally(f: Callable[..., Any], x: Array) -> Any:
-    """f(x) of an x that every device has, by each for itself: factorisations are not written for Explicit axes."""
+    """f(x) of an x that every device has, by each for itself: factorisations are not written for Explicit axes.
+
+    f makes what else it needs: an array from outside would say where it lies.
+    """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return f(x)
     return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(x)
+
+
+def over_explicit_axes(f: Callable[..., Any], shardings: Any, *trees: Any) -> Any:
+    """f(*trees), its arrays, laid out as `shardings` say, over Explicit axes; what comes out is as it was before.
+
+    Args:
+      shardings: a pytree like each of the trees, of NamedShardings on one mesh.
+    """
+    mesh, specs = jax.tree.leaves(shardings)[0].mesh, jax.tree.map(lambda s: s.spec, shardings)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if set(mesh.axis_types) == {AxisType.Explicit}:
+            return f(*(jax.tree.map(jax.reshard, tree, specs) for tree in trees))
+        return jax.sharding.explicit_axes(f, axes=mesh.axis_names, in_sharding=(specs,) * len(trees))(*trees)
+
+
+def visible(sharding: Sharding) -> Sharding:
+    """The same layout over Explicit axes: what a merge brings together is then the merge's to say, not the compiler's."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = sharding.mesh.axis_names
+    mesh = Mesh(np.asarray(sharding.mesh.devices), axes, axis_types=(AxisType.Explicit,) * len(axes))
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def seen(x: Any) -> Any:
+    """x, if it is an array over Auto axes laid out as it is over Explicit axes.
+
+    Raises:
+      ValueError: x is traced: its layout is not known.
+    """
+    mesh = jax.typeof(x).sharding.mesh if isinstance(x, Array) else None
+    if mesh is None or set(mesh.axis_types) <= {AxisType.Explicit}:
+        return x
+    if isinstance(x, Tracer):
+        raise ValueError(
+            f"merge: with shardings=, an array that the method holds, {x.aval}, must say its layout too, and inside jit one "
+            "over Auto axes cannot; jax.reshard it to a mesh of Explicit axes, or do not trace it."
+        )
+    return jax.device_put(x, visible(x.sharding))
 
 
 def _split(x: Array) -> tuple[tuple[str, ...], ...]:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jaxtyping import ArrayLike, PyTree
 
 from jaxmerge.params._deferred import Deferred, defer, last
-from jaxmerge.params._transform import Match, MergeTransform, Stacked, a_merge, fold, named_leaves
+from jaxmerge.params._layout import over_explicit_axes, seen
+from jaxmerge.params._transform import Match, MergeTransform, Stacked, a_merge, fold, named_leaves, of_steps
 
 Integers = Literal["agree", "base"]
 
@@ -55,7 +57,14 @@ def add(base: PyTree, delta: Stacked) -> PyTree:
     return jax.tree.map(lambda d, b: b if d is None else add_leaf(b, d), delta, base, is_leaf=lambda d: d is None)
 
 
-def merge(tx: MergeTransform, base: PyTree | None, models: Iterable[PyTree], *, integers: Integers = "agree") -> PyTree:
+def merge(
+    tx: MergeTransform,
+    base: PyTree | None,
+    models: Iterable[PyTree],
+    *,
+    integers: Integers = "agree",
+    shardings: PyTree[NamedSharding] | None = None,
+) -> PyTree:
     """Merge whole models in memory.
 
     Args:
@@ -64,6 +73,9 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Iterable[PyTree], *, 
       models: K pytrees of the base's structure and shapes.
       integers: leaves that are not floating point must be equal in all models ("agree"), or are taken from the base ("base";
         the first model where there is none).
+      shardings: how each leaf of a model is laid out, such as `jax.tree.map(lambda x: x.sharding, base)`: for arrays over Auto
+        axes, whose layout cannot be seen inside jit; nothing is gathered then that the method does not need whole. Not needed
+        over Explicit axes.
 
     Returns:
       A pytree like the base (or the first model), of its dtypes and shardings.
@@ -79,6 +91,8 @@ def merge(tx: MergeTransform, base: PyTree | None, models: Iterable[PyTree], *, 
       [4.0, 1.0]
     """
     models = _several(models, "merge")
+    if shardings is not None:
+        return _told(tx, base, models, integers, shardings)
     stacked = _stack(base, models, lambda *leaves: defer(stack_leaf, *leaves))
     first = models[0] if base is None else base
     _check_integers([first, *models] if base is not None else models, integers)
@@ -132,6 +146,30 @@ def stack_leaf(base: ArrayLike | None, models: Sequence[ArrayLike]) -> Array:
         zero = jnp.asarray(base, jnp.float32)
         wide = [m - zero for m in wide]
     return jnp.stack(wide)
+
+
+def _told(tx: MergeTransform, base: PyTree | None, models: list[PyTree], integers: Integers, shardings: PyTree) -> PyTree:
+    """`merge` of arrays whose layout is said: over Explicit axes."""
+    trees = models if base is None else [base, *models]
+    _check_trees(base, models)
+    _check_integers(trees, integers)
+    _check_shardings(trees[0], shardings)
+    if not jax.tree.leaves(shardings):
+        return merge(tx, base, models, integers="base")
+    outside = jax.sharding.get_abstract_mesh()
+
+    def settings(step, name, shape):
+        with jax.sharding.use_abstract_mesh(outside), jax.ensure_compile_time_eval():
+            found = step.settings(name, shape)
+        return jax.tree.map(seen, found)
+
+    if isinstance(a_merge(tx, "merge").match, Match):
+        tx = of_steps(tuple(s._replace(settings=functools.partial(settings, s)) for s in tx.match.steps))
+
+    def run(*trees):
+        return merge(tx, *((None, trees) if base is None else (trees[0], trees[1:])), integers="base")
+
+    return over_explicit_axes(run, shardings, *trees)
 
 
 def reduced(delta: Array) -> Array:
@@ -220,4 +258,18 @@ def _check_integers(trees: Sequence[PyTree], integers: Integers) -> None:
         raise ValueError(
             f"merge: integer leaves differ between the models and have no mean: {sorted(differ)}; "
             'pass integers="base" to take the base\'s.'
+        )
+
+
+def _check_shardings(tree: PyTree, shardings: PyTree) -> None:
+    leaves, given = named_leaves(tree)[0], named_leaves(shardings)[0]
+    problems = [f"  {n} has none" for n in leaves.keys() - given.keys()]
+    problems += [f"  {n}: the models have no such leaf" for n in given.keys() - leaves.keys()]
+    problems += [f"  {n}: got {type(s).__name__}" for n, s in given.items() if not isinstance(s, NamedSharding)]
+    if not problems and len({s.mesh for s in given.values()}) > 1:
+        problems = [f"  {n} lies on {s.mesh}" for n, s in given.items()]
+    if problems:
+        raise ValueError(
+            "merge: shardings must be a pytree like a model, of NamedShardings on one mesh, such as "
+            "jax.tree.map(lambda x: x.sharding, base):\n" + "\n".join(sorted(problems))
         )

@@ -138,7 +138,7 @@ def atom(step: Step) -> MergeTransform:
             settle = survey.settle
             all_of = lambda leaves: {name: entries(x) for name, x in leaves.items()}
             survey = survey._replace(settle=lambda settings, leaves: settle(settings, all_of(leaves)))
-    return _transform((step._replace(match=jax.jit(match), merge=jax.jit(step.merge), survey=survey),))
+    return of_steps((step._replace(match=jax.jit(match), merge=jax.jit(step.merge), survey=survey),))
 
 
 def per_leaf(
@@ -174,7 +174,7 @@ def chain(*transforms: MergeTransform) -> MergeTransform:
       2.0
     """
     if all(isinstance(a_merge(tx, "chain").match, Match) for tx in transforms):
-        return _transform(tuple(step for tx in transforms for step in tx.match.steps))  # type: ignore[attr-defined]
+        return of_steps(tuple(step for tx in transforms for step in tx.match.steps))  # type: ignore[attr-defined]
 
     def match(stacked):
         plans = []
@@ -216,7 +216,7 @@ def needs(tx: MergeTransform) -> tuple[Need, ...]:
     return tuple(dict.fromkeys(need for step in tx.match.steps for need in step.needs))
 
 
-def _transform(steps: tuple[Step, ...]) -> MergeTransform:
+def of_steps(steps: tuple[Step, ...]) -> MergeTransform:
     return MergeTransform(Match(steps), functools.partial(_merge, steps))
 
 

@@ -1,7 +1,7 @@
 """What each merge moves between chips: collectives and bytes of its compiled program, on 8 devices and on a TPU pod.
 
     python -m scripts.bench.collectives                   # 8 virtual devices, and v5p:8x8x8 by the real TPU compiler (libtpu)
-    python -m scripts.bench.collectives --methods ties tsvm --axes auto
+    python -m scripts.bench.collectives --methods ties tsvm --axes auto     # or told: Auto axes, and `merge` told the layout
 
 Nothing runs: programs are compiled for devices that are not there. Bytes are of results on one device; in the body of a loop (a
 search for a threshold, an iteration) they move in every turn, and the table counts them once.
@@ -40,14 +40,14 @@ def main(
     *,
     methods: tuple[str, ...] = tuple(CASES),
     topology: str = "v5p:8x8x8",
-    axes: Literal["auto", "explicit"] = "explicit",
+    axes: Literal["auto", "told", "explicit"] = "explicit",
 ) -> None:
     """Compile them, print one table.
 
     Args:
       methods: which ones; all by default.
       topology: of the pod; "none" leaves it out.
-      axes: of the mesh.
+      axes: of the mesh; told: Auto, and `merge` is told the layout (`shardings=`).
     """
     kind = AxisType.Explicit if axes == "explicit" else AxisType.Auto
     meshes = {"8 devices": Mesh(np.array(jax.devices()).reshape(4, 2), AXES, axis_types=(kind,) * 2)}
@@ -61,7 +61,7 @@ def main(
         table.add_column(column, no_wrap=not column)
     for name in track(methods, "compiling"):
         looks = ", ".join(f"{n.statistic} ({n.scope})" for n in params.needs(CASES[name].ours(params, shapes(CASES[name]))))
-        table.add_row(name, looks or "each entry", *(moved(CASES[name], mesh) for mesh in meshes.values()))
+        table.add_row(name, looks or "each entry", *(moved(CASES[name], mesh, axes == "told") for mesh in meshes.values()))
     Console(width=140).print(table)
 
 
@@ -69,7 +69,7 @@ def shapes(case: Case) -> dict[str, Shape]:
     return SMALL if case.shapes is SQUARE else LARGE
 
 
-def moved(case: Case, mesh: Mesh) -> str:
+def moved(case: Case, mesh: Mesh, told: bool) -> str:
     """The collectives of one merge over this mesh, in words."""
     tx = case.ours(params, shapes(case))
     split = lambda shape: NamedSharding(mesh, P(*(AXES if len(shape) > 1 else AXES[:1])))
@@ -77,7 +77,7 @@ def moved(case: Case, mesh: Mesh) -> str:
 
     def merge(first, rest):
         base, models = (first, rest) if case.base == "base" else (None, [first, *rest])
-        return params.merge(tx, base, models)
+        return params.merge(tx, base, models, shardings={n: x.sharding for n, x in model.items()} if told else None)
 
     compiled = jax.jit(merge).lower(model, [model] * (case.models - (case.base == "none"))).compile()
     found: dict[str, list[int]] = {}

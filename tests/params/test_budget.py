@@ -123,6 +123,7 @@ def test_a_wide_network_is_solved_for():
     ("call", "message"),
     [
         (lambda: params.unit_budget(CHAIN, network(CHAIN), 0.9, {}), "budget must be 1"),
+        (lambda: params.unit_budget(CHAIN, network(CHAIN), 1.5, {}, levels=0), "levels and resolution 1 or more; got 1.5, 0"),
         (lambda: params.unit_budget(CHAIN, network(CHAIN), 1.5, {"p": 1.0}), "permutation 'q' needs one gain"),
         (lambda: params.unit_budget({"d": ("r", None)}, {"d": jnp.ones((8, 3))}, 1.5, {"r": [1.0]}), "each of its 8 units"),
         (

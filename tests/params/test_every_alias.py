@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from jaxmerge import params
-from jaxmerge.params._laws import SHAPES, assert_merge, deltas
+from jaxmerge.params._laws import SHAPES, assert_merge, deltas, shardings
 from jaxmerge.testing import collectives
 from tests.hlo import compile_for, tpu_mesh
 
@@ -234,7 +234,8 @@ def test_matrices_of_any_layout(row):
     place = lambda spec: NamedSharding(mesh, P(None, *spec))
     models, tx = row.models[0], row.make(row.models[0])
     array = lambda shape, spec: jax.ShapeDtypeStruct((models, *shape), jnp.float32, sharding=place(spec))
-    merged = jax.eval_shape(lambda x: tx.merge(tx.match(x), x), {n: array(*where) for n, where in layouts.items()})
+    with jax.set_mesh(mesh):
+        merged = jax.eval_shape(lambda x: tx.merge(tx.match(x), x), {n: array(*where) for n, where in layouts.items()})
     for name, leaf in merged.items():
         assert _per_axis(leaf.sharding.spec, leaf.ndim) == _per_axis(place(layouts[name][1]).spec, leaf.ndim), name
 
@@ -246,6 +247,27 @@ def test_laws_under_auto_axes_on_any_number_of_devices(row):
     moves = (*WHOLE, "collective-permute") if row.moves else ()
     where = dict(axes=[AxisType.Auto], sharding=(1, 2, 4, 8), moves=moves, layout=not row.moves)
     assert_merge(row.make(models), models=models, **where, **row.laws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows())
+def test_auto_axes_where_the_layout_is_said(row):
+    """Whole models over Auto axes on eight devices: nothing moves but what moves under Explicit axes; the same values."""
+    tx, rng, layout = row.make(row.models[0]), np.random.default_rng(0), shardings(8, AxisType.Auto)
+    layout = {n: NamedSharding(s.mesh, P(*s.spec[1:])) for n, s in layout.items()}
+    models = [{n: v[k] for n, v in deltas(rng, row.models[0]).items()} for k in range(row.models[0])]
+    run = lambda s: jax.jit(lambda base, models: params.merge(tx, base, models, shardings=s))
+    base = jax.tree.map(np.zeros_like, models[0])
+    args = jax.device_put(base, layout), [jax.device_put(m, layout) for m in models]
+    program = run(layout).lower(*args).compile()
+    assert {c.name for c in collectives(program)} <= {"all-reduce", *row.moves}
+    expected, there = run(None)(base, models), program(*args)
+    ahead = row is ROWS["expert_merging"]  # coefficients that are computed before the program round as such
+    tolerance = row.laws.get("rounding", 1e-6) if ahead or not row.laws.get("exact", True) else 0.0
+    for name, leaf in there.items():
+        assert leaf.sharding.is_equivalent_to(layout[name], leaf.ndim)
+        scale = max(1.0, float(abs(expected[name]).max()))
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.slow

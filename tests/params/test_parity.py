@@ -201,6 +201,25 @@ def test_equals_the_peer_with_statistics(golden, case):
     check(case, vectors, make(MANIFEST[f"{case}_a"]["params"], vectors), factored)
 
 
+@pytest.mark.parametrize("clamped", [True, False])
+def test_adamerging_normalized(golden, clamped):
+    """fusion_bench's normalized_merging_weights: a softmax over the models, of what its clamp_weights has left."""
+    vectors, p = golden("params/fusion_bench_adamerging_layerwise_a"), MANIFEST["fusion_bench_adamerging_layerwise_a"]["params"]
+    coefficients = np.clip(vectors["aux/coefficients"], 0, 1) if clamped else vectors["aux/coefficients"]
+    tx = params.adamerging(dict(zip(p["coefficient_columns"], coefficients.T, strict=True)), squash="softmax")
+    out = golden("params/fusion_bench_adamerging_normalized")["clamped" if clamped else "not clamped"]
+    check("adamerging", vectors | {"out": out}, tx)
+
+
+def test_varm_weighs_as_fusechat(golden):
+    """By the weights that the official code of SCE computes of whole task vectors; for VaRM alone none is published."""
+    vectors, weights = golden("params/fusechat_sce_a"), golden("params/fusechat_weights")
+    base, models = unpack(vectors["in/base"]), [unpack(vectors[f"in/expert_{k}"]) for k in range(3)]
+    mean = {n: base[n] + sum(w * (m[n] - base[n]) for w, m in zip(weights[n], models, strict=True)) for n in base}
+    out = np.concatenate([mean[t["name"]].ravel() for t in MANIFEST["_layout"]])
+    check("varm", vectors | {"out": out}, params.varm())
+
+
 def test_emr_masks_and_factors(golden):
     vectors = golden("params/fusion_bench_emr_a")
     base = unpack(vectors["in/base"])

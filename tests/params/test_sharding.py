@@ -40,6 +40,50 @@ def test_newton_schulz_stays_split():
     assert set(collectives(compile_for(lambda x: tx.merge(tx.match(x), x), x))) == {"all-reduce"}
 
 
+@pytest.fixture(scope="module")
+def told():
+    """Models over Auto axes, their layout, and a merge of methods that gather where the compiler chooses."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    layout = {"a/w": P("data", "model"), "b/w": P("data", "model"), "c": P("data"), "ids": P()}
+    shardings = {n: NamedSharding(mesh, spec) for n, spec in layout.items()}
+    shapes = {"a/w": (16, 24), "b/w": (32, 24), "c": (16,)}
+    draw = lambda seed: {n: np.random.default_rng(seed).standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    base, *models = (jax.device_put(draw(k) | {"ids": np.arange(3)}, shardings) for k in range(4))
+    grams = [
+        {"a/w": jax.device_put(np.cov(np.random.default_rng(k).standard_normal((16, 40))), shardings["a/w"])} for k in range(3)
+    ]
+    tx = params.partition({"a": params.regmean(grams), "b": params.iso_c(), "c": params.linear()}, lambda name: name[0])
+    return tx, base, models, shardings
+
+
+def test_auto_axes_where_the_layout_is_said(told):
+    """The same merge, laid out as before; the compiler, which chose to gather, does not."""
+    tx, base, models, shardings = told
+    run = lambda s: lambda base, models: params.merge(tx, base, models, integers="base", shardings=s)
+    programs = [jax.jit(run(s)).lower(base, models).compile() for s in (None, shardings)]
+    gathered = lambda p: sum(c.bytes for c in jm.testing.collectives(p) if c.name == "all-gather")
+    assert gathered(programs[0]) > gathered(programs[1]) == 0
+    expected, found = (p(base, models) for p in programs)
+    for name, leaf in found.items():
+        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim) and leaf.dtype == base[name].dtype
+        np.testing.assert_allclose(leaf, expected[name], atol=1e-5)  # as in test_every_alias: what a factorisation amplifies
+
+
+def test_what_is_said_of_layouts(told, unchecked):
+    tx, base, models, shardings = told
+    merge = lambda **changed: params.merge(tx, base, models, shardings=changed.pop("shardings", shardings | changed))
+    with pytest.raises(ValueError, match=r"NamedShardings on one mesh.*\n  c: got P"):
+        merge(c=P("data"))
+    with pytest.raises(ValueError, match=r"\n  c has none\n  d: the models have no such leaf"):
+        merge(shardings={n if n != "c" else "d": s for n, s in shardings.items()})
+    other = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"\n  c lies on Mesh\('data': 8"):
+        merge(c=NamedSharding(other, P("data")))
+    traced = lambda f: params.merge(params.fisher([f] * 3), base, models, integers="base", shardings=shardings)
+    with pytest.raises(ValueError, match=r"array that the method holds.*must say its layout too"):
+        jax.jit(traced)({n: abs(x) for n, x in base.items()})
+
+
 @pytest.mark.tpu
 def test_ranks_gather_nothing():
     """On 512 chips each lays its share of every model out by rows, and a byte an entry back: once for the norms and merge."""

@@ -54,7 +54,7 @@ def varm(*, floor: float = 0.0) -> MergeTransform:
       >>> [round(v, 4) for v in jm.params.merge(jm.params.varm(), base, models)["w"].tolist()]
       [2.8, -2.6]
 
-    Source: FuseChat's VaRM (arXiv:2402.16107).
+    Source: FuseChat's VaRM (arXiv:2402.16107), whose code is not published; the weights are those of the official SCE.
     """
     return _energy(floor, erase=False)
 

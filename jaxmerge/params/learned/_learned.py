@@ -35,7 +35,8 @@ def adamerging(coefficients: Any, *, squash: Squash = "clip") -> MergeTransform:
       3.5
 
     Source: AdaMerging (arXiv:2310.02575), which learns them by entropy on unlabelled inputs (`fit`, `entropy`), starting at 0.3
-    with Adam at 1e-3; fusion_bench, whose "normalized" weights are squash="softmax".
+    with Adam at 1e-3; fusion_bench: "clip"; its normalized_merging_weights: "softmax", with clamp_weights of what is
+    clipped to [0, 1] first.
     """
     f = _squash(squash, "adamerging")
     return task_arithmetic(_by_leaf(coefficients, f, "adamerging"))

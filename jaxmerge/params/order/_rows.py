@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, UInt, UInt32
 
-from jaxmerge.params._layout import with_whole_rows
+from jaxmerge.params._layout import like, with_whole_rows
 from jaxmerge.params.order import _quantile as q
 from jaxmerge.params.order._devices import fastest
 
@@ -147,7 +147,8 @@ def outranks(x: Array, rival: UInt[Array, "*rows n"]) -> Bool[Array, "*rows n"]:
     """Whether each entry is larger than another of its row, or equal and further right; a rival of n: yes, beyond n: no.
     `with_whole_rows`."""
     n = x.shape[-1]
-    x, rival = with_whole_rows(x), with_whole_rows(rival).astype(jnp.int32)
+    x = with_whole_rows(x)
+    rival = like(rival.astype(jnp.int32), x)
     there = jnp.take_along_axis(x, jnp.minimum(rival, n - 1), axis=-1, mode="promise_in_bounds")
     here, there = q.magnitude_bits(x), q.magnitude_bits(there)
     up = (there < here) | ((there == here) & (rival < columns(x).astype(jnp.int32)))

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge.params._layout import along, einsum, like, locally
+from jaxmerge.params._layout import along, einsum, like, locally, whole
 from jaxmerge.params._transform import (
     Hyperparameter,
     MergeTransform,
@@ -106,7 +106,7 @@ def regmean(grams: Sequence[Mapping[str, Any]], *, shrink: float = 0.9, ridge: f
         mean = total(x) / x.shape[0]
         if "rest" in plan:
             return mean
-        g = plan["gram"]
+        g = whole(plan["gram"], (1, 2))  # a system is solved where it is whole
         g = g * (shrink + (1 - shrink) * jnp.eye(g.shape[-1]))[None]
         w = x - mean if axis == 0 else jnp.swapaxes(x - mean, 1, 2)
         w = along(w, 2)  # outputs may be split: the system is the same for each
@@ -122,7 +122,7 @@ def _solve(a: Float[Array, "n n"], b: Float[Array, "n m"], ridge: float) -> Floa
     eye = jnp.eye(a.shape[0])
     unit = jnp.trace(a) / a.shape[0]
     regular = a / jnp.where(unit > 0, unit, 1) + ridge * eye
-    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), eye)
+    invert = lambda a: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), jnp.eye(a.shape[0]))
     inverse = locally(invert, regular + jnp.where(unit > 0, 0, 1) * eye)  # b may be split; a is not
     b = b / jnp.where(unit > 0, unit, 1)
     x = einsum("ij,jm->im", inverse, b)

@@ -71,7 +71,7 @@ def independent(y: Float[Array, "K m l"]) -> Float[Array, "K m l"]:
 
     def inverse_root(square):
         r = jnp.linalg.cholesky(square)
-        return jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(eye, r.shape), lower=True)
+        return jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(jnp.eye(r.shape[-1]), r.shape), lower=True)
 
     return einsum("kmi,kji->kmj", y, locally(inverse_root, square / jnp.where(size == 0, 1, size) + 1e-6 * eye))
 

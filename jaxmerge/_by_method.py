@@ -1,0 +1,258 @@
+"""`jaxmerge plan METHOD` and `jaxmerge merge METHOD`: checkpoints merged by a method and its options.
+
+jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/merged --density 0.2
+jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jaxmerge import params
+from jaxmerge._methods import METHODS, NEED_NO_BASE
+from jaxmerge.checkpoint._budget import show_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    models: tuple[str, ...]
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    gs://, s3://; or names on the Hub, org/name or org/name@revision."""
+    base: str | None = None
+    """The checkpoint that they were trained from."""
+    format: Literal["orbax", "safetensors"] | None = None
+    """Of the output; None: as the base (or the first model) is stored."""
+    mesh: str = ""
+    """For Orbax: devices to work on, such as data=2,fsdp=4: leaves are split over fsdp, replicated over other axes. Default:
+    all devices on fsdp. "saved": as the base was saved."""
+    memory: str | None = None
+    """What buffers and arrays may take, such as 2GB."""
+    dtype: str | None = None
+    """Cast inputs to it first, such as bfloat16; arithmetic is float32 all the same."""
+    out_dtype: str | None = None
+    """Of the output; None: --dtype, or what each leaf of the base has."""
+    max_shard_bytes: str = "5GB"
+    """Safetensors files larger than this are split."""
+    on_devices: bool | None = None
+    """Merge into Orbax leaf by leaf on the mesh, or by ranges in the host's memory; None: on accelerators."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputsAndOutput(Inputs):
+    out: str = dataclasses.field(kw_only=True)
+    """Where the merged checkpoint appears."""
+    overwrite: bool = False
+    """Replace the output of an earlier merge."""
+    integers: Literal["agree", "base"] = "agree"
+    """Leaves that are not floating point must agree, or are taken from the base."""
+    nonfinite: Literal["refuse", "allow"] = "refuse"
+    """Refuse models with NaN or inf, or merge them all the same."""
+    resume: bool = True
+    """Go on where the same merge was cut off."""
+
+
+VERBS = {"plan": Inputs, "merge": InputsAndOutput}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `VERB METHOD ...`; 0 when done, 2 when the user must change something."""
+    import tyro
+
+    verb, method = argv[:2]
+    command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
+    try:
+        parsed = tyro.cli(
+            command,
+            prog=f"jaxmerge {verb} {method}",
+            description=METHODS[method].__doc__,
+            args=list(argv[2:]),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except SystemExit as e:  # --help, or an argument that tyro has explained
+        return e.code if isinstance(e.code, int) else 2
+    from jaxmerge.checkpoint import MergeError
+
+    try:
+        tx = _transform(method, parsed)
+        if verb == "plan":
+            _plan(tx, parsed.files)
+        else:
+            _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
+    except BrokenPipeError:
+        raise
+    except (MergeError, OSError, _UserError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _UserError(Exception):
+    """Something that the user can change."""
+
+
+def _transform(method: str, parsed: Any) -> params.MergeTransform:
+    if parsed.files.base is None and not isinstance(parsed.options, NEED_NO_BASE):
+        raise _UserError(f"{method} works on task vectors: name the checkpoint the models were trained from with --base.")
+    try:
+        return parsed.options.transform()
+    except ValueError as e:
+        raise _UserError(str(e)) from e
+
+
+def _arguments(files: Inputs) -> dict[str, Any]:
+    """How `plan` and `merge` are to do it."""
+    from jaxmerge import checkpoint
+
+    kind = files.format or checkpoint.open(files.base or files.models[0]).format
+    return {
+        "format": kind,
+        "sharding": _sharding(files.mesh) if kind == "orbax" or files.mesh else None,
+        "memory": files.memory,
+        "dtype": files.dtype,
+        "out_dtype": files.out_dtype,
+        "max_shard_bytes": files.max_shard_bytes,
+        "on_devices": files.on_devices,
+    }
+
+
+def _sharding(mesh: str) -> Any:
+    """The rule that a --mesh flag means; None for "saved"."""
+    from jaxmerge.checkpoint._sharding import of_mesh
+
+    try:
+        return of_mesh(mesh, "--mesh")
+    except ValueError as e:
+        raise _UserError(str(e)) from None
+
+
+def _plan(tx: params.MergeTransform, files: Inputs) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = _checked(tx, files)
+    table = Table("", "leaves", "parameters", "bytes", "dtypes", title="what the headers say")
+    for checkpoint in (*([plan.base] if plan.base else []), *plan.models):
+        headers = [h for h in checkpoint.leaves.values() if h.dtype is not None]
+        parameters = sum(h.bytes // h.dtype.itemsize for h in headers)
+        dtypes = ", ".join(sorted({str(h.dtype) for h in headers}))
+        table.add_row(
+            checkpoint.name,
+            str(len(checkpoint.leaves)),
+            f"{parameters:,}",
+            show_size(sum(h.bytes for h in headers)),
+            dtypes,
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"output: {plan.format}, {len(plan.batches or plan.units)} batches; passes over the files: {plan.passes}; reads "
+        f"{show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)}; peak memory about {show_size(plan.peak_bytes)}"
+    )
+    looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
+    console.print(f"looks at: {looks or 'every entry for itself'}")
+    plan.check()
+    _note(console, plan)
+    console.print(f"nothing {'else ' if plan.notes else ''}speaks against this merge")
+
+
+def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from jaxmerge import checkpoint
+
+    plan = _checked(tx, files)
+    plan.check()
+    _note(Console(), plan)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("merging", total=None, figures="")
+
+        def show(p):
+            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left, peak {show_size(p.peak_bytes)}"
+            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
+
+        report = checkpoint.merge(
+            tx,
+            files.base,
+            files.models,
+            files.out,
+            integers=files.integers,
+            nonfinite=files.nonfinite,
+            overwrite=files.overwrite,
+            resume=files.resume,
+            recipe=recipe,
+            on_progress=show,
+            **_arguments(files),
+        )
+    _summary(Console(), report, files)
+
+
+def _note(console: Any, plan: Any) -> None:
+    from jaxmerge.checkpoint import _hub
+
+    for note in (*plan.notes, *_hub.said(file for source in plan.inputs for file in source.files)):
+        console.print(f"note: {note}", markup=False)
+
+
+def _checked(tx: params.MergeTransform, files: Inputs) -> Any:
+    from jaxmerge import checkpoint
+
+    try:
+        return checkpoint.plan(tx, files.base, files.models, **_arguments(files))
+    except ValueError as e:
+        raise _UserError(str(e)) from e
+
+
+def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
+    """What was merged, how fast, and what the plan found for each model."""
+    from rich.table import Table
+
+    plan = report.headers
+    moved = plan.bytes_read + plan.bytes_written
+    table = Table("leaves", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
+    table.add_row(
+        str(len(plan.out)),
+        show_size(plan.bytes_read),
+        show_size(plan.bytes_written),
+        f"{report.seconds:.1f}",
+        f"{moved / report.seconds / 1e9:.2f}",
+        show_size(report.peak_bytes),
+    )
+    console.print(table)
+    if report.resumed:
+        console.print(f"went on from {show_size(report.resumed)} that an earlier run had written")
+    if report.buffered:
+        console.print(f"through the page cache, as direct I/O was refused: {', '.join(report.buffered)}")
+    found = _masks(report)
+    if found:
+        table = Table("model", "kept", "threshold")
+        for path, kept, threshold in zip(files.models, *found, strict=True):
+            table.add_row(pathlib.Path(path).name, kept, threshold)
+        console.print(table)
+    for name, counts in report.nonfinite.items():
+        console.print(f"not finite: {name}: {sum(counts)} values")
+
+
+def _masks(report: Any) -> tuple[list[str], list[str]] | None:
+    """Per model: the share kept, and the threshold (or its range over the leaves)."""
+    import numpy as np
+
+    sizes = {n: int(np.prod(h.shape, dtype=object)) for n, h in report.headers.reference.leaves.items()}
+    for plans in report.plan:
+        masks = {n: p.get("mask", p) for n, p in plans.items() if isinstance(p, dict)}
+        if masks and all("kept" in m for m in masks.values()):
+            words = np.stack([m["kept"] for m in masks.values()]).astype(np.float64)
+            share = (words[:, 0] * 2.0**32 + words[:, 1]).sum(axis=0) / sum(sizes[n] for n in masks)
+            thresholds = np.stack([m["threshold"] for m in masks.values()])[
+                :, -words.shape[-1] :
+            ]  # a band has an upper one too
+            low, high = thresholds.min(axis=0), thresholds.max(axis=0)
+            shown = [f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
+            return [f"{100 * s:.2f} %" for s in share], shown
+        if masks and all("key" in m for m in masks.values()):
+            density = next(iter(masks.values()))["density"]
+            return [f"{100 * d:.0f} % at random" for d in density], ["-"] * len(density)
+    return None
