@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as e:
         print(f"jaxmerge: error: {e}", file=sys.stderr)
         return 2
-    _kernels()
+    _machine()
     return 0 if well & _places(checkpoints, options.out) else 1
 
 
@@ -61,14 +61,18 @@ def _hosts(seconds: float) -> bool:
     return not roll.missing and not roll.twice
 
 
-def _kernels() -> None:
+def _machine() -> None:
+    """What runs here: versions, devices, kernels; and as whom the Hub is asked."""
     from rich.console import Console
     from rich.table import Table
 
     from jaxmerge._kernels import _doctor as doctor
+    from jaxmerge.checkpoint import _access
 
     console = Console()
-    for name, value in doctor.machine().items():
+    asked = "not asked (HF_HUB_OFFLINE)" if _access.offline() else "with a token" if _access.token() else "without a token"
+    hub = {"the Hub": f"{_access.endpoint()}, {asked}; cache {_access.cache()}"}
+    for name, value in (doctor.machine() | hub).items():
         console.print(f"{name}: {value}", highlight=False)
     table = Table("operation", "implementation", "usable", "chosen at", title="bfloat16, a batch of 8 on one device")
     for row in doctor.rows():

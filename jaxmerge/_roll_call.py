@@ -144,6 +144,26 @@ def roll_call(party: Party, seconds: float = 60.0) -> Roll:
     return Roll(party.processes, present, tuple(twice))
 
 
+def join(seconds: float = 300.0) -> Party | None:
+    """Make this process one of several, if the environment speaks of them: the roll is called, then JAX initialized.
+
+    Returns:
+      Who takes part; None where this process is alone.
+
+    Raises:
+      OSError: somebody is missing, and who. ValueError: the environment says half of it.
+    """
+    import jax
+
+    mine = party()
+    if mine is not None:
+        roll = roll_call(mine, seconds)
+        if roll.missing or roll.twice:
+            raise OSError(f"{roll}.")
+        jax.distributed.initialize(mine.address, mine.processes, mine.rank)
+    return mine
+
+
 def _arrive(party: Party, address: tuple[str, int], mine: tuple[int, str], until: float) -> Roll:
     """Call the first process until it answers; it answers when all are there, or when it has waited long enough."""
     while (left := until - time.monotonic()) > 0:

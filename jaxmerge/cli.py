@@ -8,6 +8,9 @@ jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/mer
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 jaxmerge doctor ckpt/base gs://bucket/run --out gs://bucket/merged
 jaxmerge demo
+
+Where JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in one process on each host, `merge`
+is one merge of all of them: each reads and writes its part.
 """
 
 import contextlib
@@ -25,19 +28,34 @@ def main(argv: list[str] | None = None) -> int:
       0 when done, 1 when a merge is not what it says, 2 when the user must change something, 130 when the user broke it off.
     """
     if argv is None:
-        return _leave(_guarded(_settle()))
+        return _leave(_guarded(_settle(), alone="JAX_COORDINATOR_ADDRESS" not in os.environ))
     return _guarded(argv)
 
 
-def _guarded(argv: list[str]) -> int:
+def _guarded(argv: list[str], *, alone: bool = True) -> int:
     try:
-        return _main(argv)
+        return _main(argv) if alone or argv[:1] != ["merge"] else _together(argv)
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("jaxmerge: interrupted; a merge goes on from here when the same command is given again", file=sys.stderr)
         return 130
+
+
+def _together(argv: list[str]) -> int:
+    """Merge as one of several processes, each of which does its part; the first one tells."""
+    from jaxmerge._roll_call import join
+
+    try:
+        party = join()
+    except (OSError, ValueError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    with contextlib.ExitStack() as stack:
+        if party is not None and party.rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _main(argv)
 
 
 def _settle() -> list[str]:

@@ -2,15 +2,18 @@
 
 import concurrent.futures
 import json
+import os
 import pathlib
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from jaxmerge import _doctor, cli
+from jaxmerge import _doctor, _roll_call, cli
 from jaxmerge._roll_call import Party, Roll, party, roll_call
 from jaxmerge.checkpoint import _probe
 
@@ -69,16 +72,48 @@ def test_what_the_environment_says():
             party(said | wrong)
 
 
+def test_one_merge_of_two_processes(port, tmp_path):
+    """Each has a part; the first one tells."""
+    rng = np.random.default_rng(0)
+    trees = [{f"layers.{i}.w": rng.standard_normal((64, 64)).astype(np.float32) for i in range(4)} for _ in "ab"]
+    for name, tree in zip("ab", trees, strict=True):
+        save_file(tree, tmp_path / f"{name}.safetensors")
+    command = ["merge", "linear", "--models", "a.safetensors", "b.safetensors", "--out", "out"]
+    root = str(pathlib.Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, "-m", "jaxmerge.cli", *command],
+        cwd=tmp_path,
+        env={**environment, "JAX_PROCESS_ID": str(rank), "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    both = [start(rank) for rank in (0, 1)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "seconds" in said[0][0] and said[1][0] == ""
+    merged = load_file(tmp_path / "out/model.safetensors")
+    for name, x in merged.items():
+        np.testing.assert_allclose(x, (trees[0][name] + trees[1][name]) / 2, rtol=1e-6)
+
+
+def test_nobody_merges_while_somebody_is_missing(port, monkeypatch, capsys):
+    for name, value in {"COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setattr(_roll_call, "roll_call", lambda party, seconds: Roll(2, {0: "here"}))
+    assert cli._guarded(["merge", "recipe.yml", "out"], alone=False) == 2
+    assert "1 of 2 hosts arrived (0 here); missing 1: start the same command there too" in capsys.readouterr().err
+
+
 @pytest.fixture
 def quiet(monkeypatch):
-    monkeypatch.setattr(_doctor, "_kernels", lambda: None)  # what they say is looked at in test_cli
+    monkeypatch.setattr(_doctor, "_machine", lambda: None)  # what they say is looked at in test_cli
 
 
 def test_the_command_counts_hosts(port, quiet, monkeypatch, capsys):
-    for name, value in {"ADDRESS": f"localhost:{port}"}.items():
-        monkeypatch.setenv(f"JAX_COORDINATOR_{name}", value)
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    for name, value in {"COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
     assert cli.main(["doctor", "--wait", "0.2"]) == 1
     said = capsys.readouterr().out
     assert f"2 are expected at localhost:{port}, this is 0" in said and "1 of 2 hosts arrived" in said and "missing 1:" in said

@@ -42,7 +42,7 @@ BELOW = {
     "_roll_call": set(),
     "_doctor": {"_kernels", "_roll_call", "checkpoint"},
     "_demo": {"params", "recipe", "cli"},
-    "cli": {"_methods", "_verbs", "_by_method", "_doctor", "_demo"},
+    "cli": {"_methods", "_verbs", "_by_method", "_doctor", "_demo", "_roll_call"},
 }
 
 

@@ -119,7 +119,10 @@ def whole(snapshot: pathlib.Path) -> bool:
     """Whether a snapshot has all its weights: those that the index names, or all parts of a number, or one file."""
     index = next(snapshot.glob("*.safetensors.index.json"), None)
     if index is not None:
-        return all((snapshot / file).exists() for file in json.loads(index.read_text())["weight_map"].values())
+        try:
+            return all((snapshot / file).exists() for file in json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):  # it has not come, or is damaged
+            return False
     files = [p.name for p in snapshot.glob("*.safetensors") if p.exists()]
     parts = [int(m[1]) for f in files if (m := PART.fullmatch(f))]
     return bool(files) and (not parts or len(parts) == max(parts))

@@ -167,6 +167,9 @@ def test_the_cache_comes_first(models, hub, monkeypatch, capsys, tmp_path):
     where = {n: "model-00001-of-00002.safetensors" for n in trees["c"]} | {"more": "model-00002-of-00002.safetensors"}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert not _hub.whole(snapshot)
+    (snapshot / "model.safetensors.index.json").write_text("[]")
+    assert not _hub.whole(snapshot)
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = len(kind.asked)
     with pytest.raises(ValueError, match="lacks 1 of the 2 files"):
