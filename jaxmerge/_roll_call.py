@@ -116,8 +116,14 @@ def roll_call(party: Party, seconds: float = 60.0) -> Roll:
     if party.rank:
         return _arrive(party, (host.strip("[]"), int(port)), mine, until)
     present, twice, open_lines = dict([mine]), [], []
+    both = socket.has_dualstack_ipv6()
     try:
-        listening = socket.create_server(("", int(port)), backlog=party.processes, reuse_port=False)
+        listening = socket.create_server(
+            ("", int(port)),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            backlog=party.processes,
+            dualstack_ipv6=both,
+        )
     except OSError as e:
         raise OSError(
             f"port {port} of this host is taken ({e.strerror}); end what runs there, or choose another port."
