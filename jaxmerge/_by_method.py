@@ -18,7 +18,8 @@ from jaxmerge.checkpoint._budget import show_size
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://, gs://, s3://."""
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    gs://, s3://; or names on the Hub, org/name or org/name@revision."""
     base: str | None = None
     """The checkpoint that they were trained from."""
     statistics: tuple[str, ...] = ()
@@ -186,7 +187,9 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
 
 def _note(console: Any, plan: Any) -> None:
-    for note in plan.notes:
+    from jaxmerge.checkpoint import _hub
+
+    for note in (*plan.notes, *_hub.said(file for source in plan.inputs for file in source.files)):
         console.print(f"note: {note}", markup=False)
 
 

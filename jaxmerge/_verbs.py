@@ -39,7 +39,9 @@ class Plan(Options):
     """Find every mistake in a recipe, and what it would do, from headers alone."""
 
     coefficients: str | None = None
-    """Print the value of every parameter at every tensor whose name this regular expression is found in; "." for all."""
+    """Print the value of every parameter at every tensor whose name this regular expression is found in; "." for all. t is how
+    far along its layers a tensor lies, from 0 to 1: embeddings, heads and what else is in no layer have t=0, and so the first
+    value of a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,13 +227,20 @@ def _coefficients(plan: Any, pattern: str) -> None:
 
     fits = regex("--coefficients", pattern)
     number = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
-    for row in plan.rows:
-        if fits.search(row.name):
-            values = [
-                f"{n}={'[' + ', '.join(map(number, v)) + ']' if isinstance(v, list) else number(v)}"
-                for n, v in row.values.items()
-            ]
-            print(row.name, f"t={row.t:g}", *values)
+    rows = [row for row in plan.rows if fits.search(row.name)]
+    if not rows:
+        print(f"# no tensor's name has {pattern!r} in it, such as {plan.rows[0].name if plan.rows else 'none'}")
+    said = None
+    for row in rows:
+        base = None if row.base is None else row.inputs[row.base][0]
+        whose = f"[{', '.join(str(model) for model, _ in row.experts)}]" + (f", base {base}" if base else "")
+        if whose != said:
+            print(f"# a value each of {whose}")
+            said = whose
+        values = [
+            f"{n}={'[' + ', '.join(map(number, v)) + ']' if isinstance(v, list) else number(v)}" for n, v in row.values.items()
+        ]
+        print(row.name, f"t={row.t:g}", *values)
 
 
 def _merge(files: Any, options: Merge) -> None:

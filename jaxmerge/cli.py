@@ -1,4 +1,4 @@
-"""`jaxmerge plan|merge|window|verify|inspect|extract|doctor`: merge checkpoints as a recipe says, or by a method.
+"""`jaxmerge plan|merge|window|verify|inspect|extract|doctor|demo`: merge checkpoints as a recipe says, or by a method.
 
 jaxmerge plan  recipe.yml
 jaxmerge merge recipe.yml ckpt/merged
@@ -8,15 +8,23 @@ jaxmerge merge ties --base ckpt/base --models ckpt/math ckpt/code --out ckpt/mer
 jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 jaxmerge merge fisher --models ckpt/math ckpt/code --statistics fisher/math fisher/code --out ckpt/merged
 jaxmerge window 'run/{1000..2000}' --schedule 1-sqrt --out ckpt/merged
-jaxmerge doctor
+jaxmerge doctor ckpt/base gs://bucket/run --out gs://bucket/merged
+jaxmerge demo
+
+Where JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in one process on each host, `merge`
+is one merge of all of them: each reads and writes its part.
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import pathlib
 import sys
+
+OWN = ("window", "doctor", "demo")
+"""Commands that have a file of their own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,19 +34,34 @@ def main(argv: list[str] | None = None) -> int:
       0 when done, 1 when a merge is not what it says, 2 when the user must change something, 130 when the user broke it off.
     """
     if argv is None:
-        return _leave(_guarded(_settle()))
+        return _leave(_guarded(_settle(), alone="JAX_COORDINATOR_ADDRESS" not in os.environ))
     return _guarded(argv)
 
 
-def _guarded(argv: list[str]) -> int:
+def _guarded(argv: list[str], *, alone: bool = True) -> int:
     try:
-        return _main(argv)
+        return _main(argv) if alone or argv[:1] != ["merge"] else _together(argv)
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("jaxmerge: interrupted; a merge goes on from here when the same command is given again", file=sys.stderr)
         return 130
+
+
+def _together(argv: list[str]) -> int:
+    """Merge as one of several processes, each of which does its part; the first one tells."""
+    from jaxmerge._roll_call import join
+
+    try:
+        party = join()
+    except (OSError, ValueError) as e:
+        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        return 2
+    with contextlib.ExitStack() as stack:
+        if party is not None and party.rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _main(argv)
 
 
 def _settle() -> list[str]:
@@ -85,16 +108,8 @@ def _main(argv: list[str]) -> int:
 
         print(f"jaxmerge {__version__}")
         return 0
-    if argv == ["doctor"]:
-        _doctor()
-        return 0
-    if argv in (["doctor", "-h"], ["doctor", "--help"]):
-        print(f"usage: jaxmerge doctor\n\n{_doctor.__doc__}")
-        return 0
-    if argv[:1] == ["window"]:
-        from jaxmerge import _window
-
-        return _window.main(argv[1:])
+    if argv and argv[0] in OWN:
+        return importlib.import_module(f"jaxmerge._{argv[0]}").main(argv[1:])
     from jaxmerge import _verbs
 
     if _verbs.takes(argv):
@@ -115,7 +130,7 @@ def _usage() -> str:
     return f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
        jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
        jaxmerge window CHECKPOINT... --out OUT
-       jaxmerge doctor"""
+       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...] | demo [OUT]"""
 
 
 def _not_understood(argv: list[str]) -> list[str]:
@@ -123,7 +138,7 @@ def _not_understood(argv: list[str]) -> list[str]:
     from jaxmerge import _by_method, _verbs
     from jaxmerge._methods import METHODS
 
-    known = [*_verbs.VERBS, "window", "doctor"]
+    known = [*_verbs.VERBS, *OWN]
     if argv and argv[0] not in known:
         return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
     if len(argv) > 1 and argv[0] in _by_method.VERBS:
@@ -140,28 +155,6 @@ def _keep_compiled() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxmerge"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _doctor() -> None:
-    """The device, and of each operation which implementation can run, why not, and which would be chosen."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from jaxmerge._kernels import _doctor as doctor
-
-    console = Console()
-    for name, value in doctor.machine().items():
-        console.print(f"{name}: {value}", highlight=False)
-    table = Table("operation", "implementation", "usable", "chosen at", title="bfloat16, a batch of 8 on one device")
-    for row in doctor.rows():
-        usable = "no: " + "; ".join(row.why) if row.why else "yes"
-        table.add_row(row.op, row.implementation, usable, "all" if len(row.chosen) == row.of else ", ".join(row.chosen) or "-")
-    console.print(table)
-    console.print(
-        "Kernels run on one device, inside of jax.shard_map, and on meshes of Explicit axes. On a mesh of Auto axes XLA runs, "
-        "because a traced array does not tell its layout there.",
-        highlight=False,
-    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ BELOW = {
     "_verbs": {"_methods", "_progress", "params", "checkpoint", "recipe"},
     "_by_method": {"_methods", "_progress", "params", "checkpoint"},
     "_window": {"_verbs", "params", "recipe"},
-    "cli": {"_kernels", "_methods", "_verbs", "_by_method", "_window", "params"},
+    "_roll_call": set(),
+    "_doctor": {"_kernels", "_roll_call", "checkpoint"},
+    "_demo": {"params", "recipe", "cli"},
+    "cli": {"_methods", "_verbs", "_by_method", "_roll_call", "params"},
 }
 
 

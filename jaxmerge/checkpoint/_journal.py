@@ -76,12 +76,15 @@ class Workplace:
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         _processes.wait(f"workplace {out.name}")
 
-    def begin(self, identity: str, prepare: Callable[[], None], *, resume: bool) -> list[dict[str, Any]]:
+    def begin(
+        self, identity: str, prepare: Callable[[], None], *, resume: bool, about: Mapping[str, Any] = types.MappingProxyType({})
+    ) -> list[dict[str, Any]]:
         """What this very merge has finished before, if `resume`; else the place is cleared and prepared.
 
         Args:
           identity: tells one merge from another.
           prepare: makes the files; called on all processes.
+          about: what else the journal says of the merge, for `begun`.
         """
         lines = self._lines() if resume else []
         known = bool(lines) and lines[0].get("merge") == identity
@@ -94,7 +97,7 @@ class Workplace:
             _processes.wait("place cleared")
             prepare()
             _processes.wait("place prepared")
-            lines = [{"merge": identity}]
+            lines = [{"merge": identity, **about}]
             self.note(lines[0])
         return lines[1:]
 
@@ -146,6 +149,16 @@ class Workplace:
                 if line.endswith("\n"):
                     lines.append(json.loads(line))
         return lines
+
+
+def begun(out: Any, recipe: Any) -> list[str]:
+    """The files that are read by a merge into `out` that was cut off, if it was asked for in the same words."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        out = pathlib.Path(os.path.realpath(out))
+        first = json.loads((out.parent / f"{out.name}.merging" / "journal-0.jsonl").read_text().splitlines()[0])
+        if first.get("recipe") == recipe:
+            return first.get("inputs", [])
+    return []
 
 
 def sync(path: pathlib.Path) -> None:

@@ -50,7 +50,8 @@ def run(
             [headers.base is not None, options, jax.process_count(), headers.format, layout.identity(), task.units],
             _receipt.versions(),
         )
-        lines = place.begin(identity, lambda: layout.prepare(place.directory), resume=resume)
+        about = {"recipe": recipe, "inputs": [f for source in headers.inputs for f in source.files]}
+        lines = place.begin(identity, lambda: layout.prepare(place.directory), resume=resume, about=about)
         keep = bool(lines)
         stream = Stream(task, headers.settings, _Teller(headers, tell))
         if integers == "agree" and len(headers.parents) > 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxmerge.checkpoint import _http
+from jaxmerge.checkpoint import _http, _hub
 
 WEB = ("http://", "https://")
 STORES = ("gs://", "s3://", "file://")
@@ -45,6 +45,9 @@ class Url:
 
     @property
     def name(self) -> str:
+        commit = _hub.at(self)
+        if commit and not commit.inside:
+            return commit.model.rpartition("/")[2]
         return self._url.rpartition("/")[2].partition("?")[0]
 
     @property
@@ -52,10 +55,13 @@ class Url:
         return Url(self._url.rpartition("/")[0])
 
     def is_dir(self) -> bool:
-        return not self.name.endswith((".safetensors", ".json"))
+        commit = _hub.at(self)
+        return bool(commit and not commit.inside) or not self.name.endswith((".safetensors", ".json"))
 
     def exists(self) -> bool:
         """Whether a file is there."""
+        if commit := _hub.at(self):
+            return commit.inside in _hub.listing(*commit[:3])
         if on_web(self):
             return _http.exists(self._url)
         directory, name = self._url.rsplit("/", 1)
@@ -79,6 +85,10 @@ class Url:
 
     def names(self) -> list[str]:
         """What lies in a folder; of one on the web, which cannot be listed, those files that a model may have."""
+        if commit := _hub.at(self):
+            within = f"{commit.inside}/" if commit.inside else ""
+            inside = [n.removeprefix(within) for n in _hub.listing(*commit[:3]) if n.startswith(within)]
+            return sorted({n.split("/")[0] for n in inside})
         if not on_web(self):
             return sorted({key.split("/")[0] for key in self.all_names()})
         found = [n for n in SAFETENSORS if (self / n).exists()]

@@ -5,6 +5,7 @@ tensors, row-major and little-endian, without holes. A model on the Hub is one f
 where.
 """
 
+import concurrent.futures
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def open_directory(path: Place, found: list[str]) -> Safetensors:
         missing = [s for i in range(1, total + 1) if (s := f"{stem}-{i:05d}-of-{total:05d}.safetensors") not in files]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} of its {total} files: {', '.join(missing[:5])}; fetch them.")
-    headers = {n: read_header(path / n) for n in files}
+    headers = _headers(path, files)
     _no_name_twice(path, headers)
     return Safetensors(path, headers)
 
@@ -220,7 +221,7 @@ def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}."
         )
-    headers = {n: read_header(path / n) for n in files}
+    headers = _headers(path, files)
     _no_name_twice(path, headers)
     held = {name: file for file, header in headers.items() for name in header.leaves}
     wrong = [f"{n} is not in {where[n]}" for n in sorted(where) if held.get(n) != where[n]]
@@ -229,6 +230,12 @@ def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path / index} and the files disagree: {'; '.join(wrong[:5])}{more}.")
     return Safetensors(path, headers)
+
+
+def _headers(path: Place, files: list[str]) -> dict[str, Header]:
+    """Of all files; those that are far away at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(8 if _remote.is_remote(path) else 1) as threads:
+        return dict(zip(files, threads.map(lambda n: read_header(path / n), files), strict=True))
 
 
 def _no_name_twice(path: Place, headers: Mapping[str, Header]) -> None:

@@ -9,6 +9,7 @@ derived(source, leaves)        leaves computed from others: vocabularies aligned
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
+from jaxmerge.checkpoint import _hub
 from jaxmerge.checkpoint._remote import SAFETENSORS, STORES, WEB, Place, Url, is_remote, on_web
 
 Format = Literal["orbax", "safetensors"]
@@ -104,7 +106,9 @@ def open(path: Any) -> Source:
     """Look at a checkpoint: Orbax (v1 or the older PyTree layout), a safetensors file, or a directory of them as on the Hub.
 
     Args:
-      path: a file or directory, local, https://, gs:// or s3:// (Orbax: not https); or a source, which is handed back.
+      path: a file or directory, local, https://, gs:// or s3:// (Orbax: not https); a model's name on the Hub, "org/name" or
+        "org/name@revision", where no such path is here: from the cache of its client if it is whole there, else by ranges at
+        the revision's commit; or a source, which is handed back.
 
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is none of these, or its headers are wrong.
@@ -113,6 +117,8 @@ def open(path: Any) -> Source:
         return path
     if is_remote(path) and not str(path).startswith((*WEB, *STORES)):
         raise ValueError(f"{path}: checkpoints are read from local paths, https://, gs:// and s3://; download it first.")
+    named = _hub.split(path) if isinstance(path, str) else None
+    path = _hub.locate(*named) if named and not os.path.exists(str(path)) else path
     path = Url(path) if is_remote(path) else epath.Path(path).absolute()
     if isinstance(path, epath.Path) and not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.checkpoint import Leaf, Source
+from jaxmerge.checkpoint import Leaf, Source, _hub
 from jaxmerge.recipe._names import place
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Path, Recipe, Reference
@@ -181,7 +181,7 @@ def _front(front: Mapping[str, Any]) -> str:
 
 def on_hub(path: Path) -> bool:
     """Whether a path is a model's name on the Hub rather than a place on this machine."""
-    return path.path.count("/") == 1 and not path.path.startswith((".", "/", "~")) and not os.path.exists(path.path)
+    return _hub.split(path.path) is not None and not os.path.exists(path.path)
 
 
 def link(model: Reference) -> str:
@@ -196,8 +196,8 @@ def link(model: Reference) -> str:
 
 def revision_of(model: Reference, source: Source) -> str:
     """The commit that was merged, of a model of the Hub; else what the recipe says."""
-    parts = str(source.path).split("/snapshots/")
-    return parts[1].split("/")[0] if len(parts) == 2 else model.model.revision or ""
+    commit = _hub.at(source.path)
+    return commit.commit if commit else model.model.revision or ""
 
 
 def licence_of(source: Source) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import CheckpointPlan, Source
+from jaxmerge.checkpoint import CheckpointPlan, Source, _hub
 from jaxmerge.checkpoint._budget import parse_size, show_size
 from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import of_mesh
@@ -105,7 +105,7 @@ def plan_document(
     mistakes += [Mistake(at if p.strip().startswith(recipe.method_name) else None, p.strip()) for p in headers.problems]
     files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
     tables = {} if words is None else report(words, list(sources), recipe.base)
-    notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in headers.notes))
+    notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in (*headers.notes, *on_hub(sources))))
     found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, notes)
     return found, mistakes + wrong
 
@@ -131,6 +131,11 @@ def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Refere
         except ValueError as e:
             mistakes.append(Mistake(mark, str(e)))
     return sources, mistakes, notes
+
+
+def on_hub(sources: Mapping[Reference, Source]) -> list[str]:
+    """Which models are the Hub's, from where, and at which commit."""
+    return _hub.said(file for source in sources.values() for file in source.files)
 
 
 def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, Source], words: Vocabulary | None) -> Any:
@@ -227,7 +232,7 @@ def _adapters(
     except ValueError as e:
         return None, [Mistake(recipe.marks[""], str(e))]
     problems = list(headers.problems)
-    notes += [Mistake(None, note) for note in headers.notes]
+    notes += [Mistake(None, note) for note in (*headers.notes, *on_hub(sources))]
     if made is not None:
         allowed = arguments.get("memory")
         if allowed is not None and made.bytes > parse_size(allowed, "memory"):

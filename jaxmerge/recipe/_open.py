@@ -1,10 +1,10 @@
-"""From the names in a recipe to checkpoints: paths, models of the Hub that lie in its cache, results of earlier documents."""
+"""From the names in a recipe to checkpoints: paths, models of the Hub, results of earlier documents."""
 
 import difflib
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from etils import epath
 from jax.sharding import Sharding
 
 from jaxmerge import checkpoint
-from jaxmerge.checkpoint import Leaf, Source
+from jaxmerge.checkpoint import Leaf, Source, _hub
 from jaxmerge.checkpoint._remote import Place, Url, is_remote, on_web
 from jaxmerge.checkpoint._source import Extent, Format, Index
-from jaxmerge.recipe._schema import Path
+from jaxmerge.recipe._schema import Path, Recipe
 
 WINDOW = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}")
 
@@ -25,32 +25,22 @@ class Absent(ValueError):
 
 
 def locate(path: Path) -> str:
-    """Where a model lies on this machine: its path, or that of its snapshot in the Hub's cache.
+    """Where a model lies: its path, its snapshot in the cache of the Hub's client, or its commit's address on the Hub.
 
     Raises:
-      Absent: neither is there.
+      Absent: none of them is there.
     """
     if "://" in path.path or os.path.exists(path.path):
         return path.path
-    local = path.path.startswith((".", "/", "~")) or path.path.count("/") != 1
-    if local:
-        parent = pathlib.Path(path.path).expanduser()
-        if path.path.startswith("~") and parent.exists():
-            return str(parent)
-        near = difflib.get_close_matches(parent.name, _names(parent.parent), n=1)
-        other = "" if "/" in path.path else ", and no document of the recipe has this name"
-        hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else f"; paths are relative to where you are{other}."
-        raise Absent(f"there is nothing at {path.path!r}{hint}")
-    folder = hub_cache() / f"models--{path.path.replace('/', '--')}"
-    named = folder / "refs" / (path.revision or "main")
-    commit = named.read_text().strip() if named.exists() else path.revision or ""
-    if commit and (folder / "snapshots" / commit).is_dir():
-        return str(folder / "snapshots" / commit)
-    revision = f" --revision {path.revision}" if path.revision else ""
-    raise Absent(
-        f"{path.path!r} is no path here, and the Hub's cache {hub_cache()} has no such model; fetch it: "
-        f"hf download {path.path}{revision}"
-    )
+    if _hub.split(path.path):
+        return _hub.locate(path.path, path.revision)
+    parent = pathlib.Path(path.path).expanduser()
+    if path.path.startswith("~") and parent.exists():
+        return str(parent)
+    near = difflib.get_close_matches(parent.name, _names(parent.parent), n=1)
+    other = "" if "/" in path.path else ", and no document of the recipe has this name"
+    hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else f"; paths are relative to where you are{other}."
+    raise Absent(f"there is nothing at {path.path!r}{hint}")
 
 
 def window(pattern: str) -> list[str]:
@@ -78,24 +68,32 @@ def window(pattern: str) -> list[str]:
     return [f"{before.removesuffix(prefix)}{steps[i]}{after}" for i in inside]
 
 
-def hub_cache() -> pathlib.Path:
-    """The folder where the Hub's client keeps models."""
-    home = pathlib.Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    return pathlib.Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-
-
 def open_model(path: Path, earlier: Mapping[str, Source]) -> Source:
     """A checkpoint, or what an earlier document makes.
 
     Raises:
       Absent: it is not there, or cannot be read.
     """
-    if path.path in earlier:
-        return earlier[path.path]
+    if str(path) in earlier:
+        return earlier[str(path)]
     try:
         return checkpoint.open(locate(path))
     except (OSError, ValueError) as e:
         raise e if isinstance(e, Absent) else Absent(str(e)) from e
+
+
+def pinned(recipe: Recipe, files: Sequence[str]) -> dict[str, Source]:
+    """Models of the Hub at the commits that files belong to: those of an earlier merge by the same recipe.
+
+    Raises:
+      OSError, ValueError: a commit is no longer there, or cannot be read.
+    """
+    found: dict[str, Source] = {}
+    for path in [p for r in recipe.references() for p in (r.model, r.lora) if p is not None]:
+        commit = _hub.pinned(path.path, files) if "://" not in path.path and not os.path.exists(path.path) else None
+        if commit is not None:
+            found[str(path)] = checkpoint.open(f"{path.path}@{commit}")
+    return found
 
 
 def _names(folder: pathlib.Path) -> list[str]:

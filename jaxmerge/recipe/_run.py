@@ -7,11 +7,11 @@ from typing import Any
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
-from jaxmerge.checkpoint._journal import RECEIPT, check_free
+from jaxmerge.checkpoint._journal import RECEIPT, begun, check_free
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
-from jaxmerge.recipe._open import Planned
+from jaxmerge.recipe._open import Planned, pinned
 from jaxmerge.recipe._read import read
 from jaxmerge.recipe._schema import Recipe
 from jaxmerge.recipe._yaml import Mistake, RecipeError
@@ -44,16 +44,20 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
     return _plans(recipe, options)
 
 
-def _plans(recipe: str | pathlib.Path, options: dict[str, Any], last: str | None = None) -> tuple[RecipePlan, ...]:
-    """As `plan`; `last` is what the last document's card is headed."""
+def _plans(
+    recipe: str | pathlib.Path, options: dict[str, Any], out: Any = None, resume: bool = False
+) -> tuple[RecipePlan, ...]:
+    """As `plan`, for an output: the last document's card is headed as it is named, and what was cut off there goes on."""
     text, name = _text(recipe)
     mistakes: list[Mistake] = []
     plans: list[RecipePlan] = []
     earlier: dict[str, Source] = {}
     documents = _in_order(read(text, name), name)
     for document in documents:
-        title = (last if document is documents[-1] else None) or document.name or "A merge"
-        found, wrong = plan_document(document, earlier, options, title)
+        whole = out if document is documents[-1] else None
+        title = whole.name if whole is not None else document.name or "A merge"
+        same = _cut_off(document, whole) if whole is not None and resume else {}
+        found, wrong = plan_document(document, earlier | same, options, title)
         mistakes += wrong
         if found is not None:
             plans.append(found)
@@ -92,7 +96,7 @@ def merge(
       RecipeError: as `plan`, before anything is done. Else as `checkpoint.merge`.
     """
     whole = _place(out)
-    planned = _plans(recipe, options, whole.name)
+    planned = _plans(recipe, options, whole, resume)
     _, name = _text(recipe)
     aside = _place(parts) if parts is not None else whole.parent / f"{whole.name}.parts"
     places = [*(aside / str(p.recipe.name) for p in planned[:-1]), whole]
@@ -105,7 +109,8 @@ def merge(
     for todo, place in zip(planned, places, strict=True):
         last, document = place == whole, todo.recipe
         if earlier:  # of what is there now
-            todo, mistakes = plan_document(document, earlier, options, place.name)
+            same = _cut_off(document, place) if resume else {}
+            todo, mistakes = plan_document(document, earlier | same, options, place.name)
             if todo is None or mistakes:  # what an earlier document made is not what was planned
                 raise RecipeError(mistakes, name)
         tell = None if on_progress is None else lambda p, n=document.name: on_progress(n or whole.name, p)
@@ -149,12 +154,15 @@ def verify(
     """
     place = _place(out)
     aside = _place(parts) if parts is not None else place.parent / f"{place.name}.parts"
-    text = checkpoint.receipt(place)["recipe"]
+    receipt = checkpoint.receipt(place)
+    text = receipt["recipe"]
     if not isinstance(text, str):
         raise ValueError(f"{out} was merged by a method and its options, not by a recipe; verify it with checkpoint.verify.")
     [document] = read(text, "the receipt's recipe")
     names = [n for n in (r.model.path for r in document.references()) if not (is_remote(n) or pathlib.Path(n).exists())]
     earlier = {n: checkpoint.open(aside / n) for n in names if (aside / n / RECEIPT).exists()}
+    parents = [receipt["base"], *receipt["models"]] if receipt["base"] else receipt["models"]
+    earlier |= pinned(document, [f for parent in parents for f in parent["files"]])
     todo, mistakes = plan_document(document, earlier, {}, place.name)
     if todo is None or mistakes:
         raise RecipeError(mistakes, "the receipt's recipe")
@@ -191,6 +199,11 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
         found.append(ready[0])
         waiting.remove(ready[0])
     return found
+
+
+def _cut_off(document: Recipe, out: Any) -> dict[str, Source]:
+    """Models of the Hub as a merge by the same words read them that was cut off: to go on, it must read the same bytes."""
+    return {} if isinstance(out, Url) else pinned(document, begun(out, document.text))
 
 
 def _place(path: Any) -> Any:

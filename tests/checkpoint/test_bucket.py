@@ -9,6 +9,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge import checkpoint, cli, params, recipe
+from jaxmerge.checkpoint import _probe
 from jaxmerge.checkpoint._remote import Url, folder
 
 from .bucket import serving
@@ -133,3 +134,19 @@ def test_where_buckets_are(monkeypatch):
         "endpoint": "http://minio:9000",
         "aws_region": "us-east-1",
     }
+
+
+def test_doctor_probes_a_bucket(parents, bucket, monkeypatch, capsys):
+    """It can be listed, read, written to and tidied up, or the right that is lacking is named."""
+    there, _ = parents
+    for place in ("a", "b"):
+        findings = _probe.read(there[place])
+        assert [f.step for f in findings] == ["list", "headers", "read"] and all(f.works for f in findings), findings
+    before = dict(bucket.objects)
+    assert [f.step for f in _probe.write("gs://out/new")] == ["create", "read", "remove"]
+    assert bucket.objects == before
+    [nothing] = _probe.read("gs://parents/none")
+    assert nothing.step == "list" and "mind the spelling" in nothing.found
+    monkeypatch.setattr(bucket, "limit", 0)
+    [refused] = _probe.write("gs://out/new")
+    assert not refused.works and "storage.objects.create, and a login: gcloud auth" in refused.found

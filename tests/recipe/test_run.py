@@ -201,6 +201,7 @@ def test_commands(models, tmp_path, capsys):
     assert cli.main(["plan", str(path), "--coefficients", "layers.0.mlp.down"]) == 0
     printed = capsys.readouterr().out
     assert "model.layers.0.mlp.down_proj.weight t=0 weight=[0.2, 0.9, 0.1] normalize=False" in printed
+    assert f"# a value each of [{models}/a, {models}/b, {models}/c]\n" in printed
     assert "nothing speaks against this recipe" in printed and "peak memory" in printed
     assert cli.main(["merge", str(path), str(tmp_path / "out")]) == 0
     assert "GB/s" in capsys.readouterr().out and (tmp_path / "out/config.json").exists()
