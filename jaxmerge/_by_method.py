@@ -161,21 +161,14 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
 
 def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from jaxmerge import checkpoint
+    from jaxmerge._progress import bar
 
     plan = _checked(tx, files)
     plan.check()
     _note(Console(), plan)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("merging", total=None, figures="")
-
-        def show(p):
-            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left, peak {show_size(p.peak_bytes)}"
-            bar.update(task, description=f"pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
-
+    with bar("merging") as show:
         report = checkpoint.merge(
             tx,
             files.base,

@@ -103,14 +103,18 @@ VERBS: dict[str, tuple[type, dict[str, str], int]] = {  # options, what is named
 }
 
 
-def takes(argv: Sequence[str], methods: Collection[str]) -> bool:
+def takes(argv: Sequence[str]) -> bool:
     """Whether a command line is one of these rather than `plan METHOD` or `merge METHOD`."""
     if not argv or argv[0] not in VERBS:
         return False
     named = next((a for a in argv[1:] if not a.startswith("-")), "")
-    asks = argv[0] not in ("plan", "merge") or (named not in methods and not {"-h", "--help"}.isdisjoint(argv))
+    if argv[0] not in ("plan", "merge") or named.endswith(RECIPES):
+        return True
+    from jaxmerge._methods import METHODS
+
     path = pathlib.Path(named)
-    return asks or named.endswith(RECIPES) or (path.exists() and not path.is_dir())  # a pipe is a recipe too
+    asks = named not in METHODS and not {"-h", "--help"}.isdisjoint(argv)
+    return asks or (path.exists() and not path.is_dir())  # a pipe is a recipe too
 
 
 def near(word: str, known: Collection[str]) -> str:
@@ -237,26 +241,19 @@ def _merge(files: Any, options: Merge) -> None:
 def carry_out(text: Any, out: str, options: Any, **more: Any) -> None:
     """Merge as a recipe (a path, or its text) says, with a bar that moves and a table at the end."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
     from rich.table import Table
 
     from jaxmerge import recipe
+    from jaxmerge._progress import bar
     from jaxmerge.checkpoint._budget import show_size
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("planning", total=None, figures="")
-
-        def show(name, p):
-            figures = f"{p.rate / 1e9:.2f} GB/s, {p.left:.0f} s left"
-            bar.update(task, description=f"{name}: pass {p.stage}/{p.stages}", completed=p.done, total=p.total, figures=figures)
-
+    with bar("planning") as show:
         done = recipe.merge(
             text,
             out,
             overwrite=options.overwrite,
             resume=options.resume,
-            on_progress=show,
+            on_progress=lambda name, p: show(p, f"{name}: "),
             **_engine(options),
             **more,
         )

@@ -42,10 +42,10 @@ def _guarded(argv: list[str]) -> int:
 
 
 def _settle() -> list[str]:
-    """Make the process one that lives for a single command, and load what commands need; its arguments."""
+    """Make the process one that lives for a single command, and load what all commands need; its arguments."""
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's threads would turn for a while at first, with nothing to do
     gc.disable()  # what is loaded stays: to look through all of it takes a twentieth of a second each time
-    import jaxmerge._by_method  # noqa: F401
+    import jaxmerge.params  # noqa: F401
 
     gc.freeze()
     gc.set_threshold(100_000)
@@ -95,11 +95,13 @@ def _main(argv: list[str]) -> int:
         from jaxmerge import _window
 
         return _window.main(argv[1:])
-    from jaxmerge import _by_method, _verbs
+    from jaxmerge import _verbs
+
+    if _verbs.takes(argv):
+        return _verbs.main(argv)
+    from jaxmerge import _by_method
     from jaxmerge._methods import METHODS
 
-    if _verbs.takes(argv, METHODS):
-        return _verbs.main(argv)
     if len(argv) < 2 or argv[0] not in _by_method.VERBS or argv[1] not in METHODS:
         print(_usage(), *_not_understood(argv), sep="\n", file=sys.stderr)
         return 2

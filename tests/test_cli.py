@@ -209,6 +209,24 @@ print([m for m in ("orbax", "tyro", "rich", "flax") if m in sys.modules])
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]
 
 
+def test_the_bar_is_drawn_now_and_then_and_for_a_terminal_alone(monkeypatch, capsys):
+    from rich import console, progress
+
+    from jaxmerge._progress import bar
+
+    drawn = []
+    monkeypatch.setattr(
+        progress.Progress, "update", lambda *a, description, completed, **k: drawn.append((description, completed))
+    )
+    for terminal in (True, False):
+        monkeypatch.setattr(console.Console, "is_terminal", terminal)
+        with bar("merging") as show:
+            for seconds in (0.0, 0.05, 0.11, 0.12, 0.9, 0.02):
+                show(checkpoint.Progress(1, 2, done=int(100 * seconds), total=100, seconds=seconds), "r: ")
+    assert drawn == [("r: pass 1/2", done) for done in (0, 11, 90, 2)]
+    assert "merging" in capsys.readouterr().out
+
+
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out

@@ -37,10 +37,11 @@ BELOW = {
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
     "_methods": {"params"},
-    "_verbs": {"_methods", "params", "checkpoint", "recipe"},
-    "_by_method": {"_methods", "params", "checkpoint"},
+    "_progress": {"checkpoint"},
+    "_verbs": {"_methods", "_progress", "params", "checkpoint", "recipe"},
+    "_by_method": {"_methods", "_progress", "params", "checkpoint"},
     "_window": {"_verbs", "params", "recipe"},
-    "cli": {"_kernels", "_methods", "_verbs", "_by_method", "_window"},
+    "cli": {"_kernels", "_methods", "_verbs", "_by_method", "_window", "params"},
 }
 
 

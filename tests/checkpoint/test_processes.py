@@ -12,6 +12,7 @@ import pytest
 from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._processes import share
+from jaxmerge.checkpoint._task import SOON, small_first
 from tests.checkpoint.conftest import save
 
 RUNTIME = 300 << 20
@@ -50,6 +51,22 @@ def test_who_does_what():
         assert list(mine) == [g[0] for g in units if g[0] in mine]
         small = [u.start for u in mine if u.name == "small"]
         assert not small or small == list(range(small[0], small[-1] + 1))
+
+
+def test_a_small_leaf_comes_before_a_large_one():
+    units = [
+        Unit("large", 0, 9),
+        Unit("parts", 0, 1),
+        Unit("parts", 1, 2),
+        Unit("a", 0, 2),
+        Unit("b", 0, 3),
+        Unit("large2", 0, 9),
+    ]
+    weights = [SOON + 1, 7, 7, 5, 6, SOON + 1]
+    assert small_first(units, weights) == (units[4], *units[:4], units[5])
+    assert small_first(units[1:], weights[1:]) == tuple(units[1:])
+    assert small_first(units[:3], weights[:3]) == tuple(units[:3])
+    assert small_first([], []) == ()
 
 
 def models_at(root: pathlib.Path, kind: str, large: bool) -> None:
