@@ -48,7 +48,7 @@ def verify(
       tx: the transform that made it.
       base, models, statistics: the parents, and data that came with them, where they have moved or were views; None: as the
         receipt names them.
-      leaves: of how many leaves, drawn at random, a part is computed again.
+      leaves: of how many leaves, drawn at random, a part is computed again; copied ones come last.
       seed: another seed, another sample.
       memory: see `plan`; None: as the merge had.
 
@@ -95,8 +95,9 @@ def verify(
     others = {n: d for n in headers.exact if n in result.leaves and (d := headers.out[n].dtype) is not None}
     cast = {n for n, d in others.items() if jnp.issubdtype(d, jnp.floating) and result.leaves[n].dtype != d}  # not copied then
     task = task._replace(floating=task.floating | cast)
-    names = sorted(n for n in (*headers.floating, *others) if n in result.leaves)
-    chosen = set(random.Random(seed).sample(names, min(leaves, len(names))))
+    chosen: set[str] = set()
+    for names in (sorted(n for n in headers.floating if n in result.leaves), sorted(others)):  # what is copied comes last
+        chosen |= set(random.Random(seed).sample(names, min(leaves - len(chosen), len(names))))
     task = task._replace(out={n: leaf.dtype for n, leaf in result.leaves.items()}, units=_one_each(task.units, chosen, seed))
     stream = Stream(task, settings, lambda read, written: None)
     for unit, runs in stream.units(task.units, len(task.steps)):
