@@ -49,9 +49,8 @@ def told():
     shapes = {"a/w": (16, 24), "b/w": (32, 24), "c": (16,)}
     draw = lambda seed: {n: np.random.default_rng(seed).standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     base, *models = (jax.device_put(draw(k) | {"ids": np.arange(3)}, shardings) for k in range(4))
-    grams = [
-        {"a/w": jax.device_put(np.cov(np.random.default_rng(k).standard_normal((16, 40))), shardings["a/w"])} for k in range(3)
-    ]
+    covariance = lambda seed: np.cov(np.random.default_rng(seed).standard_normal((16, 40)))
+    grams = [{"a/w": jax.device_put(covariance(k), shardings["ids"])} for k in range(3)]
     tx = params.partition({"a": params.regmean(grams), "b": params.iso_c(), "c": params.linear()}, lambda name: name[0])
     return tx, base, models, shardings
 
@@ -67,6 +66,8 @@ def test_auto_axes_where_the_layout_is_said(told):
     for name, leaf in found.items():
         assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim) and leaf.dtype == base[name].dtype
         np.testing.assert_allclose(leaf, expected[name], atol=1e-5)  # as in test_every_alias: what a factorisation amplifies
+    grams = [{"a/w": jax.device_put(np.eye(16), shardings["a/w"])}] * 3  # data that is split
+    jax.eval_shape(lambda: params.merge(params.regmean(grams), base, models, integers="base", shardings=shardings))
 
 
 def test_what_is_said_of_layouts(told, unchecked):
