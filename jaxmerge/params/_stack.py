@@ -81,7 +81,8 @@ def merge(
       A pytree like the base (or the first model), of its dtypes and shardings.
 
     Raises:
-      ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction.
+      ValueError: trees that differ; integer leaves that differ, or cannot be compared inside jit; a chain without a reduction;
+        `shardings` that are not like a model, or of several meshes; with them, traced arrays over Auto axes that `tx` holds.
         TypeError: `tx` is no merge (`ties` in place of `ties()`); one tree in place of a list of them.
 
     Example:
