@@ -129,18 +129,24 @@ def section(text: bytes, view: View) -> str:
     return f'<section>{head}<pre data-unit="{html.escape(view.unit)}">{"".join(spans)}</pre></section>'
 
 
-def coloured(text: bytes, view: View, limit: int = 1200):
-    """The first characters as rich text for the terminal."""
+GONE = "⟦⟧"
+"""What stands around deleted characters where nothing can be struck through."""
+
+
+def coloured(text: bytes, view: View, limit: int = 1200, *, strikes: bool = True):
+    """The first characters as rich text for the terminal, or for a file or a pipe, which cannot strike anything through."""
     from rich.text import Text
 
-    out, odd = Text(), False
+    out, odd, before = Text(), False, False
     for char, marked, _ in characters(text, view)[:limit]:
         if view.kind == "deletion":
+            out.append("" if strikes or marked == before else GONE[before])
             out.append(char, style="strike dim yellow" if marked else "bold")
+            before = marked
             continue
         odd ^= marked
         out.append(f"|{char}" if marked else char, style="cyan" if odd else "")
-    return out
+    return out.append(GONE[1] if before and not strikes else "")
 
 
 def main(flags: Flags) -> None:
@@ -155,9 +161,10 @@ def main(flags: Flags) -> None:
         table = Table(box=box.SIMPLE, expand=True)
         for view in columns[i : i + beside]:
             table.add_column(f"{view.title}\n{view.summary}", ratio=1, overflow="fold")
-        table.add_row(*(coloured(text, view) for view in columns[i : i + beside]))
+        table.add_row(*(coloured(text, view, strikes=console.is_terminal) for view in columns[i : i + beside]))
         console.print(table)
-    console.print(f"Struck through: deleted; after a bar: a new word. All of it: {flags.out}", highlight=False)
+    gone = "Struck through" if console.is_terminal else f"Within {GONE}"
+    console.print(f"{gone}: deleted; after a bar: a new word. All of it: {flags.out}", highlight=False)
 
 
 if __name__ == "__main__":
