@@ -21,6 +21,7 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
       >>> jm.tokens.ranks(jnp.array([0.1, 0.9, 0.3, 0.9])).tolist()
       [3, 0, 2, 1]
     """
+    segments.check_whole("ranks: score", score, score.ndim - 1)
     n = score.shape[-1]
     if jnp.issubdtype(score.dtype, jnp.inexact):
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)

@@ -40,6 +40,15 @@ def check_rows(name: str, x: Shaped[Array, "*batch n d"], **rows: Any) -> None:
     for what, row in rows.items():
         if row is not None and not spreads(np.shape(row), x.shape[:-1]):
             raise ValueError(f"{name}: {what} must have one entry per token, shape {x.shape[:-1]}; got {np.shape(row)}.")
+    check_sequences(name, **rows)
+
+
+def check_sequences(name: str, *, axes: tuple[int, ...] = (-1,), **arrays: Any) -> None:
+    """What has a sequence along these axes (scores along the last, attention along the last two) is not split there."""
+    for what, a in arrays.items():
+        for axis in axes:
+            if a is not None and np.ndim(a) + axis >= 0:
+                check_whole(f"{name}: {what}", jnp.asarray(a), np.ndim(a) + axis)
 
 
 def spreads(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import check_rows, checked_tokens
+from jaxmerge.tokens._checks import check_rows, check_sequences, checked_tokens
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
@@ -197,6 +197,8 @@ def holitom(
         raise ValueError(f"holitom: ratio and density must be between 0 and 1, got {ratio} and {density}.")
     if attention.shape != (*batch, frames, n):
         raise ValueError(f"holitom: attention must have shape {(*batch, frames, n)}, got {attention.shape}.")
+    check_sequences("holitom", axes=(-3, -2), x=x)
+    check_sequences("holitom", axes=(-2, -1), attention=attention)
     windows = static_windows(frame_similarity(x), threshold=threshold, max_window=max_window)
     up = first_of_window(windows)
     flat = lambda a: a.reshape(*batch, frames * n, *a.shape[len(batch) + 2 :])

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Int, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 
 Order = Literal["first", "last"]
 
@@ -53,6 +53,7 @@ def members(
     ids, m, n = plan.segment_ids, plan.num_segments, plan.num_positions
     here = segments.positions(ids)
     turn = here if order == "first" else n - 1 - here
+    check_sequences("members", plan=ids, weight=weight)
     if weight is not None:
         weight = jnp.asarray(weight)
         if weight.shape != ids.shape:

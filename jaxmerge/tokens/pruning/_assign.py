@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan, merge
-from jaxmerge.tokens._checks import checked_capacity
+from jaxmerge.tokens._checks import check_sequences, checked_capacity
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -63,6 +63,8 @@ def assign_by_similarity(
     shapes = {k: v.shape for k, v in dict(mask=mask, targets=targets, rest=rest).items() if v is not None}
     if metric.ndim < 2 or set(shapes.values()) != {metric.shape[:-1]}:
         raise ValueError(f"assign: expected metric (*batch, n, d) and masks (*batch, n); got metric {metric.shape}, {shapes}.")
+    check_sequences("assign", axes=(-2,), metric=metric)
+    check_sequences("assign", mask=mask, targets=targets, rest=rest)
     slots = keep(mask, checked_capacity("assign", capacity))
     rest = ~mask if rest is None else rest & ~mask
     if capacity == 0:

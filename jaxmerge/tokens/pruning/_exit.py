@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -90,4 +90,5 @@ def exit_plan(exits: Bool[Array, "*batch"], visual: Bool[Array, "*batch n"], cap
     """
     if exits.shape != visual.shape[:-1]:
         raise ValueError(f"exit_plan: expected exits (*batch), visual (*batch, n); got {exits.shape} and {visual.shape}.")
+    check_sequences("exit_plan", visual=visual)
     return keep(~(visual & exits[..., None]), capacity)

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import floating, python_int
+from jaxmerge.tokens._checks import check_sequences, floating, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -132,6 +132,7 @@ def flow_cut(
     Source: FlowCut (arXiv:2505.19536), which cuts as many from every row of a batch.
     """
     score, capacity = floating(score), python_int("flow_cut", "capacity", capacity)
+    check_sequences("flow_cut", score=score, mask=mask)
     n = score.shape[-1]
     if not 0 <= capacity <= n:
         raise ValueError(f"flow_cut: capacity must be between 0 and the number of tokens, {n}; got {capacity}.")

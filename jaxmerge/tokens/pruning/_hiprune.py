@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import highest
-from jaxmerge.tokens._checks import floating
+from jaxmerge.tokens._checks import check_sequences, floating
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -53,6 +53,7 @@ def hiprune(
     Source: HiPrune (arXiv:2508.00553), whose grid is 24 x 24 and wraps; `wrap=True` and `width=24` agree with its code.
     """
     middle, deep = floating(middle), floating(deep)
+    check_sequences("hiprune", middle=middle, deep=deep)
     n = middle.shape[-1]
     if middle.shape != deep.shape:
         raise ValueError(f"hiprune: middle {middle.shape} and deep {deep.shape} must have one shape (*batch, n).")

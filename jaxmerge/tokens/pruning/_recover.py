@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -49,6 +49,8 @@ def local_outlier_factor(
     points = jnp.asarray(points)
     if points.ndim < 2 or k < 1:
         raise ValueError(f"local_outlier_factor: expected points (*batch, n, d) and k of 1 or more; got {points.shape}, k={k}.")
+    check_sequences("local_outlier_factor", axes=(-2,), points=points)
+    check_sequences("local_outlier_factor", mask=mask)
     k = python_int("local_outlier_factor", "k", k)
     there = jnp.ones_like(points[..., 0], bool) if mask is None else mask
     if there.shape != points.shape[:-1]:
@@ -111,6 +113,8 @@ def recover(
         )
     if not 0 <= capacity <= n:
         raise ValueError(f"recover: capacity must be between 0 and the number of tokens, {n}; got {capacity}.")
+    check_sequences("recover", score=score, text=text)
+    check_sequences("recover", axes=(-2,), metric=metric)
     score, text = _finite(score), _finite(text)
     seen = jnp.minimum(_outliers(score, neighbours), capacity)  # int(n · outliers / n)
     kept = ranks(score) < seen[..., None]
