@@ -111,10 +111,8 @@ CALLS = {
     "identity": lambda: jm.identity(16, like=X),
 }
 ANOTHERS_NAME = {  # what is called by several, or calls another at once, is named after whom it asks
-    "adaptive_k_means": "k_means", "carry_positions": "members", "center_weight": "sizes",
-    "density_peaks": "density_centers", "in_order": "keep_apart", "in_rounds": "bipartite_matching",
-    "merged_similarity": "prune_and_merge", "grid_pool": "pooling", "matryoshka_pool": "pooling", "sequence_pool": "pooling",
-    "temporal_pairs": "pooling",
+    "adaptive_k_means": "k_means", "density_peaks": "density_centers", "merged_similarity": "prune_and_merge",
+    "grid_pool": "pooling", "matryoshka_pool": "pooling", "sequence_pool": "pooling", "temporal_pairs": "pooling",
 }  # fmt: skip
 NO_SEQUENCE = {  # numbers of layers and rates, what is over other axes, and what each position computes by itself
     "exit_layer", "flow_budget", "flow_layers", "flow_score", "halvings", "head_mean", "keep_schedule", "linear_decay",

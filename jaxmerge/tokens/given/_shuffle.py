@@ -32,6 +32,8 @@ def space_to_depth(x: Shaped[Array, "*batch n d"], grid: tuple[int, int], window
     Source: Token-Shuffle (arXiv:2504.17789); its learned maps are `models.reducers.token_shuffle`.
     """
     h, w = _checked("space_to_depth", grid, window)
+    if x.ndim < 2:
+        raise ValueError(f"space_to_depth: x must have shape (*batch, n, d), got {x.shape}.")
     *batch, n, d = x.shape
     if n != h * w:
         raise ValueError(f"space_to_depth: x must hold the {h} x {w} = {h * w} tokens of the grid, got {x.shape}.")

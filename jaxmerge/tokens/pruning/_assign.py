@@ -59,8 +59,8 @@ def assign_by_similarity(
     rest: Bool[Array, "*batch n"] | None = None,
 ) -> tuple[Plan, Float[Array, "*batch n"]]:
     """The plan of `assign`, and how like each token is to what it joined: 1 for a kept one, 0 for a dropped one."""
-    metric = jnp.asarray(metric)
-    shapes = {k: v.shape for k, v in dict(mask=mask, targets=targets, rest=rest).items() if v is not None}
+    metric, mask = jnp.asarray(metric), jnp.asarray(mask)
+    shapes = {k: jnp.shape(v) for k, v in dict(mask=mask, targets=targets, rest=rest).items() if v is not None}
     if metric.ndim < 2 or set(shapes.values()) != {metric.shape[:-1]}:
         raise ValueError(f"assign: expected metric (*batch, n, d) and masks (*batch, n); got metric {metric.shape}, {shapes}.")
     check_sequences("assign", axes=(-2,), metric=metric)

@@ -89,6 +89,8 @@ def sample_by_correlation(
     draw without replacement are ours.
     """
     score, metric = jnp.asarray(score), jnp.asarray(metric)
+    check_sequences("sample_by_correlation", score=score)
+    check_sequences("sample_by_correlation", axes=(-2,), metric=metric)
     n = score.shape[-1]
     if score.shape != metric.shape[:-1]:
         raise ValueError(
@@ -98,8 +100,6 @@ def sample_by_correlation(
         raise ValueError(
             f"sample_by_correlation: expected 0 <= at_least <= capacity <= n={n}; got at_least={at_least}, capacity={capacity}."
         )
-    check_sequences("sample_by_correlation", score=score)
-    check_sequences("sample_by_correlation", axes=(-2,), metric=metric)
     density = ~redundant(metric, threshold=threshold, repeats=repeats)
     budget = jnp.clip(density.sum(axis=-1, dtype=jnp.int32), at_least, capacity)
     score = lax.stop_gradient(score)

@@ -52,8 +52,8 @@ def hiprune(
 
     Source: HiPrune (arXiv:2508.00553), whose grid is 24 x 24 and wraps; `wrap=True` and `width=24` agree with its code.
     """
-    middle, deep = floating(middle), floating(deep)
     check_sequences("hiprune", middle=middle, deep=deep)
+    middle, deep = floating(middle), floating(deep)
     n = middle.shape[-1]
     if middle.shape != deep.shape:
         raise ValueError(f"hiprune: middle {middle.shape} and deep {deep.shape} must have one shape (*batch, n).")

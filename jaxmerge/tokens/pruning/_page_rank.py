@@ -44,10 +44,10 @@ def page_rank(
     Source: AIM (arXiv:2412.03248), `get_importance`; its d is `teleport`.
     """
     logits = jnp.asarray(logits)
+    check_sequences("page_rank", axes=(-1, -2), logits=logits)
     *_, n, m = logits.shape
     if logits.ndim < 3 or n != m:
         raise ValueError(f"page_rank: logits must have shape (*batch, heads, n, n), got {logits.shape}.")
-    check_sequences("page_rank", axes=(-1, -2), logits=logits)
     steps = python_int("page_rank", "steps", steps)
     if temperature <= 0 or steps < 1 or not 0 <= teleport <= 1:
         raise ValueError(

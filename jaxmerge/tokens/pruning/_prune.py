@@ -39,9 +39,9 @@ def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
     Source: hard deletion in MrT5 (arXiv:2410.20771); EViT-style pruning.
     """
     mask = jnp.asarray(mask)
+    check_sequences("keep", mask=mask)
     if mask.dtype != bool:
         raise TypeError(f"keep: mask must be boolean, got {mask.dtype}; compare your scores with a threshold first.")
-    check_sequences("keep", mask=mask)
     slots = checked_capacity("keep", capacity)
     return Plan(jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, -1), slots)
 

@@ -105,6 +105,8 @@ def recover(
     and of `merge(weight=)` here.
     """
     score, text, metric = (lax.stop_gradient(jnp.asarray(a)) for a in (score, text, metric))
+    check_sequences("recover", score=score, text=text)
+    check_sequences("recover", axes=(-2,), metric=metric)
     n = score.shape[-1]
     if metric.ndim < 2 or not score.shape == text.shape == metric.shape[:-1]:
         raise ValueError(
@@ -113,8 +115,6 @@ def recover(
         )
     if not 0 <= capacity <= n:
         raise ValueError(f"recover: capacity must be between 0 and the number of tokens, {n}; got {capacity}.")
-    check_sequences("recover", score=score, text=text)
-    check_sequences("recover", axes=(-2,), metric=metric)
     score, text = _finite(score), _finite(text)
     seen = jnp.minimum(_outliers(score, neighbours), capacity)  # int(n · outliers / n)
     kept = ranks(score) < seen[..., None]

@@ -103,10 +103,11 @@ def _prune_and_merge(
     protect: Sequence[int],
     capacity: int | None,
 ) -> tuple[Plan, Float[Array, "*batch n"]]:
+    check_sequences("prune_and_merge", importance=importance)
+    check_sequences("prune_and_merge", axes=(-2,), metric=metric)
     importance = lax.stop_gradient(floating(importance))
     n = importance.shape[-1]
     check_rows("prune_and_merge", jnp.asarray(metric), importance=importance)
-    check_sequences("prune_and_merge", axes=(-2,), metric=metric)
     static = protected_mask("prune_and_merge", protect, n)
     for name, count in dict(kept=kept, merged=merged).items():
         if isinstance(count, int) and not static.sum() <= count <= n:

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, merge
-from jaxmerge.tokens._checks import check_sequences, checked_sizes
+from jaxmerge.tokens._checks import check_plan, check_sequences, checked_sizes
 from jaxmerge.tokens._nearest import cosine, unit
 from jaxmerge.tokens.clustering._distance import smallest
 
@@ -63,11 +63,11 @@ def propagate(keep: Plan, graph: Float[ArrayLike, "*batch n n"], *, alpha: Float
     Source: `propagate` of GTP-ViT (arXiv:2311.03035), standard="GraphProp"; "None" is `keep` itself, and "Mean" sends what is
     pruned to one more segment, Plan(where(keep.kept, keep.segment_ids, m), m + 1).
     """
+    check_plan("propagate", keep, "keep")
     graph = jnp.asarray(graph)
     shape = (*keep.segment_ids.shape, keep.num_positions)
     if graph.shape != shape:
         raise ValueError(f"propagate: graph must have shape {shape} (the plan's batch, n, n), got {graph.shape}.")
-    check_sequences("propagate", keep=keep.segment_ids)
     check_sequences("propagate", axes=(-1, -2), graph=graph)
     rows = merge(keep, graph, reduce="sum")
     pruned = jnp.broadcast_to(~keep.kept[..., None, :], rows.shape)
