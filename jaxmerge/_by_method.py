@@ -5,13 +5,15 @@ jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxmerge import params
 from jaxmerge._methods import METHODS, NEED_NO_BASE
+from jaxmerge._verbs import speed, told
 from jaxmerge.checkpoint._budget import show_size
 
 
@@ -68,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     verb, method = argv[:2]
-    command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", METHODS[method])])
+    titled = Annotated[METHODS[method], tyro.conf.arg(name=method)]
+    command = dataclasses.make_dataclass("Command", [("files", VERBS[verb]), ("options", titled)])
     try:
         parsed = tyro.cli(
             command,
@@ -91,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
-        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        print(f"jaxmerge: error: {told(e)}", file=sys.stderr)
         return 2
     return 0
 
@@ -183,7 +186,8 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console.print(table)
     console.print(
         f"output: {plan.format}, {len(plan.batches or plan.units)} batches; passes over the files: {plan.passes}; reads "
-        f"{show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)}; peak memory about {show_size(plan.peak_bytes)}"
+        f"{show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)}; "
+        f"peak memory about {show_size(plan.peak_bytes)}, and some 300 MB for the runtime"
     )
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")
@@ -197,9 +201,14 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
 
     from jaxmerge import checkpoint
     from jaxmerge._progress import bar
+    from jaxmerge.recipe._card import companions
 
     plan = _checked(tx, files)
     plan.check()
+    try:
+        beside = companions(plan.reference, plan.out, dequantized=files.dequantize)
+    except ValueError as e:
+        raise _UserError(str(e)) from e
     _note(Console(), plan)
     with bar("merging") as show:
         report = checkpoint.merge(
@@ -211,6 +220,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
             overwrite=files.overwrite,
             resume=files.resume,
             recipe=recipe,
+            beside=beside,
             on_progress=show,
             **_arguments(files),
         )
@@ -226,11 +236,23 @@ def _note(console: Any, plan: Any) -> None:
 
 def _checked(tx: params.MergeTransform, files: Inputs) -> Any:
     from jaxmerge import checkpoint
+    from jaxmerge.recipe._adapters import is_adapter
 
+    for path in (files.base, *files.models):
+        if path and "+" in path and not os.path.exists(path) and os.path.exists(path.partition("+")[0]):
+            raise _UserError(
+                f"{path} means a model with an adapter, which a recipe reads; write one, with models: [{{model: ...}}]."
+            )
     try:
-        return checkpoint.plan(tx, *_parents(files), **_arguments(files))
+        plan = checkpoint.plan(tx, *_parents(files), **_arguments(files))
     except ValueError as e:
         raise _UserError(str(e)) from e
+    if adapters := [source.name for source in plan.models if is_adapter(source)]:
+        raise _UserError(
+            f"{', '.join(adapters)}: of adapters (LoRA) the products are merged, not one factor with another; a recipe does "
+            "that, with models: [{model: ...}, {model: ...}]."
+        )
+    return plan
 
 
 def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
@@ -239,13 +261,13 @@ def _summary(console: Any, report: Any, files: InputsAndOutput) -> None:
 
     plan = report.headers
     moved = plan.bytes_read + plan.bytes_written
-    table = Table("leaves", "read", "written", "seconds", "GB/s", "peak memory", title=str(files.out))
+    table = Table("leaves", "read", "written", "seconds", "speed", "peak memory", title=str(files.out))
     table.add_row(
         str(len(plan.out)),
         show_size(plan.bytes_read),
         show_size(plan.bytes_written),
         f"{report.seconds:.1f}",
-        f"{moved / report.seconds / 1e9:.2f}",
+        speed(moved, report.seconds),
         show_size(report.peak_bytes),
     )
     console.print(table)

@@ -39,9 +39,9 @@ class Plan(Options):
     """Find every mistake in a recipe, and what it would do, from headers alone."""
 
     coefficients: str | None = None
-    """Print the value of every parameter at every tensor whose name this regular expression is found in; "." for all. t is how
-    far along its layers a tensor lies, from 0 to 1: embeddings, heads and what else is in no layer have t=0, and so the first
-    value of a gradient."""
+    """Print the value of every parameter at every tensor whose name this regular expression is found in; "." for all. at= is
+    how far along its layers a tensor lies, from 0 to 1: embeddings, heads and what else is in no layer are at 0, and so have
+    the first value of a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +109,43 @@ def takes(argv: Sequence[str]) -> bool:
     """Whether a command line is one of these rather than `plan METHOD` or `merge METHOD`."""
     if not argv or argv[0] not in VERBS:
         return False
-    named = next((a for a in argv[1:] if not a.startswith("-")), "")
+    named = next((a for a in argv[1:] if a == "-" or not a.startswith("-")), "")
     if argv[0] not in ("plan", "merge") or named.endswith(RECIPES):
         return True
     from jaxmerge._methods import METHODS
 
     path = pathlib.Path(named)
+    if named == "-":  # a recipe from standard input
+        return True
     asks = named not in METHODS and not {"-h", "--help"}.isdisjoint(argv)
     return asks or (path.exists() and not path.is_dir())  # a pipe is a recipe too
 
 
-def near(word: str, known: Collection[str]) -> str:
-    """The end of a sentence about a word that is unknown: what may have been meant."""
+def close(word: str, known: Collection[str]) -> list[str]:
+    """The known word that is most like another, if any is."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    return difflib.get_close_matches(word, known, 1)
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """The end of a sentence about a word that is unknown: what may have been meant."""
+    found = close(word, known)
+    return f"; did you mean {found[0]!r}?" if found else "."
+
+
+def told(error: Exception) -> str:
+    """An error in one line: our own words, or what the system says of a file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def speed(size: int, seconds: float) -> str:
+    """Bytes in a second, for people."""
+    from jaxmerge.checkpoint._budget import show_size
+
+    return f"{show_size(size / seconds)}/s"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     verb = argv[0]
     kind, names, needed = VERBS[verb]
     named = argv[1:]
-    if needed <= len(named) <= len(names) and not any(word.startswith("-") for word in named):
+    if needed <= len(named) <= len(names) and not any(word.startswith("-") and word != "-" for word in named):
         plain = dict(itertools.zip_longest(names, named))  # nothing to parse: tyro takes a tenth of a second to begin
         return _run(verb, types.SimpleNamespace(**plain), kind())
     import tyro
@@ -144,7 +165,8 @@ def main(argv: Sequence[str]) -> int:
             fields.append((name, Annotated[str, tyro.conf.Positional, told]))
         else:
             fields.append((name, Annotated[str | None, tyro.conf.Positional, told], dataclasses.field(default=None)))
-    command = dataclasses.make_dataclass("Command", [*fields, ("options", kind, dataclasses.field(default_factory=kind))])
+    titled = Annotated[kind, tyro.conf.arg(name=verb)]
+    command = dataclasses.make_dataclass("Command", [*fields, ("options", titled, dataclasses.field(default_factory=kind))])
     try:
         parsed = tyro.cli(
             command,
@@ -165,7 +187,7 @@ def _run(verb: str, files: Any, options: Any) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as e:
-        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        print(f"jaxmerge: error: {told(e)}", file=sys.stderr)
         return 2
 
 
@@ -182,7 +204,7 @@ def _plan(files: Any, options: Plan) -> None:
     from jaxmerge import recipe
 
     console = Console()
-    plans = recipe.plan(pathlib.Path(files.recipe), **_engine(options))
+    plans = recipe.plan(_recipe(files.recipe), **_engine(options))
     for plan in plans:
         _show(console, plan)
         if options.coefficients is not None:
@@ -240,11 +262,16 @@ def _coefficients(plan: Any, pattern: str) -> None:
         values = [
             f"{n}={'[' + ', '.join(map(number, v)) + ']' if isinstance(v, list) else number(v)}" for n, v in row.values.items()
         ]
-        print(row.name, f"t={row.t:g}", *values)
+        print(row.name, f"at={row.t:g}", *values)
+
+
+def _recipe(path: str) -> Any:
+    """A recipe's path; of "-", what standard input says."""
+    return f"{sys.stdin.read()}\n" if path == "-" else pathlib.Path(path)
 
 
 def _merge(files: Any, options: Merge) -> None:
-    carry_out(pathlib.Path(files.recipe), files.out, options, parts=options.parts)
+    carry_out(_recipe(files.recipe), files.out, options, parts=options.parts)
 
 
 def carry_out(text: Any, out: str, options: Any, **more: Any) -> None:
@@ -266,7 +293,7 @@ def carry_out(text: Any, out: str, options: Any, **more: Any) -> None:
             **_engine(options),
             **more,
         )
-    table = Table("document", "tensors", "read", "written", "seconds", "GB/s", "peak memory", title=str(out))
+    table = Table("document", "tensors", "read", "written", "seconds", "speed", "peak memory", title=str(out))
     console = Console()
     for plan, report in done:
         headers = report.headers
@@ -277,7 +304,7 @@ def carry_out(text: Any, out: str, options: Any, **more: Any) -> None:
             show_size(headers.bytes_read),
             show_size(headers.bytes_written),
             f"{report.seconds:.1f}",
-            f"{moved / report.seconds / 1e9:.2f}",
+            speed(moved, report.seconds),
             show_size(report.peak_bytes),
         )
     console.print(table)
@@ -301,22 +328,24 @@ def _inspect(files: Any, options: Inspect) -> None:
 
     console = Console()
     sources = [checkpoint.open(path) for path in (files.checkpoint, files.other) if path is not None]
-    table = Table("", "format", "tensors", "parameters", "bytes", "dtypes", "layers")
+    columns = []
     for source in sources:
         leaves = [leaf for leaf in source.leaves.values() if leaf.dtype is not None]
         kinds: dict[str, int] = {}
         for leaf in leaves:
             kinds[str(leaf.dtype)] = kinds.get(str(leaf.dtype), 0) + leaf.bytes
         layers = ", ".join(f"{stack.rstrip('./_')} {n}" for stack, n in stacks(source.leaves).items())
-        table.add_row(
-            source.name,
+        columns.append((
             source.format,
             str(len(leaves)),
             f"{sum(leaf.size for leaf in leaves):,}",
             show_size(sum(leaf.bytes for leaf in leaves)),
             ", ".join(f"{kind} ({show_size(n)})" for kind, n in sorted(kinds.items())),
             layers,
-        )
+        ))  # fmt: skip
+    table = Table("", *(source.name for source in sources))
+    for name, *cells in zip(("format", "tensors", "parameters", "bytes", "dtypes", "layers"), *columns, strict=True):
+        table.add_row(name, *cells)
     console.print(table)
     if options.leaves is not None:
         _leaves(sources[0], options.leaves)
@@ -423,5 +452,5 @@ def _verify(files: Any, options: Verify) -> int:
     for problem in found.problems:
         print(f"not as the receipt says: {problem}")
     if not found.problems:
-        print(f"{files.out} is what its receipt says; computed again, bit for bit: {', '.join(found.leaves)}")
+        print(f"{files.out} is what its receipt says; computed again, bit for bit:", *found.leaves, sep="\n  ")
     return 1 if found.problems else 0

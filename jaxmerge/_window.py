@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
     named = tyro.conf.arg(metavar="CHECKPOINT", help="Oldest first; or 'run/{1000..2000}', in quotes: all steps between.")
     checkpoints = Annotated[tuple[str, ...], tyro.conf.Positional, named]
-    fields: list[Any] = [("checkpoints", checkpoints), ("options", Window, dataclasses.field(default_factory=Window))]
+    titled = Annotated[Window, tyro.conf.arg(name="window")]
+    fields: list[Any] = [("checkpoints", checkpoints), ("options", titled, dataclasses.field(default_factory=Window))]
     try:
         parsed = tyro.cli(
             dataclasses.make_dataclass("Command", fields),
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as e:
-        print(f"jaxmerge: error: {e}", file=sys.stderr)
+        print(f"jaxmerge: error: {_verbs.told(e)}", file=sys.stderr)
         return 2
     return 0
 

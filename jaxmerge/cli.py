@@ -22,6 +22,7 @@ import importlib
 import os
 import pathlib
 import sys
+import textwrap
 
 OWN = ("window", "doctor", "demo")
 """Commands that have a file of their own."""
@@ -99,7 +100,14 @@ def _leave(code: int) -> int:
     return code
 
 
+def _at_home(word: str) -> str:
+    """A path below ~ where no shell has seen it: in quotes, or after the = of a flag."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{os.path.expanduser(value)}"
+
+
 def _main(argv: list[str]) -> int:
+    argv = [*map(_at_home, argv)]
     if argv in (["-h"], ["--help"]):
         print(f"{__doc__}\n{_usage()}")
         return 0
@@ -118,7 +126,7 @@ def _main(argv: list[str]) -> int:
     from jaxmerge._methods import METHODS
 
     if len(argv) < 2 or argv[0] not in _by_method.VERBS or argv[1] not in METHODS:
-        print(_usage(), *_not_understood(argv), sep="\n", file=sys.stderr)
+        print(*(_not_understood(argv) or [_usage()]), sep="\n", file=sys.stderr)
         return 2
     return _by_method.main(argv)
 
@@ -127,10 +135,19 @@ def _usage() -> str:
     from jaxmerge._by_method import VERBS
     from jaxmerge._methods import METHODS
 
-    return f"""usage: jaxmerge {{{"|".join(VERBS)}}} {{{"|".join(METHODS)}}} [--help]
-       jaxmerge plan RECIPE.yml | merge RECIPE.yml OUT | verify OUT | inspect CHECKPOINT [OTHER] | extract MODEL BASE OUT
+    methods = textwrap.fill(", ".join(METHODS), 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return f"""usage: jaxmerge {{{"|".join(VERBS)}}} METHOD [--help]
+       jaxmerge plan RECIPE.yml
+       jaxmerge merge RECIPE.yml OUT
+       jaxmerge verify OUT
+       jaxmerge inspect CHECKPOINT [OTHER]
+       jaxmerge extract MODEL BASE OUT
        jaxmerge window CHECKPOINT... --out OUT
-       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...] | demo [OUT]"""
+       jaxmerge doctor [CHECKPOINT ...] [--out PLACE ...]
+       jaxmerge demo [OUT]
+
+methods:
+{methods}"""
 
 
 def _not_understood(argv: list[str]) -> list[str]:
@@ -140,10 +157,11 @@ def _not_understood(argv: list[str]) -> list[str]:
 
     known = [*_verbs.VERBS, *OWN]
     if argv and argv[0] not in known:
-        return [f"jaxmerge: error: there is no command {argv[0]!r}{_verbs.near(argv[0], known)}"]
+        here = _verbs.near(argv[0], known) if _verbs.close(argv[0], known) else f"; there are {', '.join(known)}."
+        return [f"jaxmerge: error: there is no command {argv[0]!r}{here}"]
     if len(argv) > 1 and argv[0] in _by_method.VERBS:
-        here = f"neither a recipe (a file) nor a method{_verbs.near(argv[1], METHODS)}"
-        return [f"jaxmerge: error: {argv[1]!r} is {here}"]
+        told = _verbs.near(argv[1], METHODS) if _verbs.close(argv[1], METHODS) else "; `jaxmerge --help` lists the methods."
+        return [f"jaxmerge: error: {argv[1]!r} is neither a recipe (a file) nor a method{told}"]
     return []
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import inspect
+import io
+import json
 import os
 import re
 import subprocess
@@ -140,18 +142,88 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["plan", "linear", "--models", str(root / "a"), str(tmp_path / "wrong")], "shape of w: (2, 2) in wrong"),
         (["merge", "slerp", "--models", str(root / "a"), *out], "between two models, got 1"),
         (["merge", "linear", *models], "--out"),
-        (["merge", "average"], "usage: jaxmerge {plan|merge}"),
-        (["merge", "averag"], "'averag' is neither a recipe (a file) nor a method."),
+        (["merge", "averag"], "'averag' is neither a recipe (a file) nor a method; `jaxmerge --help` lists the methods."),
         (["plan", "tiess"], "neither a recipe (a file) nor a method; did you mean 'ties'?"),
         (["plan", "nope.yml"], "there is no recipe at 'nope.yml'; name a YAML file"),
         (["merg", "ties"], "there is no command 'merg'; did you mean 'merge'?"),
         (["inspect", str(root / "a"), "--leaves", "("], "--leaves: '(' is no regular expression: missing )"),
-        ([], "usage: jaxmerge {plan|merge}"),
+        (["frobnicate"], "there is no command 'frobnicate'; there are plan, merge, "),
+        (["merge", "linear", *models, "--out", "/proc/x"], "/proc/x.merging: No such file or directory"),
+        ([], "usage: jaxmerge {plan|merge} METHOD"),
     ):
         assert cli.main(command) == 2, command
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, (command, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Two models and two adapters, as the Hub keeps them."""
+    from safetensors.numpy import save_file
+
+    root, rng = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.down_proj.weight" for i in range(12))]
+    for model, rows in (("a", 6), ("b", 6), ("wider", 7)):
+        (root / model).mkdir()
+        tensors = {n: rng.standard_normal((rows if "embed" in n else 4, 4)).astype(np.float32) for n in names}
+        save_file(tensors, root / model / "model.safetensors")
+        (root / model / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "float32", "of": model}))
+        (root / model / "tokenizer.json").write_text(json.dumps({"of": model}))
+    (root / "math").mkdir()
+    save_file({"lone": np.ones((4, 4), np.float32)}, root / "math" / "model.safetensors")
+    for adapter in ("one", "two"):
+        (root / adapter).mkdir()
+        factors = {f"base_model.model.model.layers.0.mlp.down_proj.lora_{f}.weight": np.ones((4, 4), np.float32) for f in "AB"}
+        save_file(factors, root / adapter / "adapter_model.safetensors")
+        (root / adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+    return root
+
+
+def test_a_merge_by_method_can_be_loaded(published, tmp_path, capsys):
+    """Configuration and tokenizer of the base, or the first model, lie beside the tensors; the dtype is the output's."""
+    models = ["--models", str(published / "a"), str(published / "b")]
+    assert cli.main(["merge", "linear", *models, "--out", str(tmp_path / "out"), "--out-dtype", "bfloat16"]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "of": "a",
+    }
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "a"}
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+
+
+def test_what_a_method_cannot_merge_it_says_how_a_recipe_does(published, tmp_path, capsys):
+    at, out = lambda *names: [str(published / n) for n in names], ["--out", str(tmp_path / "out")]
+    for models, message in (
+        (at("one", "two"), "one, two: of adapters (LoRA) the products are merged, not one factor with another; a recipe does"),
+        ([f"{published}/a+{published}/one", *at("b")], "means a model with an adapter, which a recipe reads"),
+        (at("a", "wider"), "(7, 4) in wider, (6, 4) in a; a recipe with tokenizer: {source: union} aligns vocabularies"),
+        (at("a", "math"), "missing in math"),
+    ):
+        assert cli.main(["merge", "linear", "--models", *models, *out]) == 2
+        printed = capsys.readouterr().err
+        if "missing" in message:  # of many mismatches of one kind, a few
+            assert printed.count("missing in math") == 7 and "  and 6 more like it\n" in printed
+        else:
+            assert message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_a_shell_does_nothing(published, tmp_path, monkeypatch, capsys):
+    """~ in quotes and after =, a recipe from a pipe; and 80 columns are enough."""
+    monkeypatch.setenv("HOME", str(published))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["inspect", "~/a", "~/b"]) == 0
+    printed = capsys.readouterr().out
+    assert "safetensors" in printed and "model.layers 12" in printed and max(map(len, printed.splitlines())) <= 80
+    recipe = f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {published}/a}}, {{model: {published}/b}}]"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(recipe))
+    assert cli.main(["merge", "-", "--out-dtype=bfloat16", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert (tmp_path / "out/mergekit_config.yml").read_text().strip() == recipe
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main(["plan", "-"]) == 2 and "it is empty" in capsys.readouterr().err
+    assert cli._at_home("--out=~/x") == f"--out={published}/x" and cli._at_home("gs://a/~") == "gs://a/~"
 
 
 def test_it_goes_quietly_when_nobody_reads_and_when_it_is_broken_off(saved, monkeypatch, capsys, tmp_path):
@@ -240,7 +312,7 @@ def test_verify(saved, tmp_path, capsys):
     command = ["merge", "ties", *parents, "--out", str(out), "--format", "safetensors", "--density", "0.5"]
     assert cli.main(command) == 0, capsys.readouterr().err
     assert "peak memory" in capsys.readouterr().out
-    assert cli.main(["verify", str(out)]) == 0 and "bit for bit: b, w" in capsys.readouterr().out
+    assert cli.main(["verify", str(out)]) == 0 and "bit for bit:\n  b\n  w\n" in capsys.readouterr().out
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-2] + b"\x00\x7f")
     assert cli.main(["verify", str(out)]) == 1

@@ -136,7 +136,7 @@ def test_what_can_be_read_and_written(tmp_path, quiet, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert cli.main(["doctor", str(tmp_path / "cut.safetensors"), str(tmp_path / "none")]) == 1
     said = capsys.readouterr().out
-    assert "headers: NO: " in said and "is cut short" in said and "none: headers: NO: no checkpoint at" in said
+    assert "headers: NO: " in said and "is cut short" in said and "none: list: NO: nothing lies there" in said
     [finding] = _probe.write(tmp_path / "cut.safetensors/x")
     assert not finding.works and finding.step == "create"
     assert "outputs are written to local paths" in _probe.write("https://host/x")[0].found
@@ -161,8 +161,8 @@ def test_demo(tmp_path, capsys):
         "entries that",
     ):
         assert part in said, part
-    assert "model.layers.5.self_attn.q_proj.weight t=1 weight=[1, 1, 0.8] " in said
-    assert "model.norm.weight t=0 weight=[1, 0.2, 0.4] " in said
+    assert "model.layers.5.self_attn.q_proj.weight at=1 weight=[1, 1, 0.8] " in said
+    assert "model.norm.weight at=0 weight=[1, 0.2, 0.4] " in said
     assert (out / "tasks.png").stat().st_size > 10_000
     config = json.loads((out / "merged/config.json").read_text())
     tokens = json.loads((out / "merged/tokenizer.json").read_text())

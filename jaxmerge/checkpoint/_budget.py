@@ -26,7 +26,7 @@ def parse_size(value: int | str, what: str) -> int:
 def show_size(n: int | float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
+        if abs(n) < 999.5:  # what rounds to three digits
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.4g} TB"

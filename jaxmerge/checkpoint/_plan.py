@@ -1,6 +1,7 @@
 """What a merge will do, from the headers alone: leaves, bytes, batches, passes, and every mismatch."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -306,19 +307,32 @@ def _mismatches(reference: Source, others: Sequence[Source], *, cast: bool) -> l
     problems = []
     for other in others:
         ours, theirs = reference.leaves, other.leaves
-        problems += [f"  missing in {other.name}: {n}" for n in sorted(ours.keys() - theirs.keys())]
-        problems += [f"  unexpected in {other.name}: {n}" for n in sorted(theirs.keys() - ours.keys())]
+        shapes, dtypes = [], []
+        problems += _few([f"  missing in {other.name}: {n}" for n in sorted(ours.keys() - theirs.keys())])
+        problems += _few([f"  unexpected in {other.name}: {n}" for n in sorted(theirs.keys() - ours.keys())])
         for n in sorted(ours.keys() & theirs.keys()):
             a, b = ours[n], theirs[n]
             where = f"in {other.name}, {{}} in {reference.name}"
             if a.shape != b.shape:
-                problems.append(f"  shape of {n}: {b.shape} " + where.format(a.shape))
+                shapes.append(f"  shape of {n}: {b.shape} " + where.format(a.shape) + _vocabulary_remedy(n, a.shape, b.shape))
             if a.dtype != b.dtype and not (cast and _is_floating(a) and _is_floating(b)):
                 remedy = "; pass dtype= (--dtype) to cast" if _is_floating(a) and _is_floating(b) else ""
-                problems.append(
+                dtypes.append(
                     f"  dtype of {n}: {b.dtype or 'not an array'} " + where.format(a.dtype or "not an array") + remedy
                 )
+        problems += _few(shapes) + _few(dtypes)
     return problems
+
+
+def _few(problems: list[str], most: int = 8) -> list[str]:
+    """The first of many problems of one kind, and how many there are."""
+    return problems if len(problems) <= most else [*problems[: most - 1], f"  and {len(problems) - most + 1} more like it"]
+
+
+def _vocabulary_remedy(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """What helps where tables of tokens have other rows."""
+    rows = len(ours) == 2 and ours[1:] == theirs[1:] and re.search(r"embed|lm_head|wte|shared\.weight", name)
+    return "; a recipe with tokenizer: {source: union} aligns vocabularies" if rows else ""
 
 
 def _shardings(leaves: dict[str, Any], sharding: Sharding | Rule | None) -> dict[str, Sharding]:

@@ -57,7 +57,7 @@ def read(path: Any) -> list[Finding]:
     findings: list[Finding] = []
     with _until_it_fails(path, findings) as step:
         if not _hub.split(str(path)):
-            step("list", lambda: f"{len(_names(path))} names")
+            step("list", lambda: _names(path), lambda names: f"{len(names)} name{'s' * (len(names) != 1)}")
         source = step("headers", lambda: open_source(path), lambda s: f"{s.format}, {len(s.leaves)} tensors")
         arrays = {n: leaf for n, leaf in source.leaves.items() if leaf.dtype is not None and leaf.size}
         if arrays:
@@ -117,6 +117,8 @@ def _until_it_fails(path: Any, findings: list[Finding]) -> Iterator[Callable[...
 
 def _names(path: Any) -> list[str]:
     if not _remote.is_remote(path):
+        if not os.path.exists(path):
+            raise FileNotFoundError("nothing lies there; mind the spelling, and where you are")
         return sorted(os.listdir(path)) if os.path.isdir(path) else [os.path.basename(path)]
     url = _remote.Url(path)
     if _remote.on_web(url) or not url.is_dir():

@@ -90,21 +90,45 @@ def configuration(
         if key is not None:
             _per_layer(holder, holder[key], order, name, sources)
             holder[key] = len(order)
-    dtypes = {leaf.dtype for leaf in out.values() if leaf.dtype is not None and leaf.dtype.kind not in "iub"}
-    if len(dtypes) == 1:
-        dtype = np.dtype(next(iter(dtypes))).name
-        for holder in (config, config.get("text_config")):
-            for key in ("torch_dtype", "dtype"):
-                if isinstance(holder, dict) and key in holder:
-                    holder[key] = dtype
-        if "torch_dtype" not in config and "dtype" not in config:
-            config["torch_dtype"] = dtype
+    _say_dtype(config, out)
     if vocabulary is not None:
         _holder(config, "", "vocab_size")["vocab_size"] = vocabulary.size
     heads = [n for n in out if place(n).part == "head"]
     if heads and config.get("tie_word_embeddings"):  # a parent was not tied
         config["tie_word_embeddings"] = False
     return config
+
+
+def companions(donor: Source, out: Mapping[str, Leaf], *, dequantized: bool = False) -> dict[str, str | bytes]:
+    """What goes beside the tensors of a merge without a recipe: the donor's configuration and its tokenizer, as they are.
+
+    Args:
+      donor: the base, or the first model.
+      out: the output's tensors, whose dtype the configuration names.
+      dequantized: whether the donor's codes were read as numbers, and how they were coded is no longer true.
+    """
+    found = files(donor, None, None)
+    config = side_json(donor, "config.json")
+    if config:
+        if dequantized:
+            config.pop("quantization_config", None)
+        _say_dtype(config, out)
+        found["config.json"] = dump(config)
+    return found
+
+
+def _say_dtype(config: dict[str, Any], out: Mapping[str, Leaf]) -> None:
+    """Name the dtype of the output's tensors, where they have one."""
+    dtypes = {leaf.dtype for leaf in out.values() if leaf.dtype is not None and leaf.dtype.kind not in "iub"}
+    if len(dtypes) != 1:
+        return
+    dtype = np.dtype(next(iter(dtypes))).name
+    for holder in (config, config.get("text_config")):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(holder, dict) and key in holder:
+                holder[key] = dtype
+    if "torch_dtype" not in config and "dtype" not in config:
+        config["torch_dtype"] = dtype
 
 
 def _holder(config: dict[str, Any], module: str, key: str = "") -> dict[str, Any]:
@@ -148,7 +172,7 @@ def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats:
     base = recipe.base if recipe.method.base != "input" and recipe.base in sources else None
     lines = ["---", _front(front), "---", f"# {title}", ""]
     lines += [
-        f"Merged with {method}" + (f" from the base {link(base)}." if base is not None else "."),
+        f"Merged with {method}" + (f" from {link(base)}." if base is not None else "."),
         "",
         "| model | revision | licence |",
         "|---|---|---|",

@@ -200,11 +200,11 @@ def test_commands(models, tmp_path, capsys):
     path.write_text(cases.recipe("linear_sum", models))
     assert cli.main(["plan", str(path), "--coefficients", "layers.0.mlp.down"]) == 0
     printed = capsys.readouterr().out
-    assert "model.layers.0.mlp.down_proj.weight t=0 weight=[0.2, 0.9, 0.1] normalize=False" in printed
+    assert "model.layers.0.mlp.down_proj.weight at=0 weight=[0.2, 0.9, 0.1] normalize=False" in printed
     assert f"# a value each of [{models}/a, {models}/b, {models}/c]\n" in printed
     assert "nothing speaks against this recipe" in printed and "peak memory" in printed
     assert cli.main(["merge", str(path), str(tmp_path / "out")]) == 0
-    assert "GB/s" in capsys.readouterr().out and (tmp_path / "out/config.json").exists()
+    assert "B/s" in capsys.readouterr().out and (tmp_path / "out/config.json").exists()
     assert cli.main(["merge", str(path), str(tmp_path / "out")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main(["inspect", str(models / "a"), str(tmp_path / "out"), "--by-layer", "--leaves", "norm"]) == 0
