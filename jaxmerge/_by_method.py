@@ -60,7 +60,7 @@ class InputsAndOutput(Inputs):
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
 DEQUANTIZE = "dequantize"
-"""What a receipt says where parents were read as numbers, beside the method and its options."""
+"""Where a receipt says whether parents were read as numbers."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +87,8 @@ def main(argv: Sequence[str]) -> int:
             _plan(tx, parsed.files)
         else:
             recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
-            _merge(tx, parsed.files, recipe | ({DEQUANTIZE: True} if parsed.files.dequantize else {}))
+            recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", DEQUANTIZE)}
+            _merge(tx, parsed.files, recipe)
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
@@ -198,6 +199,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     from jaxmerge import checkpoint
     from jaxmerge._progress import bar
 
+    files = _as_begun(files, recipe)
     plan = _checked(tx, files)
     plan.check()
     _note(Console(), plan)
@@ -215,6 +217,20 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
             **_arguments(files),
         )
     _summary(Console(), report, files)
+
+
+def _as_begun(files: InputsAndOutput, recipe: Any) -> InputsAndOutput:
+    """Names on the Hub at the commits at which the same merge read them that was cut off, as its journal says."""
+    from jaxmerge.checkpoint._journal import begun
+    from jaxmerge.checkpoint._merge import as_begun
+    from jaxmerge.checkpoint._remote import Url, is_remote
+
+    if not files.resume:
+        return files
+    inputs = begun(Url(files.out) if is_remote(files.out) else files.out, recipe=recipe)
+    base, *others = as_begun((files.base, *files.models, *files.statistics), inputs, files.out)
+    models, statistics = others[: len(files.models)], others[len(files.models) :]
+    return dataclasses.replace(files, base=base, models=tuple(models), statistics=tuple(statistics))
 
 
 def _note(console: Any, plan: Any) -> None:
