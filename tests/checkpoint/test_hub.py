@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -261,7 +262,7 @@ def test_a_merge_that_was_cut_off_reads_the_same_commit(models, hub, tmp_path, m
 
         return run
 
-    devices = {"format": "orbax", "on_devices": True, "memory": 10**5}
+    devices: dict[str, Any] = {"format": "orbax", "on_devices": True, "memory": 10**5}
     cases = {
         "recipe": lambda out: lambda tell: recipe.merge(LINEAR, out, on_progress=lambda name, p: tell(p)),
         "call": merges,
