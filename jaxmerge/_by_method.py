@@ -59,8 +59,6 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-DEQUANTIZE = "dequantize"
-"""Where a receipt says whether parents were read as numbers."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
             _plan(tx, parsed.files)
         else:
             recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
-            recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", DEQUANTIZE)}
+            recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", "dequantize")}
             _merge(tx, parsed.files, recipe)
     except BrokenPipeError:
         raise
@@ -135,22 +133,12 @@ def _parents(files: Inputs) -> tuple[Any, list[Any]]:
     """
     if not files.dequantize:
         return files.base, list(files.models)
+    from jaxmerge.recipe._dequantize import as_numbers
+
     try:
         return None if files.base is None else as_numbers(files.base), [as_numbers(model) for model in files.models]
     except ValueError as e:
         raise _UserError(str(e)) from e
-
-
-def as_numbers(path: str) -> Any:
-    """A checkpoint, dequantised as its configuration says.
-
-    Raises:
-      ValueError: see `checkpoint.dequantized`.
-    """
-    from jaxmerge import checkpoint
-    from jaxmerge.recipe._dequantize import dequantized
-
-    return dequantized(checkpoint.open(path))
 
 
 def _sharding(mesh: str) -> Any:

@@ -400,9 +400,9 @@ def _made_by(recipe: Any, out: str) -> Any:
 def _numbers(out: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The parents of a merge by METHOD, where they were read as numbers; else as its receipt names them."""
     from jaxmerge import checkpoint
-    from jaxmerge._by_method import DEQUANTIZE, as_numbers
+    from jaxmerge.recipe._dequantize import as_numbers
 
-    if not asked.get(DEQUANTIZE):
+    if not asked.get("dequantize"):
         return {}
     receipt = checkpoint.receipt(out)
     base = receipt["base"] and as_numbers(receipt["base"]["path"])
