@@ -18,7 +18,7 @@ from jaxmerge.checkpoint._budget import show_size
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https:// (safetensors),
     gs://, s3://; or names on the Hub, org/name or org/name@revision."""
     base: str | None = None
     """The checkpoint that they were trained from."""
@@ -55,7 +55,7 @@ class InputsAndOutput(Inputs):
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
     resume: bool = True
-    """Go on where the same merge was cut off."""
+    """Go on where the same merge was cut off, of the Hub's models at the commits that it read."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}

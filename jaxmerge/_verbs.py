@@ -51,7 +51,7 @@ class Merge(Options):
     overwrite: bool = False
     """Replace the output of an earlier merge."""
     resume: bool = True
-    """Go on where the same merge was cut off."""
+    """Go on where the same merge was cut off, of the Hub's models at the commits that it read."""
     parts: pathlib.Path | None = None
     """Where the results of documents go that others refer to; None: beside the output, with .parts after its name."""
 
