@@ -20,7 +20,7 @@ from jaxmerge.checkpoint._budget import show_size
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https:// (safetensors),
     gs://, s3://; or names on the Hub, org/name or org/name@revision."""
     base: str | None = None
     """The checkpoint that they were trained from."""
@@ -57,12 +57,10 @@ class InputsAndOutput(Inputs):
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
     resume: bool = True
-    """Go on where the same merge was cut off."""
+    """Go on where the same merge was cut off, of the Hub's models at the commits that it read."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-DEQUANTIZE = "dequantize"
-"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
             _plan(tx, parsed.files)
         else:
             recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
-            _merge(tx, parsed.files, recipe | ({DEQUANTIZE: True} if parsed.files.dequantize else {}))
+            recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", "dequantize")}
+            _merge(tx, parsed.files, recipe)
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
@@ -137,22 +136,12 @@ def _parents(files: Inputs) -> tuple[Any, list[Any]]:
     """
     if not files.dequantize:
         return files.base, list(files.models)
+    from jaxmerge.recipe._dequantize import as_numbers
+
     try:
         return None if files.base is None else as_numbers(files.base), [as_numbers(model) for model in files.models]
     except ValueError as e:
         raise _UserError(str(e)) from e
-
-
-def as_numbers(path: str) -> Any:
-    """A checkpoint, dequantised as its configuration says.
-
-    Raises:
-      ValueError: see `checkpoint.dequantized`.
-    """
-    from jaxmerge import checkpoint
-    from jaxmerge.recipe._dequantize import dequantized
-
-    return dequantized(checkpoint.open(path))
 
 
 def _sharding(mesh: str) -> Any:
@@ -203,6 +192,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     from jaxmerge._progress import bar
     from jaxmerge.recipe._card import companions
 
+    files = _as_begun(files, recipe)
     plan = _checked(tx, files)
     plan.check()
     try:
@@ -225,6 +215,20 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
             **_arguments(files),
         )
     _summary(Console(), report, files)
+
+
+def _as_begun(files: InputsAndOutput, recipe: Any) -> InputsAndOutput:
+    """Names on the Hub at the commits at which the same merge read them that was cut off, as its journal says."""
+    from jaxmerge.checkpoint._journal import begun
+    from jaxmerge.checkpoint._merge import as_begun
+    from jaxmerge.checkpoint._remote import Url, is_remote
+
+    if not files.resume:
+        return files
+    inputs = begun(Url(files.out) if is_remote(files.out) else files.out, recipe=recipe)
+    base, *others = as_begun((files.base, *files.models, *files.statistics), inputs, files.out)
+    models, statistics = others[: len(files.models)], others[len(files.models) :]
+    return dataclasses.replace(files, base=base, models=tuple(models), statistics=tuple(statistics))
 
 
 def _note(console: Any, plan: Any) -> None:
