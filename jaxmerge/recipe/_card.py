@@ -99,16 +99,19 @@ def configuration(
     return config
 
 
-def companions(donor: Source, out: Mapping[str, Leaf]) -> dict[str, str | bytes]:
+def companions(donor: Source, out: Mapping[str, Leaf], *, dequantized: bool = False) -> dict[str, str | bytes]:
     """What goes beside the tensors of a merge without a recipe: the donor's configuration and its tokenizer, as they are.
 
     Args:
       donor: the base, or the first model.
       out: the output's tensors, whose dtype the configuration names.
+      dequantized: whether the donor's codes were read as numbers.
     """
     found = files(donor, None, None)
     config = side_json(donor, "config.json")
     if config:
+        if dequantized:
+            config.pop("quantization_config", None)
         _say_dtype(config, out)
         found["config.json"] = dump(config)
     return found
