@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from jaxmerge import params
 from jaxmerge._methods import METHODS, NEED_NO_BASE
-from jaxmerge._verbs import speed, told
+from jaxmerge._verbs import DEQUANTIZE, as_numbers, speed, told
 from jaxmerge.checkpoint._budget import show_size
 
 
@@ -61,8 +61,6 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
-DEQUANTIZE = "dequantize"
-"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,18 +139,6 @@ def _parents(files: Inputs) -> tuple[Any, list[Any]]:
         return None if files.base is None else as_numbers(files.base), [as_numbers(model) for model in files.models]
     except ValueError as e:
         raise _UserError(str(e)) from e
-
-
-def as_numbers(path: str) -> Any:
-    """A checkpoint, dequantised as its configuration says.
-
-    Raises:
-      ValueError: see `checkpoint.dequantized`.
-    """
-    from jaxmerge import checkpoint
-    from jaxmerge.recipe._dequantize import dequantized
-
-    return dequantized(checkpoint.open(path))
 
 
 def _sharding(mesh: str) -> Any:

@@ -16,6 +16,8 @@ from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 RECIPES = (".yml", ".yaml")
+DEQUANTIZE = "dequantize"
+"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,10 +428,21 @@ def _made_by(recipe: Any, out: str) -> Any:
     return METHODS[recipe["method"]](**options).transform()
 
 
+def as_numbers(path: str) -> Any:
+    """A checkpoint, dequantised as its configuration says.
+
+    Raises:
+      ValueError: see `checkpoint.dequantized`.
+    """
+    from jaxmerge import checkpoint
+    from jaxmerge.recipe._dequantize import dequantized
+
+    return dequantized(checkpoint.open(path))
+
+
 def _numbers(out: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The parents of a merge by METHOD, where they were read as numbers; else as its receipt names them."""
     from jaxmerge import checkpoint
-    from jaxmerge._by_method import DEQUANTIZE, as_numbers
 
     if not asked.get(DEQUANTIZE):
         return {}
