@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from jaxmerge import params
 from jaxmerge._methods import METHODS, NEED_NO_BASE
-from jaxmerge._verbs import speed, told
+from jaxmerge._verbs import DEQUANTIZE, as_numbers, speed, told
 from jaxmerge.checkpoint._budget import show_size
 
 

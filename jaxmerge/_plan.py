@@ -90,7 +90,7 @@ class Plan:
     @property
     def sizes(self) -> Int[Array, "*batch m"]:
         """Positions in each segment: A 1. An empty slot has size 0."""
-        _check_whole_ids(self, "sizes")
+        segments.check_whole("sizes: the plan", self.segment_ids, self.segment_ids.ndim - 1)
         return segments.counts(self.segment_ids, self.num_segments)
 
     @property
@@ -315,11 +315,8 @@ def compose(outer: Plan | SoftPlan, inner: Plan | SoftPlan) -> Plan | SoftPlan:
     """
     batches = _batch(outer, "compose"), _batch(inner, "compose")
     if outer.num_positions != inner.num_segments:
-        remedy = (
-            " Are the arguments swapped? compose(outer, inner) applies inner first."
-            if (inner.num_positions == outer.num_segments)
-            else ""
-        )
+        swapped = inner.num_positions == outer.num_segments
+        remedy = " Are the arguments swapped? compose(outer, inner) applies inner first." if swapped else ""
         raise ValueError(
             f"compose: outer reads {outer.num_positions} positions but inner writes {inner.num_segments} segments.{remedy}"
         )
@@ -409,13 +406,8 @@ def _batch(plan: Plan | SoftPlan, verb: str) -> tuple[int, ...]:
         )
     if isinstance(plan, SoftPlan):
         return held.shape[:-2]
-    _check_whole_ids(plan, verb)
+    segments.check_whole(f"{verb}: the plan", held, held.ndim - 1)
     return held.shape[:-1]
-
-
-def _check_whole_ids(plan: Plan, verb: str) -> None:
-    ids = plan.segment_ids
-    segments.check_whole(f"{verb}: the plan", ids, ids.ndim - 1)
 
 
 def _cast(x: Array, dtype: Any) -> Array:
@@ -444,13 +436,7 @@ def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:
 
 
 def _by_kernel(
-    plan: Plan,
-    x: Array,
-    weight: Array | None,
-    *,
-    mean: bool,
-    implementation: Implementation | None,
-    xla: Callable[[], Array],
+    plan: Plan, x: Array, weight: Array | None, *, mean: bool, implementation: Implementation | None, xla: Callable[[], Array]
 ) -> Array:
     """Sums or means of rows of any features by whatever implementation is chosen."""
     rank = plan.segment_ids.ndim

@@ -16,6 +16,8 @@ from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 RECIPES = (".yml", ".yaml")
+DEQUANTIZE = "dequantize"
+"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ BELOW = {
     "_methods": {"params"},
     "_progress": {"checkpoint"},
     "_verbs": {"_methods", "_progress", "params", "checkpoint", "recipe"},
-    "_by_method": {"_methods", "_progress", "params", "checkpoint", "recipe"},
+    "_by_method": {"_methods", "_progress", "_verbs", "params", "checkpoint", "recipe"},
     "_window": {"_verbs", "params", "recipe"},
     "_roll_call": set(),
     "_doctor": {"_kernels", "_roll_call", "checkpoint"},
