@@ -158,6 +158,6 @@ def columns(ref: Any) -> Array:
     return load(ref, plgpu.Layout.WGMMA.reduce(0))
 
 
-def iota(shape: tuple[int, int], axis: int) -> Array:
+def iota(shape: tuple[int, ...], axis: int) -> Array:
     """The row's or column's number in an accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

@@ -122,8 +122,8 @@ def opened(b: Array, b_ok: Array | None) -> Array | None:
 def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> list[tuple[Array, Array]]:
     """Of each x (B, n, k): its bfloat16 parts (parts, B, n', k') and inverse norms (B, n'), in one launch.
 
-    n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite. Where rows
-    are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
+    n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite. Where
+    rows are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
     """
     B, _, k = xs[0].shape
     parts = 3 if xs[0].dtype == jnp.float32 else 1
@@ -355,12 +355,12 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
     )  # fmt: skip
 
 
-def _along(of_key: Array, shape: tuple[int, int]) -> Array:
+def _along(of_key: Array, shape: tuple[int, ...]) -> Array:
     """One number for each key, for every query."""
     return lax.broadcast_in_dim(of_key, shape, (1,))
 
 
-def _across(of_query: Array, shape: tuple[int, int]) -> Array:
+def _across(of_query: Array, shape: tuple[int, ...]) -> Array:
     """One number for each query, for every key."""
     return lax.broadcast_in_dim(of_query, shape, (0,))
 
