@@ -134,7 +134,7 @@ def together(batch: list[Job], out: pathlib.Path, stop: float) -> dict[str, str]
                 [sys.executable, "-u", *job.arguments],
                 stdout=words,
                 stderr=words,
-                env=os.environ | more,
+                env={"JAX_PLATFORMS": "cuda"} | os.environ | more,
                 start_new_session=True,
             )
         running[job.name] = process
