@@ -117,22 +117,22 @@ def _main(argv: list[str]) -> int:
         print(f"jaxmerge {__version__}")
         return 0
     if argv and argv[0] in OWN:
-        return importlib.import_module(f"jaxmerge._{argv[0]}").main(argv[1:])
-    from jaxmerge import _verbs
+        return importlib.import_module(f"jaxmerge._commands.{argv[0]}").main(argv[1:])
+    from jaxmerge._commands import verbs
 
-    if _verbs.takes(argv):
-        return _verbs.main(argv)
-    from jaxmerge import _by_method
+    if verbs.takes(argv):
+        return verbs.main(argv)
+    from jaxmerge._commands import by_method
     from jaxmerge._methods import METHODS
 
-    if len(argv) < 2 or argv[0] not in _by_method.VERBS or argv[1] not in METHODS:
+    if len(argv) < 2 or argv[0] not in by_method.VERBS or argv[1] not in METHODS:
         print(*(_not_understood(argv) or [_usage()]), sep="\n", file=sys.stderr)
         return 2
-    return _by_method.main(argv)
+    return by_method.main(argv)
 
 
 def _usage() -> str:
-    from jaxmerge._by_method import VERBS
+    from jaxmerge._commands.by_method import VERBS
     from jaxmerge._methods import METHODS
 
     methods = textwrap.fill(", ".join(METHODS), 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
@@ -152,15 +152,16 @@ methods:
 
 def _not_understood(argv: list[str]) -> list[str]:
     """What to say of the first word that means nothing."""
-    from jaxmerge import _by_method, _verbs
+    from jaxmerge._commands import by_method, verbs
+    from jaxmerge._commands.words import close, near
     from jaxmerge._methods import METHODS
 
-    known = [*_verbs.VERBS, *OWN]
+    known = [*verbs.VERBS, *OWN]
     if argv and argv[0] not in known:
-        here = _verbs.near(argv[0], known) if _verbs.close(argv[0], known) else f"; there are {', '.join(known)}."
+        here = near(argv[0], known) if close(argv[0], known) else f"; there are {', '.join(known)}."
         return [f"jaxmerge: error: there is no command {argv[0]!r}{here}"]
-    if len(argv) > 1 and argv[0] in _by_method.VERBS:
-        told = _verbs.near(argv[1], METHODS) if _verbs.close(argv[1], METHODS) else "; `jaxmerge --help` lists the methods."
+    if len(argv) > 1 and argv[0] in by_method.VERBS:
+        told = near(argv[1], METHODS) if close(argv[1], METHODS) else "; `jaxmerge --help` lists the methods."
         return [f"jaxmerge: error: {argv[1]!r} is neither a recipe (a file) nor a method{told}"]
     return []
 

@@ -284,7 +284,7 @@ print([m for m in ("orbax", "tyro", "rich", "flax") if m in sys.modules])
 def test_the_bar_is_drawn_now_and_then_and_for_a_terminal_alone(monkeypatch, capsys):
     from rich import console, progress
 
-    from jaxmerge._progress import bar
+    from jaxmerge._commands.progress import bar
 
     drawn = []
     monkeypatch.setattr(

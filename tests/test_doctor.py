@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmerge import _doctor, _roll_call, cli
+from jaxmerge import _roll_call, cli
+from jaxmerge._commands import doctor
 from jaxmerge._roll_call import Party, Roll, party, roll_call
 from jaxmerge.checkpoint import _probe
 
@@ -108,7 +109,7 @@ def test_nobody_merges_while_somebody_is_missing(port, monkeypatch, capsys):
 
 @pytest.fixture
 def quiet(monkeypatch):
-    monkeypatch.setattr(_doctor, "_machine", lambda: None)  # what they say is looked at in test_cli
+    monkeypatch.setattr(doctor, "_machine", lambda: None)  # what they say is looked at in test_cli
 
 
 def test_the_command_counts_hosts(port, quiet, monkeypatch, capsys):

@@ -37,14 +37,9 @@ BELOW = {
     "testing": {"_plan", "_collectives", "params"},
     "recipe": {"params", "checkpoint"},
     "_methods": {"params"},
-    "_progress": {"checkpoint"},
-    "_verbs": {"_methods", "_progress", "params", "checkpoint", "recipe"},
-    "_by_method": {"_methods", "_progress", "_verbs", "params", "checkpoint", "recipe"},
-    "_window": {"_verbs", "params", "recipe"},
+    "_commands": {"_methods", "_kernels", "_roll_call", "params", "checkpoint", "recipe"},
     "_roll_call": set(),
-    "_doctor": {"_kernels", "_roll_call", "checkpoint"},
-    "_demo": {"params", "recipe", "cli"},
-    "cli": {"_methods", "_verbs", "_by_method", "_roll_call", "params"},
+    "cli": {"_methods", "_commands", "_roll_call", "params"},
 }
 
 

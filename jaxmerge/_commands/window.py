@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from jaxmerge import _verbs
+from jaxmerge._commands import recipes
+from jaxmerge._commands.words import told
 
 DECAYS = {
     "mean": "linear",
@@ -26,7 +27,7 @@ DECAYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Window(_verbs.Options):
+class Window(recipes.Options):
     """Average checkpoints of one run, oldest first: weights as if the learning rate had decayed over the window (WSM)."""
 
     out: str | None = None
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as e:
-        print(f"jaxmerge: error: {_verbs.told(e)}", file=sys.stderr)
+        print(f"jaxmerge: error: {told(e)}", file=sys.stderr)
         return 2
     return 0
 
@@ -86,14 +87,14 @@ def _run(patterns: Sequence[str], options: Window) -> None:
     paths = [path for pattern in patterns for path in window(pattern)]
     _in_order(paths, options.schedule)
     text = _recipe(paths, options)
-    [plan] = recipe.plan(text, **_verbs._engine(options))
+    [plan] = recipe.plan(text, **recipes.engine(options))
     weights = plan.work.tx.match.steps[0].settings("", (len(paths),))["weight"]  # type: ignore[attr-defined]
     for path, weight in zip(paths, weights.tolist(), strict=True):
         print(f"{weight:.4f} {path}")
     if options.dry_run:
-        _verbs._show(Console(), plan)
+        recipes.show(Console(), plan)
         return
-    _verbs.carry_out(text, str(options.out), options)
+    recipes.carry_out(text, str(options.out), options)
 
 
 def _are_there(patterns: Sequence[str]) -> None:

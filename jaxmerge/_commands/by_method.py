@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from jaxmerge import params
+from jaxmerge._commands.words import speed, told
 from jaxmerge._methods import METHODS, NEED_NO_BASE
-from jaxmerge._verbs import DEQUANTIZE, as_numbers, speed, told
 from jaxmerge.checkpoint._budget import show_size
 
 
@@ -189,7 +189,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     from rich.console import Console
 
     from jaxmerge import checkpoint
-    from jaxmerge._progress import bar
+    from jaxmerge._commands.progress import bar
     from jaxmerge.recipe._card import companions
 
     files = _as_begun(files, recipe)

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if out.exists():
         print(f"jaxmerge: error: {out} exists; name another folder: jaxmerge demo OUT", file=sys.stderr)
         return 2
-    from jaxmerge import cli
+    from jaxmerge._commands import verbs
 
     trees = make(out)
     (out / "recipe.yml").write_text(RECIPE.format(out=out))
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         ["inspect", f"{out}/merged", f"{out}/base", "--by-layer"],
     ):
         print(f"\n$ jaxmerge {shlex.join(command)}", flush=True)
-        code = cli.main(command)
+        code = verbs.main(command)
         if code:
             return code
     return draw(out, trees)

@@ -1,0 +1,1 @@
+"""What `jaxmerge` does on the command line, a file for each command; `jaxmerge.cli` chooses."""
