@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 
 from jaxmerge import params
 from jaxmerge._methods import METHODS, NEED_NO_BASE
-from jaxmerge._verbs import DEQUANTIZE, as_numbers, speed, told
+from jaxmerge._verbs import speed, told
 from jaxmerge.checkpoint._budget import show_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     models: tuple[str, ...]
-    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https://,
+    """Checkpoints to merge: Orbax directories, safetensors files or directories of them; local, https:// (safetensors),
     gs://, s3://; or names on the Hub, org/name or org/name@revision."""
     base: str | None = None
     """The checkpoint that they were trained from."""
@@ -57,7 +57,7 @@ class InputsAndOutput(Inputs):
     nonfinite: Literal["refuse", "allow"] = "refuse"
     """Refuse models with NaN or inf, or merge them all the same."""
     resume: bool = True
-    """Go on where the same merge was cut off."""
+    """Go on where the same merge was cut off, of the Hub's models at the commits that it read."""
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
             _plan(tx, parsed.files)
         else:
             recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
-            _merge(tx, parsed.files, recipe | ({DEQUANTIZE: True} if parsed.files.dequantize else {}))
+            recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", "dequantize")}
+            _merge(tx, parsed.files, recipe)
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
@@ -135,6 +136,8 @@ def _parents(files: Inputs) -> tuple[Any, list[Any]]:
     """
     if not files.dequantize:
         return files.base, list(files.models)
+    from jaxmerge.recipe._dequantize import as_numbers
+
     try:
         return None if files.base is None else as_numbers(files.base), [as_numbers(model) for model in files.models]
     except ValueError as e:
@@ -189,6 +192,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     from jaxmerge._progress import bar
     from jaxmerge.recipe._card import companions
 
+    files = _as_begun(files, recipe)
     plan = _checked(tx, files)
     plan.check()
     try:
@@ -211,6 +215,20 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
             **_arguments(files),
         )
     _summary(Console(), report, files)
+
+
+def _as_begun(files: InputsAndOutput, recipe: Any) -> InputsAndOutput:
+    """Names on the Hub at the commits at which the same merge read them that was cut off, as its journal says."""
+    from jaxmerge.checkpoint._journal import begun
+    from jaxmerge.checkpoint._merge import as_begun
+    from jaxmerge.checkpoint._remote import Url, is_remote
+
+    if not files.resume:
+        return files
+    inputs = begun(Url(files.out) if is_remote(files.out) else files.out, recipe=recipe)
+    base, *others = as_begun((files.base, *files.models, *files.statistics), inputs, files.out)
+    models, statistics = others[: len(files.models)], others[len(files.models) :]
+    return dataclasses.replace(files, base=base, models=tuple(models), statistics=tuple(statistics))
 
 
 def _note(console: Any, plan: Any) -> None:

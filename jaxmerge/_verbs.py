@@ -16,8 +16,6 @@ from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 RECIPES = (".yml", ".yaml")
-DEQUANTIZE = "dequantize"
-"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Merge(Options):
     overwrite: bool = False
     """Replace the output of an earlier merge."""
     resume: bool = True
-    """Go on where the same merge was cut off."""
+    """Go on where the same merge was cut off, of the Hub's models at the commits that it read."""
     parts: pathlib.Path | None = None
     """Where the results of documents go that others refer to; None: beside the output, with .parts after its name."""
 
@@ -428,23 +426,12 @@ def _made_by(recipe: Any, out: str) -> Any:
     return METHODS[recipe["method"]](**options).transform()
 
 
-def as_numbers(path: str) -> Any:
-    """A checkpoint, dequantised as its configuration says.
-
-    Raises:
-      ValueError: see `checkpoint.dequantized`.
-    """
-    from jaxmerge import checkpoint
-    from jaxmerge.recipe._dequantize import dequantized
-
-    return dequantized(checkpoint.open(path))
-
-
 def _numbers(out: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The parents of a merge by METHOD, where they were read as numbers; else as its receipt names them."""
     from jaxmerge import checkpoint
+    from jaxmerge.recipe._dequantize import as_numbers
 
-    if not asked.get(DEQUANTIZE):
+    if not asked.get("dequantize"):
         return {}
     receipt = checkpoint.receipt(out)
     base = receipt["base"] and as_numbers(receipt["base"]["path"])

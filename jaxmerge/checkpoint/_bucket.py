@@ -34,7 +34,7 @@ class Bucket:
       lines: what an earlier run of the same merge has noted.
     """
 
-    def __init__(self, out: Any, tree: Tree, identity: str, *, overwrite: bool, resume: bool):
+    def __init__(self, out: Any, tree: Tree, identity: str, *, overwrite: bool, resume: bool, about: Mapping[str, Any]):
         import tensorstore as ts
 
         self._out, self._tree, self._rank = Url(out), tree, jax.process_index()
@@ -51,7 +51,7 @@ class Bucket:
                 self._remove(self._journal, _done(self._journal.list()))
                 self._remove(self._files, left if len(left) == len(self._out.all_names()) else ())
             [own, *_] = _processes.everyone(f"{time.time_ns():x}")
-            lines = [{"merge": identity, "own": own}]
+            lines = [{"merge": identity, "own": own, **about}]
             self._noted = 0
             self.note(lines[0])
         self._mine = f"{ITEM}/ocdbt.process_{lines[0]['own']}_"

@@ -23,15 +23,19 @@ PATIENCE = 300.0
 FRESH = 300
 """Seconds for which the address is used again that a file at a commit was found at."""
 STEP = 1 << 20
+SMALL = 1 << 24
+"""Bytes, at most, of a file at a commit that is taken whole where the server serves no ranges of it."""
 GONE = (401, 403, 404, 410)
 LATER = (408, 425, 429, 500, 502, 503, 504)
 
 
 class File(NamedTuple):
-    """What a server says of a file: its size, and a number that changes when it does (0: it does not say)."""
+    """What a server says of a file: its size, a number that changes when it does (0: it does not say), and whether it serves
+    ranges of it."""
 
     size: int
     stamp: int
+    ranges: bool = True
 
 
 _KNOWN: dict[str, File] = {}
@@ -41,12 +45,18 @@ AT_COMMIT = re.compile(r"/resolve/[0-9a-f]{40}/")
 
 
 def file(url: str) -> File:
-    """What is there now.
+    """What is there now; of what lies at a commit, what was there.
 
     Raises:
       FileNotFoundError: nothing that may be read. OSError: the server cannot be reached, or serves no ranges of bytes.
     """
+    if url in _KNOWN and AT_COMMIT.search(url):
+        return _KNOWN[url]
     with _answer(url, 0, 1) as answer:
+        said = answer.headers.get("Content-Length", "")
+        if answer.status != 206 and AT_COMMIT.search(url) and said.isdigit() and int(said) <= SMALL:
+            _KNOWN[url] = File(int(said), _stamp(url, answer), ranges=False)
+            return _KNOWN[url]
         if answer.status != 206:
             raise OSError(
                 f"{url} is on a server that sends whole files only (it ignored the Range of a request); download the "
@@ -82,6 +92,8 @@ def read(url: str, offset: int, length: int) -> bytes:
     """
     known = _KNOWN.get(url) or file(url)
     length = min(length, known.size - offset)
+    if not known.ranges:
+        return _small(url)[offset : offset + max(length, 0)]
     room, got, broke = bytearray(max(length, 0)), 0, 0
     while got < length:
         before, reason = got, "it ended early"
@@ -104,6 +116,11 @@ def read(url: str, offset: int, length: int) -> bytes:
                 )
             time.sleep(PAUSE * 2 ** (broke - 1))
     return bytes(room)
+
+
+@functools.lru_cache(maxsize=4)
+def _small(url: str) -> bytes:
+    return whole(url)
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):

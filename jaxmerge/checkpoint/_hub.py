@@ -75,7 +75,7 @@ def locate(name: str, revision: str | None = None) -> str:
       FileNotFoundError: it is in neither place, or not for us. OSError: the Hub cannot be asked.
     """
     snapshot = cached(name, revision)
-    if snapshot is not None and (_access.offline() or whole(snapshot)):
+    if snapshot is not None and (_access.offline() or whole(snapshot) or (_is_orbax(snapshot) and complete(name, snapshot))):
         return str(snapshot)
     fetch = f"hf download {name}{f' --revision {revision}' if revision else ''}"
     if _access.offline():
@@ -128,6 +128,27 @@ def whole(snapshot: pathlib.Path) -> bool:
     return bool(files) and (not parts or len(parts) == max(parts))
 
 
+def _is_orbax(snapshot: pathlib.Path) -> bool:
+    return (snapshot / "_METADATA").exists() or any(snapshot.glob("*/_METADATA"))
+
+
+def complete(name: str, snapshot: pathlib.Path) -> bool:
+    """Whether a snapshot has all files of its commit: what Orbax has written says nowhere how many there are.
+
+    Raises:
+      OSError: the Hub cannot be asked.
+    """
+    try:
+        return all((snapshot / file).exists() for file in listing(_access.endpoint(), name, snapshot.name))
+    except FileNotFoundError:  # the commit is no longer there
+        return False
+    except OSError as e:
+        remedy = "if it was fetched whole, set HF_HUB_OFFLINE=1"
+        raise OSError(
+            f"whether {snapshot} has all files of {name} is for the Hub to say, and it is out of reach: {e} {remedy}."
+        ) from None
+
+
 def said(files: Iterable[str]) -> list[str]:
     """Which models of the Hub files belong to, and where they are read: a sentence each."""
     commits = {c._replace(inside=""): None for file in files if (c := at(file)) is not None}
@@ -136,10 +157,9 @@ def said(files: Iterable[str]) -> list[str]:
     ]
 
 
-def pinned(name: str, files: Iterable[str]) -> str | None:
-    """The commit of a model that files belong to; None where it is none, or not one."""
-    commits = {c.commit for file in files if (c := at(file)) is not None and c.model == name}
-    return commits.pop() if len(commits) == 1 else None
+def commits(name: str, files: Iterable[str]) -> set[str]:
+    """The commits of a model that files belong to."""
+    return {c.commit for file in files if (c := at(file)) is not None and c.model == name}
 
 
 def near(name: str) -> str:

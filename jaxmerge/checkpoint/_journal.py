@@ -151,14 +151,26 @@ class Workplace:
         return lines
 
 
-def begun(out: Any, recipe: Any) -> list[str]:
-    """The files that are read by a merge into `out` that was cut off, if it was asked for in the same words."""
+def begun(out: Any, **asked: Any) -> list[list[str]]:
+    """The files of each input of a merge into `out` that was cut off, if its journal says of it what was asked for now."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        out = pathlib.Path(os.path.realpath(out))
-        first = json.loads((out.parent / f"{out.name}.merging" / "journal-0.jsonl").read_text().splitlines()[0])
-        if first.get("recipe") == recipe:
+        if isinstance(out, Url):
+            text = Url(f"{out}.merging/0/000000").read_text()
+        else:
+            out = pathlib.Path(os.path.realpath(out))
+            text = (out.parent / f"{out.name}.merging" / "journal-0.jsonl").read_text()
+        first = json.loads(text.splitlines()[0])
+        if all(key in first and first[key] == json.loads(json.dumps(value)) for key, value in asked.items()):
             return first.get("inputs", [])
     return []
+
+
+def gone(out: Any, what: str, error: Exception) -> str:
+    """Why a merge that was cut off does not go on: it read what is no longer there."""
+    return (
+        f"a merge into {out} was cut off that read {what}, and that cannot be read any more: {error}; to begin anew, of what "
+        "is there now, pass resume=False (--no-resume)."
+    )
 
 
 def sync(path: pathlib.Path) -> None:

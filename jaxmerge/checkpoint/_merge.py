@@ -12,14 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
 
-from jaxmerge.checkpoint import _ranges
+from jaxmerge.checkpoint import _hub, _ranges
 from jaxmerge.checkpoint._budget import peak_rss
+from jaxmerge.checkpoint._journal import begun, fingerprint, gone
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
-from jaxmerge.checkpoint._remote import STORES, is_remote
+from jaxmerge.checkpoint._remote import STORES, Url, is_remote
 from jaxmerge.checkpoint._sharding import Rule
-from jaxmerge.checkpoint._source import Format
+from jaxmerge.checkpoint._source import Format, digest, open as open_source
 from jaxmerge.params._stack import Integers
-from jaxmerge.params._transform import MergeTransform
+from jaxmerge.params._transform import Match, MergeTransform
 
 
 class Progress(NamedTuple):
@@ -77,6 +78,31 @@ class MergeReport(NamedTuple):
     peak_bytes: int = 0
 
 
+def as_begun(named: Sequence[Any], inputs: Sequence[Sequence[str]], out: Any) -> list[Any]:
+    """What a merge is of, names on the Hub at the commits at which one that was cut off read them; all else as it is.
+
+    Args:
+      named: the base or None, the models, statistics.
+      inputs: the files of each of them that was read; empty where none was.
+
+    Raises:
+      MergeError: a commit can no longer be read.
+    """
+    found = list(named)
+    there = [i for i, name in enumerate(named) if name is not None]
+    for i, files in zip(there, inputs, strict=False) if len(there) == len(inputs) else ():
+        if not isinstance(named[i], str) or os.path.exists(named[i]) or (split := _hub.split(named[i])) is None:
+            continue
+        commit = next((c.commit for f in files if (c := _hub.at(f)) is not None), None)
+        if commit is not None and commit != split[1]:
+            found[i] = f"{split[0]}@{commit}"
+            try:
+                open_source(found[i])
+            except (OSError, ValueError) as e:
+                raise MergeError(gone(out, found[i], e)) from None
+    return found
+
+
 def merge(
     tx: MergeTransform,
     base: Any | None,
@@ -117,7 +143,7 @@ def merge(
         where there is none).
       nonfinite: refuse a model with NaN or inf, naming leaf and model, or merge it all the same.
       overwrite: replace what an earlier merge has left at `out`.
-      resume: go on where the same merge was cut off; False begins anew.
+      resume: go on where the same merge was cut off, of the Hub's models at the commits that it read; False begins anew.
       recipe: what the receipt says was asked for, as JSON.
       beside: files that appear with the output, {name: contents}: configurations, tokenizers, a card.
       on_progress: called as the merge goes on.
@@ -134,6 +160,13 @@ def merge(
     """
     began = time.monotonic()
     bucket = is_remote(out)
+    named = (base, *models, *statistics)
+    steps = tx.match.steps if isinstance(tx.match, Match) else ()
+    asked = digest(fingerprint(steps), [str(n) if isinstance(n, str | os.PathLike) else None for n in named])
+    if resume:
+        inputs = begun(Url(out) if bucket else out, asked=asked, recipe=recipe)
+        base, *others = as_begun(named, inputs, out)
+        models, statistics = others[: len(models)], others[len(models) :]
     if bucket and not str(out).startswith(STORES):
         raise MergeError(f"out is {out}; checkpoints are written to local paths, gs:// and s3://.")
     headers = make_plan(
@@ -165,6 +198,7 @@ def merge(
             raise MergeError(f"{c.path}, which is merged here, lies in {out}; choose another place for the output.")
     common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite, "resume": resume}
     common |= {"recipe": recipe, "beside": beside}
+    common["about"] = {"recipe": recipe, "asked": asked, "inputs": [list(source.files) for source in headers.inputs]}
 
     def tell(stage: int, stages: int, done: int, total: int, resumed: int = 0) -> None:
         if on_progress is not None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.tree_util import DictKey, SequenceKey
 
-from jaxmerge.checkpoint import _remote
-from jaxmerge.checkpoint._remote import Place, Url, is_remote
+from jaxmerge.checkpoint import _hub, _remote
+from jaxmerge.checkpoint._remote import Place, Url, is_remote, on_web
 from jaxmerge.checkpoint._sharding import from_json
 from jaxmerge.checkpoint._source import Extent, Format, Index, Leaf, digest, place
 from jaxmerge.params._transform import leaf_name
@@ -19,6 +19,8 @@ from jaxmerge.params._transform import leaf_name
 KEYS = (DictKey, SequenceKey)
 EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple", "Unknown")
 """What a tree holds that is no leaf: nothing, or a container of nothing, such as optax's empty states."""
+KEPT = 1 << 26
+"""Bytes of what was read over the network that are kept: OCDBT's tree, which is asked for with every block."""
 PLAIN = ("scalar", "string")
 """Leaves that are Python's: numbers, written as arrays, and words."""
 
@@ -33,12 +35,14 @@ class Orbax:
         import tensorstore as ts
 
         self.path, self._base = path, base_of(path)
-        item = path == self._base and (path.parent / "_CHECKPOINT_METADATA").exists()
+        commit = _hub.at(path)
+        at_top = commit is not None and not commit.inside
+        item = path == self._base and not at_top and (path.parent / "_CHECKPOINT_METADATA").exists()
         self.name = f"{path.parent.name}/{path.name}" if item else path.name
         self.metadata: dict[str, str] = {}
         self.files = _files(path, self._base)
         described = json.loads((self._base / "_METADATA").read_text())
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        context = ts.Context({"cache_pool": {"total_bytes_limit": KEPT if on_web(path) else 0}})
         entries = [e for e in described["tree_metadata"].values() if kind_of(e) not in EMPTY]
         self._entries = {leaf_name(key_path(e)): e for e in sorted(entries, key=array_keys)}
         opened = {
@@ -46,7 +50,7 @@ class Orbax:
             for name, e in self._entries.items()
             if kind_of(e) != "string"
         }
-        self._arrays = {name: future.result() for name, future in opened.items()}
+        self._arrays = {name: self._came(future) for name, future in opened.items()}
         saved = from_json((self._base / "_sharding").read_text()) if (self._base / "_sharding").exists() else {}
         self.leaves = {}
         for name, e in self._entries.items():
@@ -59,9 +63,9 @@ class Orbax:
 
     def read(self, name: str, index: Index = ()) -> Any:
         if self.leaves[name].dtype is not None:
-            return np.asarray(self._arrays[name][index].read().result())
+            return np.asarray(self._came(self._arrays[name][index].read()))
         if name in self._arrays:
-            return self._arrays[name].read().result().item()
+            return self._came(self._arrays[name].read()).item()
         return json.loads((self._base / "_strings.json").read_text())[".".join(array_keys(self._entries[name]))]
 
     def load(self, shardings: Mapping[str, Sharding]) -> dict[str, Any]:
@@ -71,9 +75,25 @@ class Orbax:
             for index in sharding.addressable_devices_indices_map(self.leaves[n].shape).values():
                 if (n, str(index)) not in blocks:
                     blocks[n, str(index)] = self._arrays[n][index or ()].read()
-        read = lambda n, index: np.asarray(blocks[n, str(index)].result())
+        read = lambda n, index: np.asarray(self._came(blocks[n, str(index)]))
         others = {n: self.read(n) for n in shardings if n not in arrays}
         return place({n: self.leaves[n] for n in arrays}, arrays, read) | others
+
+    def _came(self, future: Any) -> Any:
+        """What came of it.
+
+        Raises:
+          OSError: a file on the Hub cannot be read.
+        """
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if on_web(self._base):
+            from jaxmerge.checkpoint import _relay
+
+            if why := _relay.failure(f"{self._base}/"):
+                raise OSError(why) from error
+        raise error
 
     def extent(self, name: str) -> Extent | None:
         return None
@@ -99,6 +119,8 @@ def open_checkpoint(path: Place) -> Orbax:
     try:
         return Orbax(path)
     except (OSError, ValueError, KeyError, TypeError) as e:
+        if on_web(path) and isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+            raise  # it was not read
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"{path} is not an Orbax checkpoint that can be read: {reason}") from e
 

@@ -32,6 +32,7 @@ def run(
     overwrite: bool,
     resume: bool,
     recipe: Any,
+    about: Mapping[str, Any],
     beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
@@ -50,7 +51,6 @@ def run(
             [headers.base is not None, options, jax.process_count(), headers.format, layout.identity(), task.units],
             _receipt.versions(),
         )
-        about = {"recipe": recipe, "inputs": [f for source in headers.inputs for f in source.files]}
         lines = place.begin(identity, lambda: layout.prepare(place.directory), resume=resume, about=about)
         keep = bool(lines)
         stream = Stream(task, headers.settings, _Teller(headers, tell))

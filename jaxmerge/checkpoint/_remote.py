@@ -98,7 +98,7 @@ class Url:
 def stat(path: Any) -> tuple[int, int]:
     """A file's size, and when it last changed, in nanoseconds, or another number that changes with it (0: none is known)."""
     if on_web(path):
-        return _http.file(str(path))
+        return _http.file(str(path))[:2]
     if is_remote(path):
         return _size(str(path)), 0
     s = os.stat(path)
@@ -164,6 +164,10 @@ def _store(directory: str) -> Any:
 def folder(path: str) -> dict[str, str]:
     """How tensorstore is told of a folder. s3:// is at AWS_ENDPOINT_URL, if that is set, as it is for AWS's own programs."""
     kind, there, rest = path.partition("://")
+    if on_web(path):
+        from jaxmerge.checkpoint import _relay
+
+        return {"driver": "http", "base_url": _relay.folder(path)}
     if not there or kind == "file":
         return {"driver": "file", "path": rest if there else path}
     bucket, _, inside = rest.partition("/")

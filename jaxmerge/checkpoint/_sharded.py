@@ -43,6 +43,7 @@ def run(
     overwrite: bool,
     resume: bool,
     recipe: Any,
+    about: Mapping[str, Any],
     beside: Mapping[str, str | bytes] | None,
     tell: Callable[..., None],
 ) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def run(
         [headers.base is not None, options, jax.process_count(), headers.batches, tree.identity()],
         _receipt.versions(),
     )
-    writer = (Bucket if is_remote(out) else Leafwise)(out, tree, identity, overwrite=overwrite, resume=resume)
+    writer = (Bucket if is_remote(out) else Leafwise)(out, tree, identity, overwrite=overwrite, resume=resume, about=about)
     surveys = [i for i, step in enumerate(steps) if step.survey is not None]
     stages = 1 + sum(steps[i].survey.rounds for i in surveys)
     stage_bytes = sum(s.leaves[n].bytes for s in inputs for n in headers.floating if n in s.leaves)

@@ -106,9 +106,9 @@ def open(path: Any) -> Source:
     """Look at a checkpoint: Orbax (v1 or the older PyTree layout), a safetensors file, or a directory of them as on the Hub.
 
     Args:
-      path: a file or directory, local, https://, gs:// or s3:// (Orbax: not https); a model's name on the Hub, "org/name" or
-        "org/name@revision", where no such path is here: from the cache of its client if it is whole there, else by ranges at
-        the revision's commit; or a source, which is handed back.
+      path: a file or directory, local, https://, gs:// or s3:// (Orbax over https: of a commit on the Hub alone); a model's
+        name on the Hub, "org/name" or "org/name@revision", where no such path is here: from the cache of its client if it is
+        whole there, else by ranges at the revision's commit; or a source, which is handed back.
 
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is none of these, or its headers are wrong.

@@ -269,11 +269,12 @@ class Leafwise:
       lines: what an earlier run of the same merge has noted.
     """
 
-    def __init__(self, out: Any, tree: Tree, identity: str, *, overwrite: bool, resume: bool):
+    def __init__(self, out: Any, tree: Tree, identity: str, *, overwrite: bool, resume: bool, about: Mapping[str, Any]):
         self._tree = tree
         self._place = Workplace(pathlib.Path(out).absolute(), rank=jax.process_index(), overwrite=overwrite)
         try:
-            self.lines = self._place.begin(identity, lambda: tree.prepare(self._place.directory), resume=resume)
+            prepare = lambda: tree.prepare(self._place.directory)
+            self.lines = self._place.begin(identity, prepare, resume=resume, about=about)
         except BaseException:
             self._place.leave(keep=False)
             raise

@@ -105,7 +105,7 @@ def companions(donor: Source, out: Mapping[str, Leaf], *, dequantized: bool = Fa
     Args:
       donor: the base, or the first model.
       out: the output's tensors, whose dtype the configuration names.
-      dequantized: whether the donor's codes were read as numbers.
+      dequantized: whether the donor's codes were read as numbers, and how they were coded is no longer true.
     """
     found = files(donor, None, None)
     config = side_json(donor, "config.json")

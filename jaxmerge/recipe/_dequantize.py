@@ -1,5 +1,7 @@
 """Quantised parents as the numbers that they stand for, as their configuration says."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jaxmerge import checkpoint
@@ -19,3 +21,12 @@ def dequantized(source: Source) -> Source:
     wanted = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     dtype = jnp.dtype(wanted) if wanted in ("bfloat16", "float16", "float32") else jnp.dtype(jnp.bfloat16)
     return checkpoint.dequantized(source, block=(int(rows), int(columns)), dtype=dtype)
+
+
+def as_numbers(path: Any) -> Source:
+    """A checkpoint, dequantised as its configuration says.
+
+    Raises:
+      ValueError: see `checkpoint.dequantized`.
+    """
+    return dequantized(checkpoint.open(path))

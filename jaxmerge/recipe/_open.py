@@ -86,13 +86,25 @@ def pinned(recipe: Recipe, files: Sequence[str]) -> dict[str, Source]:
     """Models of the Hub at the commits that files belong to: those of an earlier merge by the same recipe.
 
     Raises:
-      OSError, ValueError: a commit is no longer there, or cannot be read.
+      OSError, ValueError: a commit is no longer there, or cannot be read; one model was read at several commits, and its
+        revisions are others now.
     """
+    paths = [p for r in recipe.references() for p in (r.model, r.lora) if p is not None]
+    paths += [path for path, _ in recipe.statistics().values()]
+    asked: dict[str, list[Path]] = {}
+    for path in paths:
+        if "://" not in path.path and not os.path.exists(path.path) and path not in asked.get(path.path, []):
+            asked.setdefault(path.path, []).append(path)
     found: dict[str, Source] = {}
-    for path in [p for r in recipe.references() for p in (r.model, r.lora) if p is not None]:
-        commit = _hub.pinned(path.path, files) if "://" not in path.path and not os.path.exists(path.path) else None
-        if commit is not None:
-            found[str(path)] = checkpoint.open(f"{path.path}@{commit}")
+    for name, revisions in asked.items():
+        commits = _hub.commits(name, files)
+        moving = [path for path in revisions if path.revision not in commits]
+        left = commits - {path.revision for path in revisions}
+        if len(left) == 1:
+            found |= {str(path): checkpoint.open(f"{name}@{min(left)}") for path in moving}
+        elif left and left != {commit.commit for path in moving if (commit := _hub.at(locate(path)))}:
+            shown = ", ".join(map(str, moving))
+            raise ValueError(f"{shown} were read at {', '.join(sorted(left))}, and are elsewhere now; write commits")
     return found
 
 

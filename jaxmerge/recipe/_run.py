@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
-from jaxmerge.checkpoint._journal import RECEIPT, begun, check_free
+from jaxmerge.checkpoint._journal import RECEIPT, begun, check_free, gone
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.recipe._document import RecipePlan, plan_document
@@ -202,8 +202,16 @@ def _in_order(recipes: tuple[Recipe, ...], name: str) -> list[Recipe]:
 
 
 def _cut_off(document: Recipe, out: Any) -> dict[str, Source]:
-    """Models of the Hub as a merge by the same words read them that was cut off: to go on, it must read the same bytes."""
-    return {} if isinstance(out, Url) else pinned(document, begun(out, document.text))
+    """Models of the Hub as a merge by the same words read them that was cut off: to go on, it must read the same bytes.
+
+    Raises:
+      MergeError: they can no longer be read, or which of them was read at which commit cannot be told.
+    """
+    files = [f for files in begun(out, recipe=document.text) for f in files]
+    try:
+        return pinned(document, files)
+    except (OSError, ValueError) as e:
+        raise checkpoint.MergeError(gone(out, "models of the Hub at commits", e)) from None
 
 
 def _place(path: Any) -> Any:

@@ -45,7 +45,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         file = "/".join(parts[4:])
         if not (folder / file).is_file():
             return self._answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
-        if file.endswith(".safetensors"):
+        if file.endswith(".safetensors") or "/d/" in file:
             signed = f"{self.store}/{commit}/{model}/{file}?signature=1"
             return self._answer(302, b"", Location=signed, **{"X-Linked-Etag": '"x"', "X-Repo-Commit": commit})
         return self._answer(200, (folder / file).read_bytes(), ETag='"y"')

@@ -3,7 +3,9 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxmerge import checkpoint, cli, params, recipe
 from jaxmerge.checkpoint import _access, _http, _hub, _ranges
 from tests.checkpoint.hub import FIRST, SECOND, serving
+from tests.rounding import assert_within, entrywise
 
 LINEAR = "merge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\nparameters: {weight: 1}\n"
 
@@ -218,26 +221,156 @@ def test_out_of_reach(hub, monkeypatch):
         checkpoint.open("org/a")
 
 
-def test_a_merge_that_was_cut_off_reads_the_same_commit(models, hub, tmp_path, monkeypatch):
-    """Although the branch has moved on; where one model was read at two, it is another merge, of what is there now."""
+@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_merge_that_was_cut_off_reads_the_same_commit(models, hub, tmp_path, monkeypatch, capsys, rest):  # noqa: PLR0917
+    """Although the branch has moved on: by ranges and from the cache, by recipe, by method and by call, on devices, in a
+    bucket, dequantised. Where a commit is gone, or which is which is not known, it says so."""
     (_, kind, _), (paths, _) = hub, models
     checkpoint.merge(params.linear(), None, [paths["a"], paths["b"]], tmp_path / "want")
-    text = LINEAR.replace("[{model: org/a}, {model: org/b}]", "[{model: org/a}, {model: org/a@refs/pr/1}]")
-
+    want = checkpoint.open(tmp_path / "want")
     monkeypatch.setattr(_ranges, "CHECKPOINT", 1)
 
     def stop(p):
-        raise KeyboardInterrupt
+        if p.done > 1e5:
+            raise KeyboardInterrupt
 
-    for words, out in ((LINEAR, tmp_path / "one"), (text, tmp_path / "two")):
-        _hub.resolve.cache_clear()
+    def cut(begin):
+        """Killed at FIRST; then the branch moves."""
+        for known in (_hub.resolve, _hub.listing):
+            known.cache_clear()
         kind.refs["main"] = FIRST
         with pytest.raises(KeyboardInterrupt):
-            recipe.merge(words, out, on_progress=lambda name, p: stop(p) if p.done > 1e5 else None)
-        assert (tmp_path / f"{out.name}.merging").exists()
+            begin(stop)
         kind.refs["main"] = SECOND
         _hub.resolve.cache_clear()
-        [(done, _)] = recipe.merge(words, out)
-        commits = [_hub.at(s.files[0]).commit for s in done.headers.inputs]
-        assert commits == ([FIRST, FIRST] if words == LINEAR else [SECOND, SECOND]), words
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
+
+    def merges(out, **options):
+        def run(tell):
+            return checkpoint.merge(params.linear(), None, ["org/a", "org/b"], out, on_progress=tell, **options)
+
+        return run
+
+    def by_method(out, *flags):
+        def run(tell):
+            plain = checkpoint.merge
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "merge", lambda *a, **k: plain(*a, **k | {"on_progress": tell}))
+                code = cli.main(["merge", "linear", "--models", "org/a", "org/b", "--out", str(out), *flags])
+            if code == 130:
+                raise KeyboardInterrupt
+            assert code == 0
+
+        return run
+
+    devices: dict[str, Any] = {"format": "orbax", "on_devices": True, "memory": 10**5}
+    cases = {
+        "recipe": lambda out: lambda tell: recipe.merge(LINEAR, out, on_progress=lambda name, p: tell(p)),
+        "call": merges,
+        "devices": lambda out: merges(out, **devices),
+        "method": by_method,
+        "numbers": lambda out: by_method(out, "--dequantize"),
+    }
+    for name in cases.keys() - {"recipe", "method"} if rest else ("recipe", "method"):
+        case = cases[name]
+        out = tmp_path / name
+        cut(case(out))
+        assert (tmp_path / f"{name}.merging").exists(), name
+        case(out)(lambda p: None)
+        parents = checkpoint.receipt(out)["models"]
+        assert {_hub.at(f).commit for p in parents for f in p["files"]} == {FIRST}, name
+        got = checkpoint.open(out)
+        assert all((got.read(n) == want.read(n)).all() for n in want.leaves), name
+    if rest:
+        cut(merges(f"file://{tmp_path}/bucket", **devices))
+        merges(f"file://{tmp_path}/bucket", **devices)(lambda p: None)
+        assert (checkpoint.open(tmp_path / "bucket").read("big") == want.read("big")).all()
+        snapshot = cache(FIRST, paths["a"])
+        cut(cases["call"](tmp_path / "cached"))
+        (snapshot.parents[1] / "refs/main").write_text(SECOND)
+        shutil.copytree(paths["c"], snapshot.parent / SECOND)
+        cases["call"](tmp_path / "cached")(lambda p: None)
+        assert str(snapshot / "model.safetensors") in checkpoint.receipt(tmp_path / "cached")["models"][0]["files"]
+        return
+
+    two = LINEAR.replace("{model: org/b}", "{model: org/a@refs/pr/1}")
+    two_at = lambda tell: recipe.merge(two, tmp_path / "two", on_progress=lambda name, p: tell(p))
+    cut(two_at)
+    with pytest.raises(
+        checkpoint.MergeError, match=r"org/a, org/a@refs/pr/1 were read at 1+, 2+, .* write commits; .*--no-resume"
+    ):
+        two_at(lambda p: None)
+    [(done, _)] = recipe.merge(two, tmp_path / "two", resume=False)
+    assert {_hub.at(s.files[0]).commit for s in done.headers.inputs} == {SECOND}
+    cut(cases["method"](tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "served" / FIRST / "org/a")
+    _hub.listing.cache_clear()
+    with pytest.raises(AssertionError):
+        cases["method"](tmp_path / "gone")(lambda p: None)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"was cut off that read org/a@{FIRST}, and that cannot be read any more" in said and "--no-resume" in said
+
+
+def save_orbax(folder, tree, ocdbt=True):
+    """As older programs save it; what it holds."""
+    import orbax.checkpoint as older
+
+    older.Checkpointer(older.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(folder.absolute(), tree)
+    found = checkpoint.open(folder)
+    return {n: found.read(n) for n in found.leaves}
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_orbax(models, hub, tmp_path, monkeypatch, ocdbt):
+    """By ranges at one commit, through any mix with safetensors; large files lie on another host, which sees no token."""
+    (url, kind, store), (_, trees) = hub, models
+    here = save_orbax(tmp_path / "served" / FIRST / "org/orbax", trees["c"], ocdbt)
+    source = checkpoint.open("org/orbax")
+    assert source.format == "orbax" and source.name == "orbax"
+    assert str(source.path) == f"{url}/org/orbax/resolve/{FIRST}"
+    before = store.sent
+    for n, value in here.items():
+        np.testing.assert_array_equal(source.read(n), value, err_msg=n)
+    assert {shown for _, shown, _ in store.asked} <= {None} and {shown for _, shown, _ in kind.asked} == {"Bearer good"}
+    assert store.sent - before <= 1.1 * sum(v.nbytes for v in here.values())
+    asked = len(kind.asked) + len(store.asked)
+    source.read("big", (slice(3, 5), slice(10, 90)))
+    assert len(kind.asked) + len(store.asked) - asked <= 2
+    recipe.merge(LINEAR.replace("org/b", "org/orbax") + "format: safetensors\n", tmp_path / "out")
+    want = params.merge(params.linear(), None, [trees["a"], trees["c"]])
+    for n, value in load_file(tmp_path / "out/model.safetensors").items():
+        bound = entrywise([trees[m][n] for m in "ac"], 4) + 2.0**-8 * np.abs(np.asarray(want[n], np.float32))  # one bfloat16
+        assert_within(np.asarray(value, np.float32), np.asarray(want[n], np.float32), bound, n)
+    files = checkpoint.receipt(tmp_path / "out")["models"][1]["files"]
+    assert f"{url}/org/orbax/resolve/{FIRST}/_METADATA" in files
+    assert not recipe.verify(tmp_path / "out").problems
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    np.testing.assert_array_equal(source.load({"big": sharding})["big"], here["big"])
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_orbax_that_cannot_be_read(models, hub, tmp_path, monkeypatch):
+    """A failure is told in words that show no token; what lies in the cache must be whole, which the Hub says."""
+    (url, _, store), (_, trees) = hub, models
+    folder = tmp_path / "served" / FIRST / "org/orbax"
+    here = save_orbax(folder, {"big": trees["c"]["big"]})
+    source = checkpoint.open("org/orbax")
+    store.expired = 10**6
+    _http._MOVED.clear()
+    with pytest.raises(OSError, match=r"shows no model org/orbax \(403\): .* the token that is used does not open it") as error:
+        source.read("big")
+    assert "good" not in str(error.value)
+    store.expired = 0
+    np.testing.assert_array_equal(source.read("big"), here["big"])
+    snapshot = cache(FIRST, folder, "orbax")
+    assert str(checkpoint.open("org/orbax").path) == str(snapshot)
+    lost = next(p for p in snapshot.rglob("d/*"))
+    lost.rename(tmp_path / "lost")
+    assert str(checkpoint.open("org/orbax").path).startswith(url)
+    (tmp_path / "lost").rename(lost)
+    _hub.listing.cache_clear()
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
+    with pytest.raises(OSError, match=r"has all files of org/orbax is for the Hub to say, .* set HF_HUB_OFFLINE=1"):
+        checkpoint.open("org/orbax")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    np.testing.assert_array_equal(checkpoint.open("org/orbax").read("big"), here["big"])
