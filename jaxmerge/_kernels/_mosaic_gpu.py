@@ -91,6 +91,13 @@ def unit(v: Array) -> tuple[Array, Array]:
     return v, jnp.where(sound, lax.rsqrt(jnp.sum(v * v, axis=1)), 0.0)
 
 
+def squared(v: Array) -> tuple[Array, Array]:
+    """Rows as they are and their squared lengths; a row that is not finite becomes 0, of length inf."""
+    sound = (lax.bitcast_convert_type(jnp.max(jnp.abs(v), axis=1), jnp.int32) & 0x7F800000) < 0x7F800000
+    v = jnp.where(lax.broadcast_in_dim(sound, v.shape, (0,)), v, 0.0)
+    return v, jnp.where(sound, jnp.sum(v * v, axis=1), jnp.inf)
+
+
 def tiled(width: int) -> tuple[Any, ...]:
     """The transforms under which bfloat16 rows of this width are operands of wgmma."""
     swizzle = plgpu.find_swizzle(width * 16)
@@ -151,6 +158,6 @@ def columns(ref: Any) -> Array:
     return load(ref, plgpu.Layout.WGMMA.reduce(0))
 
 
-def iota(shape: tuple[int, int], axis: int) -> Array:
+def iota(shape: tuple[int, ...], axis: int) -> Array:
     """The row's or column's number in an accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

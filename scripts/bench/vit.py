@@ -13,9 +13,9 @@ costs nothing and time follows operations. Writes vit.json.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from scripts.refusals import refusals
 
 WITHOUT: dict[Flash, Flash] = {"mosaic_gpu": "cudnn", "mosaic_tpu": "xla"}
 """What runs in place of our attention where our kernels do not."""
+Way = Literal["kernel", "XLA", "cut"]
 
 
 def main(
@@ -44,7 +45,9 @@ def main(
     rounds: int = 7,
     train: bool = False,
     attention: Flash = None,
+    ways: tuple[Way, ...] = ("kernel", "XLA", "cut"),
     out: pathlib.Path = pathlib.Path("runs/bench"),
+    name: str = "vit",
 ) -> None:
     """Time them and print the table.
 
@@ -56,13 +59,17 @@ def main(
       rounds: how often each r has a turn, on a CPU.
       train: the gradient too, on an accelerator.
       attention: "cudnn" for a flash kernel on a GPU, "mosaic_gpu" for ours; without our kernels it is cuDNN's.
-      out: directory for vit.json.
+      ways: to lose tokens, on an accelerator.
+      out: directory for the figures, written again after each.
+      name: of their file, without .json.
     """
     out.mkdir(parents=True, exist_ok=True)
     console, config = Console(), VARIANTS[variant]
     config = dataclasses.replace(config, image_size=resolution or config.image_size)
     if jax.default_backend() != "cpu":
-        rows = on_device(config, batch, rs, train, attention)
+        about = dict(variant=variant, config=vars(config), batch=batch, train=train, attention=attention)
+        write = lambda rows: device.write(out / f"{name}.json", about | dict(rows=rows))
+        rows = on_device(config, batch, rs, train=train, attention=attention, ways=ways, write=write)
         table = Table(
             title=f"ViT-{variant}@{config.image_size}, batch {batch}, {'gradient' if train else 'forward'}, {attention}"
         )
@@ -75,7 +82,6 @@ def main(
                 f"{row['speedup'] / row['flop_ratio']:.1%}",
             )  # fmt: skip
         console.print(table)
-        (out / "vit.json").write_text(json.dumps(dict(variant=variant, config=vars(config), batch=batch, rows=rows), indent=2))
         return
     console.print(f"one thread, on core {meter.pin()}")
     rows = measure(config, batch, rs, rounds)
@@ -89,7 +95,7 @@ def main(
             f"{row['flop_ratio']:.3f} x", f"{row['speedup']:.3f} x", f"{row['speedup'] / row['flop_ratio']:.1%}",
         )  # fmt: skip
     console.print(table)
-    (out / "vit.json").write_text(json.dumps(dict(variant=variant, batch=batch, rounds=rounds, rows=rows), indent=2))
+    device.write(out / f"{name}.json", dict(variant=variant, batch=batch, rounds=rounds, rows=rows))
 
 
 def measure(config: ViTConfig, batch: int, rs: tuple[int, ...], rounds: int) -> list[dict]:
@@ -117,7 +123,16 @@ def measure(config: ViTConfig, batch: int, rs: tuple[int, ...], rounds: int) -> 
     ]
 
 
-def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, attention: Flash) -> list[dict]:
+def on_device(
+    config: ViTConfig,
+    batch: int,
+    rs: tuple[int, ...],
+    *,
+    train: bool,
+    attention: Flash,
+    ways: tuple[Way, ...],
+    write: Callable[[list[dict]], None],
+) -> list[dict]:
     """A row for each r and each way to lose tokens: our kernels, XLA alone, a slice. Ratios are to the first."""
 
     def split(attention: Flash) -> Any:
@@ -127,9 +142,9 @@ def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, a
     weights = [jax.ShapeDtypeStruct(w.shape, w.dtype if train else held(path)) for path, w in weights]
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     here = jax.default_backend()
-    rows = []
+    programs = {}
     for r in rs:
-        for merging in ("kernel", "XLA", "cut") if r else ("none",):
+        for merging in ways if r else ("none",):
             graph, _ = split(WITHOUT.get(attention, attention) if merging == "XLA" else attention)
             whole = (lambda model, images, r=r: cut(model, images, r)) if merging == "cut" else (lambda m, i, r=r: m(i, r=r))
             forward = lambda state, images, whole=whole, graph=graph: whole(nnx.merge(graph, state), images)
@@ -137,17 +152,22 @@ def on_device(config: ViTConfig, batch: int, rs: tuple[int, ...], train: bool, a
             call = jax.grad(loss) if train else forward
             flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
             with dispatch.aim(here) if merging == "XLA" else contextlib.nullcontext():  # a device without a name has no kernels
-                seconds = device.seconds(flat, [*weights, images], draw=small, wall=True)
-            rows.append(
-                dict(
-                    r=r,
-                    merging=merging,
-                    seconds=seconds,
-                    speedup=rows[0]["seconds"] / seconds if rows else 1.0,
-                    flop_ratio=flops(config, batch, rs[0]) / flops(config, batch, r),
-                    padded_ratio=flops(config, batch, rs[0], 8) / flops(config, batch, r, 8),
-                )
+                programs[r, merging] = device.Program(flat, [*weights, images], draw=small)
+    device.compile_all(programs.values())
+    rows: list[dict] = []
+    for (r, merging), program in programs.items():
+        seconds = program.seconds(wall=True)
+        rows.append(
+            dict(
+                r=r,
+                merging=merging,
+                seconds=seconds,
+                speedup=rows[0]["seconds"] / seconds if rows else 1.0,
+                flop_ratio=flops(config, batch, rs[0]) / flops(config, batch, r),
+                padded_ratio=flops(config, batch, rs[0], 8) / flops(config, batch, r, 8),
             )
+        )
+        write(rows)
     return rows
 
 

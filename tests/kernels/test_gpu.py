@@ -7,6 +7,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
+from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,24 @@ def test_energy(dtype, kernel):
         for which in ("mosaic_gpu", "xla")
     )
     cases.close(found, wanted, terms=LONG_ROW.n * (LONG_ROW.k + 8), largest=2.0 / LONG_ROW.n)
+
+
+@both
+@pytest.mark.parametrize("spec, count", [(LONG_ROW, 5), (LONG[0], 16)], ids=str)
+def test_nearest_k(spec, count, dtype):
+    rng = np.random.default_rng(0)
+    x, ok = cases.tokens(rng, 2, spec.n, spec.k, dtype), jnp.asarray(rng.random((2, spec.n)) < 0.7)
+    found, wanted = (
+        jax.jit(lambda x, module=module: module.nearest_k(x, x, count=count, b_ok=ok))(x) for module in (matching, match_ref)
+    )
+    squares = float(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)))
+    cases.close(found, wanted, terms=spec.k, largest=4 * squares)
+
+
+def test_nearest_k_of_whole_numbers():
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, 1000, 64)), jnp.bfloat16)
+    found, wanted = (jax.jit(lambda x, m=m: m.nearest_k(x, x, count=8))(x) for m in (matching, match_ref))
+    assert (found == wanted).all()
 
 
 @both

@@ -74,6 +74,34 @@ def test_energy(interpret, dtype, kernel):
 
 
 @both
+@pytest.mark.parametrize("count, k, masked", [(5, 64, False), (9, 80, True)])
+def test_nearest_k(interpret, dtype, count, k, masked):
+    rng = np.random.default_rng(0)
+    a, b = cases.tokens(rng, 2, 130, k, dtype), cases.tokens(rng, 2, 200, k, dtype)
+    b_ok = jnp.asarray(rng.random((2, 200)) < 0.5).at[0, 4:].set(False) if masked else None  # fewer keys than neighbours
+    found = matching.nearest_k(a, b, count=count, b_ok=b_ok, interpret=interpret)
+    wanted = np.asarray(match_ref.nearest_k(a, b, count=count, b_ok=b_ok))
+    there = np.isfinite(wanted)
+    assert (np.isfinite(found) == there).all() and there.all() == (not masked)
+    squares = float(jnp.max(jnp.sum(b.astype(jnp.float32) ** 2, axis=-1)))
+    cases.close(np.asarray(found)[there], wanted[there], terms=k, largest=4 * squares)
+
+
+def test_nearest_k_where_distances_are_whole_numbers(interpret):
+    """Exact, equal ones as often as there are; rows that are not finite are far from all."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-3, 4, (1, 150, 16)), jnp.bfloat16)
+    found = matching.nearest_k(x, x, count=16, interpret=interpret)
+    assert (found == match_ref.nearest_k(x, x, count=16)).all()
+    odd = x.at[0, 7, 3].set(jnp.inf).at[0, 9].set(jnp.nan)
+    found = np.asarray(matching.nearest_k(odd, odd, count=3, interpret=interpret))[0]
+    sound = np.arange(150) != 7
+    sound[9] = False
+    assert np.isinf(found[~sound]).all()
+    assert (found[sound] == match_ref.nearest_k(x[:, sound], x[:, sound], count=3)[0]).all()
+
+
+@both
 @pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
 def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70

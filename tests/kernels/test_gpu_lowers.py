@@ -9,6 +9,7 @@ import pytest
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
+from jaxmerge._kernels.match import mosaic_gpu as matching
 
 H200 = "NVIDIA H200"
 LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
@@ -56,6 +57,19 @@ def test_match_and_energy_are_two_launches():
     assert lowered(near, shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
     energy = partial(jm.tokens.energy, margin=0.5, implementation="mosaic_gpu")
     assert lowered(energy, shape(2, spec.n, spec.k)) == 2
+
+
+@pytest.mark.parametrize("spec, dtype, count", [(LONG[1], jnp.bfloat16, 5), (VIT[3], jnp.float32, 16)], ids=str)
+def test_the_nearest_are_two_launches(spec, dtype, count):
+    x, ok = shape(2, spec.n, spec.k, dtype=dtype), shape(2, spec.n, dtype=bool)
+    assert lowered(lambda x, ok: matching.nearest_k(x, x, count=count, b_ok=ok), x, ok) == 2
+
+
+def test_reasons_against_the_nearest():
+    x = shape(2, 64, 64)
+    with dispatch.aim("gpu", H200):
+        assert dispatch.refusals("nearest_k", "mosaic_gpu", (x, x), count=16) == []
+        assert "17 neighbours" in dispatch.refusals("nearest_k", "mosaic_gpu", (x, x), count=17)[0]
 
 
 @pytest.mark.parametrize("spec", [BYTES[1], LONG[1]], ids=lambda s: s.name)  # neither width is a multiple of 128

@@ -1,16 +1,20 @@
-"""`match` and `energy` on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
+"""`match`, `energy` and `nearest_k` on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
 
 Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
 numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
-cut into three bfloat16 parts, high to low, and the six products that matter are added.
+cut into three bfloat16 parts, high to low, and the six products that matter are added. For distances rows stay as they are,
+and their squared lengths take the place of inverse norms.
 
 A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
 compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
 from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
-first of equals win. For the energy it holds sums there instead.
+first of equals win. For the energy it holds sums there instead; for the nearest a list, in order, of the least that each
+column has seen, into which a score is inserted by a minimum and a maximum for every place. A row's least are then taken from
+the heads of its columns' lists, one by one.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels._dispatch import target, tuned
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 TILE = 64
@@ -28,6 +33,15 @@ QUERIES = 2 * TILE
 KEYS = 128
 """Keys of a tile."""
 NONE = 1 << 30
+MOST_NEIGHBORS = 16
+LISTS = 80
+"""Registers of each lane, at most, for what is nearest to a query in each column."""
+CANDIDATES = {
+    "match": tuple({"slots": slots} for slots in (32, 16, 64)),
+    "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
+    "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
+}
+"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end."""
 
 
 def match(
@@ -37,11 +51,12 @@ def match(
     a_ok: Bool[Array, "#B n"] | None = None,
     b_ok: Bool[Array, "#B m"] | None = None,
     window: int | None = None,
-    slots: int = 32,
+    slots: int | None = None,
     stages: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    n = a.shape[1]
+    """`ref.match`."""
+    n, slots = a.shape[1], slots or _slots("match", (a, b), 32)
     similarity, index = best(a, b, b_ok=b_ok, window=window, slots=slots, stages=stages, interpret=interpret)
     similarity, index = similarity[:, :n], index[:, :n]
     if a_ok is not None:
@@ -52,7 +67,7 @@ def match(
 def best(a, b, *, b_ok=None, window=None, slots=32, stages=None, interpret=None):
     """`match` of queries padded to whole blocks."""
     queries, keys = prepare((a, b), interpret=interpret)
-    return sweep(queries, keys, opened(b, b_ok), window, None, slots, stages, interpret)
+    return sweep(queries, keys, opened(b, b_ok), window, _Best(), slots, stages, interpret)
 
 
 def energy(
@@ -62,14 +77,37 @@ def energy(
     margin: float,
     kernel: Kernel = "shifted",
     alpha: float = 1.0,
-    slots: int = 32,
+    slots: int | None = None,
     stages: int | None = None,
     interpret=None,
 ) -> Float[Array, "B n"]:
     """`ref.energy`."""
+    slots = slots or _slots("energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
     f = lambda cosine: resemblance(cosine, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
     queries, keys = prepare((a, b), interpret=interpret)
-    return sweep(queries, keys, opened(b, None), None, f, slots, stages, interpret)[0][:, : a.shape[1]]
+    return sweep(queries, keys, opened(b, None), None, _Sums(f), slots, stages, interpret)[0][:, : a.shape[1]]
+
+
+def nearest_k(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    *,
+    count: int,
+    b_ok: Bool[Array, "#B m"] | None = None,
+    slots: int | None = None,
+    stages: int | None = None,
+    interpret=None,
+) -> Float[Array, "B n count"]:
+    """`ref.nearest_k`, where all rows are finite; one that is not is infinitely far from all."""
+    slots = slots or _slots("nearest_k", (a, b), next(s for s in (32, 16, 8) if count * s // 2 <= LISTS or s == 8), count=count)
+    queries, keys = prepare((a, b), scaled=False, interpret=interpret)
+    least = sweep(queries, keys, opened(b, b_ok), None, _Least(count), slots, stages, interpret)
+    return jnp.stack(least, axis=-1)[:, : a.shape[1]]
+
+
+def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
+    """Columns in which a thread collects: as measured on this kind of device, or else as given."""
+    return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get("slots", default))
 
 
 def opened(b: Array, b_ok: Array | None) -> Array | None:
@@ -81,10 +119,11 @@ def opened(b: Array, b_ok: Array | None) -> Array | None:
     return jnp.pad(bias, ((0, 0), (0, -m % KEYS)), constant_values=-jnp.inf)
 
 
-def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array]]:
+def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> list[tuple[Array, Array]]:
     """Of each x (B, n, k): its bfloat16 parts (parts, B, n', k') and inverse norms (B, n'), in one launch.
 
-    n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite.
+    n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite. Where
+    rows are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
     """
     B, _, k = xs[0].shape
     parts = 3 if xs[0].dtype == jnp.float32 else 1
@@ -109,7 +148,7 @@ def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(row * rows[i] + (tile - before) * TILE, TILE)], raw, loaded)
                 plgpu.barrier_wait(loaded)
                 v = plgpu.layout_cast(mgpu.load(raw).astype(jnp.float32), plgpu.Layout.WGMMA)
-                v, inverse = mgpu.unit(v)
+                v, inverse = mgpu.unit(v) if scaled else mgpu.squared(v)
                 inv[...] = inverse
                 for p in range(parts):
                     part = v.astype(jnp.bfloat16)
@@ -134,8 +173,81 @@ def prepare(xs: tuple[Array, ...], *, interpret=None) -> list[tuple[Array, Array
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def sweep(queries, keys, bias, window, f, slots, stages, interpret):
-    """The best key of each query, similarity and index; or where f is given the sum of f of its cosines. (B, n') each."""
+class _Best(NamedTuple):
+    """The best key of each query: its cosine and its position."""
+
+    outputs: tuple[Any, ...] = (jnp.float32, jnp.int32)
+    start: tuple[Any, ...] = ((-jnp.inf, jnp.float32), (0, jnp.int32))
+    """What a thread holds for each query and each of its columns, at first."""
+
+    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
+        """What it holds after the products with one more group of keys: what each key brings, -inf where it is closed."""
+        best, at = found
+        score = dot * _along(of_key, dot.shape)
+        score = score if add is None else score + _along(add, dot.shape)
+        score = score if near is None else jnp.where(near, score, -jnp.inf)
+        better = score > best
+        return jnp.where(better, score, best), jnp.where(better, group, at)
+
+    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+        """What it comes to."""
+        best, group = found
+        highest, slots = jnp.max(best, axis=1), best.shape[1]
+        key = group * slots + mgpu.iota(best.shape, 1)
+        key = jnp.min(jnp.where(best == _across(highest, best.shape), key, NONE), axis=1)
+        return highest * of_query, jnp.where(highest > -jnp.inf, key, 0)
+
+
+class _Sums(NamedTuple):
+    """The sum of f of a query's cosines."""
+
+    f: Callable[[Array], Array]
+    outputs: tuple[Any, ...] = (jnp.float32,)
+    start: tuple[Any, ...] = ((0, jnp.float32),)
+
+    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
+        one = self.f(dot * _along(of_key, dot.shape) * of_query)
+        return (found[0] + (one if add is None else jnp.where(_along(add, dot.shape) == 0, one, 0.0)),)
+
+    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+        return (jnp.sum(found[0], axis=1),)
+
+
+class _Least(NamedTuple):
+    """The `count` least squared distances of a query, in order: |b|² - 2 a·b, and |a|² at the end."""
+
+    count: int
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        return (jnp.float32,) * self.count
+
+    @property
+    def start(self) -> tuple[Any, ...]:
+        return ((jnp.inf, jnp.float32),) * self.count
+
+    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
+        score = _along(of_key if add is None else of_key - add, dot.shape) - 2 * dot
+        kept = []
+        for one in found:  # an insertion into an ordered list
+            kept.append(jnp.minimum(score, one))
+            score = jnp.maximum(score, one)
+        return tuple(kept)
+
+    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+        lists, least, shape = list(found), [], found[0].shape
+        column = mgpu.iota(shape, 1)
+        for _ in range(self.count):  # the least of all heads; the first list that has it moves up
+            low = jnp.min(lists[0], axis=1)
+            least.append(jnp.maximum(low + of_query, 0.0))
+            first = jnp.min(jnp.where(lists[0] == _across(low, shape), column, NONE), axis=1)
+            here, behind = column == _across(first, shape), [*lists[1:], jnp.full_like(lists[0], jnp.inf)]
+            lists = [jnp.where(here, after, one) for one, after in zip(lists, behind, strict=True)]
+        return tuple(least)
+
+
+def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
+    """What is collected over the keys for each query, (B, n') each."""
     (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
@@ -147,7 +259,7 @@ def sweep(queries, keys, bias, window, f, slots, stages, interpret):
     stages = stages or min(8, ring // (KEYS * wide * 2))
     groups = KEYS // slots
 
-    def body(a, b, inverse_a, inverse_b, bias, *refs, queries, keys, ready, full, free):
+    def body(a, b, inverse_a, inverse_b, bias, *outputs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
         if window is None:
             low, high = jnp.int32(0), jnp.int32(tiles)
@@ -163,8 +275,8 @@ def sweep(queries, keys, bias, window, f, slots, stages, interpret):
             here = pl.ds(block * QUERIES + t * TILE, TILE)
             plgpu.barrier_wait(ready.at[t])
 
-            if f is not None:
-                of_query = lax.broadcast_in_dim(mgpu.rows(inverse_a.at[row, here]), (TILE, slots), (0,))
+            of_query = lambda: mgpu.rows(inverse_a.at[row, here])
+            each_query = _across(of_query(), (TILE, slots)) if isinstance(collect, _Sums) else None
 
             def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
@@ -188,34 +300,20 @@ def sweep(queries, keys, bias, window, f, slots, stages, interpret):
                 plgpu.barrier_arrive(free.at[slot((i - low) * steps + steps - 1)])
                 for g in range(groups):
                     cut = slice(g * slots, (g + 1) * slots)
-                    spread = lambda v, cut=cut: lax.broadcast_in_dim(v[cut], (TILE, slots), (1,))
-                    s = score[:, cut] * spread(scale)
-                    if f is not None:
-                        s = f(s * of_query)
-                        found = (found[0] + (s if add is None else jnp.where(spread(add) == 0, s, 0.0)),)
-                        continue
-                    best, group = found
-                    if add is not None:
-                        s = s + spread(add)
+                    near = None
                     if window is not None:
                         away = mgpu.iota((TILE, slots), 0) + (block * QUERIES + t * TILE) - (i * KEYS + g * slots)
                         away = away - mgpu.iota((TILE, slots), 1)
-                        s = jnp.where((away <= window) & (away >= -window), s, -jnp.inf)
-                    better = s > best
-                    found = jnp.where(better, s, best), jnp.where(better, i * groups + g, group)
+                        near = (away <= window) & (away >= -window)
+                    found = collect.fold(
+                        found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
+                    )
                 return found
 
             matrix = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE, slots), value, dtype), plgpu.Layout.WGMMA)
-            if f is not None:
-                refs[0][row, here] = jnp.sum(lax.fori_loop(low, high, tile, (matrix(0, jnp.float32),))[0], axis=1)
-                return
-            similarity, index = refs
-            best, group = lax.fori_loop(low, high, tile, (matrix(-jnp.inf, jnp.float32), matrix(0, jnp.int32)))
-            highest = jnp.max(best, axis=1)
-            key = group * slots + mgpu.iota((TILE, slots), 1)
-            key = jnp.min(jnp.where(best == lax.broadcast_in_dim(highest, (TILE, slots), (0,)), key, NONE), axis=1)
-            similarity[row, here] = highest * mgpu.rows(inverse_a.at[row, here])
-            index[row, here] = jnp.where(highest > -jnp.inf, key, 0)
+            found = lax.fori_loop(low, high, tile, tuple(matrix(*one) for one in collect.start))
+            for ref, value in zip(outputs, collect.finish(found, of_query()), strict=True):
+                ref[row, here] = value
 
         @pl.when(t == 2)
         def _():
@@ -252,9 +350,19 @@ def sweep(queries, keys, bias, window, f, slots, stages, interpret):
     )
     return mgpu.kernel(
         body, (a, b, inverse_a, inverse_b, bias), scratch,
-        out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in ((jnp.float32, jnp.int32) if f is None else (jnp.float32,))],
+        out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in collect.outputs],
         grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
     )  # fmt: skip
+
+
+def _along(of_key: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each key, for every query."""
+    return lax.broadcast_in_dim(of_key, shape, (1,))
+
+
+def _across(of_query: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each query, for every key."""
+    return lax.broadcast_in_dim(of_query, shape, (0,))
 
 
 device_refusals = mgpu.device_refusals
@@ -262,7 +370,9 @@ device_refusals = mgpu.device_refusals
 
 def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = [f"there is no mosaic_gpu kernel for {op}"] if op == "nearest_k" else []
+    why = []
+    if static.get("count", 1) > MOST_NEIGHBORS:
+        why.append(f"{static['count']} neighbours: at most {MOST_NEIGHBORS}, which are held in registers")
     if any(not isinstance(static.get(name, 0.0), int | float) for name in ("margin", "alpha")):
         why.append("margin and alpha must be Python numbers: they are compiled in")
     for name, x in (("queries", a), ("keys", b)):

@@ -1,0 +1,160 @@
+"""All that is claimed of a Hopper GPU, in ten minutes on one: kernels against their references, kernels, whole models.
+
+    JAX_PLATFORMS=cuda python -m scripts.bench.gpu --out runs/gpu [--tome PATH]      PATH: a checkout of facebookresearch/ToMe
+
+In the order of what matters: `scripts.bench.kernels --quick`, and ToMe in torch beside it; tests/kernels/test_gpu.py;
+`scripts.bench.vit` at 224, 384 and 518, forward and with gradients; `scripts.tune --quick`. Everything runs in processes of its
+own, which compile side by side and are timed one after the other, so that compiling takes the cores and not the time; XLA then
+picks the algorithms of its products while others compile. Each writes what it found after every figure, into --out; gpu.json
+names what ran, what ended badly or was cut off, and what there was no time to start.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import tyro
+from rich.console import Console
+
+from scripts.bench import device
+from scripts.refusals import refusals
+
+TESTS = "tests/kernels/test_gpu.py"
+
+
+class Job(NamedTuple):
+    """A process, and the file that its words go to."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def main(
+    *, tome: pathlib.Path | None = None, minutes: float = 10, workers: int = 8, out: pathlib.Path = pathlib.Path("runs/gpu")
+) -> None:
+    """Run them, print where each ended.
+
+    Args:
+      tome: a checkout of the official code, to run it in torch.
+      minutes: for everything; what is running then is stopped.
+      workers: processes among which the tests are shared out.
+      out: directory for all figures and words.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    console, stop, found = Console(width=140), time.monotonic() + 60 * minutes, {}
+    for batch in batches(tome, workers, out):
+        if stop - time.monotonic() < 20:
+            for job in batch:
+                found[job.name] = "not started: no time was left"
+        else:
+            found |= together(batch, out, stop)
+        for job in batch:
+            console.print(f"{minutes * 60 - (stop - time.monotonic()):4.0f} s  {job.name}: {found[job.name]}", highlight=False)
+        device.write(out / "gpu.json", found)
+
+
+def batches(tome: pathlib.Path | None, workers: int, out: pathlib.Path) -> list[list[Job]]:
+    """What runs together, in order."""
+    script = lambda name, *more: ("-m", f"scripts.{name}", *more)
+    kernels = script("bench.kernels", "--quick", "--out", str(out), *(("--tome", str(tome)) if tome else ()))
+    tests = [
+        Job(f"tests {i + 1} of {workers}", ("-c", SHARE, str(i), str(workers), TESTS, "-p", "no:cacheprovider"))
+        for i in range(workers)
+    ]
+    tune = ("--quick", "--layers", "ViT-B/16@224", "ViT-B/16@384", "SD 64x64", "video 8x196")
+    return [
+        [Job("kernels", kernels), vit(out, "B/16", 224, batch=64, r=13), vit(out, "B/16", 384, batch=64, r=40)],
+        tests,
+        [
+            vit(out, "L/16", 384, batch=32, r=23),
+            vit(out, "B/16", 224, batch=64, r=13, train=True),
+            vit(out, "H/14", 518, batch=8, r=40),
+        ],
+        [
+            vit(out, "B/16", 384, batch=64, r=40, train=True),
+            vit(out, "L/16", 224, batch=64, r=8),
+            Job("tune", script("tune", *tune)),
+        ],
+        [
+            vit(out, "H/14", 224, batch=64, r=8),
+            vit(out, "H/14", 378, batch=16, r=21),
+            vit(out, "L/16", 384, batch=32, r=23, train=True),
+        ],
+        [vit(out, "B/16", 224, batch=256, r=13), vit(out, "B/16", 224, batch=8, r=13)],
+    ]
+
+
+def vit(out: pathlib.Path, variant: str, resolution: int, *, batch: int, r: int, train: bool = False) -> Job:
+    """A whole model with and without merging, and with its tokens dropped for nothing."""
+    name = f"vit {variant.replace('/', '-')} at {resolution}, batch {batch}{', gradient' if train else ''}"
+    options = {"variant": variant, "resolution": resolution, "batch": batch, "attention": "cudnn" if train else "mosaic_gpu"}
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    more = (
+        "--rs",
+        "0",
+        str(r),
+        "--ways",
+        "kernel",
+        "cut",
+        "--name",
+        name.replace(",", "").replace(" ", "_"),
+        "--out",
+        str(out),
+    )
+    return Job(name, ("-m", "scripts.bench.vit", *flags, *more, *(("--train",) if train else ())))
+
+
+SHARE = """
+import sys, pytest
+class Share:
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[int(sys.argv[1])::int(sys.argv[2])]
+raise SystemExit(pytest.main(["-m", "gpu", "-q", "-p", "no:benchmark", "--durations=5", *sys.argv[3:]], plugins=[Share()]))
+"""
+"""Every so manieth test."""
+
+
+def together(batch: list[Job], out: pathlib.Path, stop: float) -> dict[str, str]:
+    """Run some side by side until the last has ended, or time has; how each did."""
+    turn, cache = (out / "turn").resolve(), (out / "compiled").resolve()
+    more = {
+        device.TURN: str(turn),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),  # what is run again, after a cut, compiles less
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    }
+    start, running, ended = time.monotonic(), {}, {}
+    for job in batch:
+        with open(out / f"{job.name.replace(',', '').replace(' ', '_')}.txt", "w") as words:
+            process = subprocess.Popen(
+                [sys.executable, "-u", *job.arguments],
+                stdout=words,
+                stderr=words,
+                env={"JAX_PLATFORMS": "cuda"} | os.environ | more,
+                start_new_session=True,
+            )
+        running[job.name] = process
+    while running:
+        for name, process in list(running.items()):
+            late = time.monotonic() > stop
+            if late and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                ended[name] = "cut off: what it found until then is in its file"
+            elif process.poll() is not None:
+                how = "done" if process.returncode == 0 else f"ended with status {process.returncode}"
+                ended[name] = f"{how} after {time.monotonic() - start:.0f} s"
+            else:
+                continue
+            del running[name]
+        time.sleep(0.2)
+    return ended
+
+
+if __name__ == "__main__":
+    with refusals():
+        tyro.cli(main, prog=f"python -m {__spec__.name}", description=__doc__)
