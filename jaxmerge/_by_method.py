@@ -24,6 +24,9 @@ class Inputs:
     """The checkpoint that they were trained from."""
     statistics: tuple[str, ...] = ()
     """For fisher and regmean: one checkpoint for each model, of its Fisher information or its Gram matrices by leaf."""
+    dequantize: bool = False
+    """Read quantised checkpoints as the numbers that their codes stand for: float8 with a factor for each block
+    (DeepSeek-V3), int8 or float8 with one for each row (compressed-tensors). The output is not quantised."""
     format: Literal["orbax", "safetensors"] | None = None
     """Of the output; None: as the base (or the first model) is stored."""
     mesh: str = ""
@@ -56,6 +59,8 @@ class InputsAndOutput(Inputs):
 
 
 VERBS = {"plan": Inputs, "merge": InputsAndOutput}
+DEQUANTIZE = "dequantize"
+"""What a receipt says where parents were read as numbers, beside the method and its options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
         if verb == "plan":
             _plan(tx, parsed.files)
         else:
-            _merge(tx, parsed.files, {"method": method, "options": dataclasses.asdict(parsed.options)})
+            recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
+            _merge(tx, parsed.files, recipe | ({DEQUANTIZE: True} if parsed.files.dequantize else {}))
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
@@ -118,6 +124,32 @@ def _arguments(files: Inputs) -> dict[str, Any]:
         "max_shard_bytes": files.max_shard_bytes,
         "on_devices": files.on_devices,
     }
+
+
+def _parents(files: Inputs) -> tuple[Any, list[Any]]:
+    """The base and the models, as they are named; quantised ones as numbers, if that is asked for.
+
+    Raises:
+      _UserError: one is quantised in a way that cannot be read.
+    """
+    if not files.dequantize:
+        return files.base, list(files.models)
+    try:
+        return None if files.base is None else as_numbers(files.base), [as_numbers(model) for model in files.models]
+    except ValueError as e:
+        raise _UserError(str(e)) from e
+
+
+def as_numbers(path: str) -> Any:
+    """A checkpoint, dequantised as its configuration says.
+
+    Raises:
+      ValueError: see `checkpoint.dequantized`.
+    """
+    from jaxmerge import checkpoint
+    from jaxmerge.recipe._dequantize import dequantized
+
+    return dequantized(checkpoint.open(path))
 
 
 def _sharding(mesh: str) -> Any:
@@ -172,8 +204,7 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
     with bar("merging") as show:
         report = checkpoint.merge(
             tx,
-            files.base,
-            files.models,
+            *_parents(files),
             files.out,
             integers=files.integers,
             nonfinite=files.nonfinite,
@@ -197,7 +228,7 @@ def _checked(tx: params.MergeTransform, files: Inputs) -> Any:
     from jaxmerge import checkpoint
 
     try:
-        return checkpoint.plan(tx, files.base, files.models, **_arguments(files))
+        return checkpoint.plan(tx, *_parents(files), **_arguments(files))
     except ValueError as e:
         raise _UserError(str(e)) from e
 

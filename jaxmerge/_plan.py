@@ -90,6 +90,7 @@ class Plan:
     @property
     def sizes(self) -> Int[Array, "*batch m"]:
         """Positions in each segment: A 1. An empty slot has size 0."""
+        _check_whole_ids(self, "sizes")
         return segments.counts(self.segment_ids, self.num_segments)
 
     @property
@@ -359,6 +360,7 @@ def identity(n: int, batch: tuple[int, ...] = (), *, like: Shaped[ArrayLike, "*b
     like = jnp.asarray(like)
     if batch or like.ndim < 2 or like.shape[-2] != n:
         raise ValueError(f"identity: like must be the tokens, (*batch, {n}, d), and batch left out; got {like.shape}, {batch}.")
+    segments.check_whole("identity: like", like, like.ndim - 2)
     return Plan(segments.rows_like(here, like), n)
 
 
@@ -382,6 +384,7 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops
       [0, 0, 1, 0]
     """
     to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
+    segments.check_whole("from_parents: parents", to, to.ndim - 1)
     n, here = to.shape[-1], segments.positions(to)
     if hops is not None and (hops := operator.index(hops)) < 1:
         raise ValueError(f"from_parents: hops must be 1 or more, got {hops}.")
@@ -404,7 +407,15 @@ def _batch(plan: Plan | SoftPlan, verb: str) -> tuple[int, ...]:
         raise TypeError(
             f"{verb}: a Plan of an array of segment ids or a SoftPlan of an array of weights comes first; got {got}."
         )
-    return held.shape[:-1] if isinstance(plan, Plan) else held.shape[:-2]
+    if isinstance(plan, SoftPlan):
+        return held.shape[:-2]
+    _check_whole_ids(plan, verb)
+    return held.shape[:-1]
+
+
+def _check_whole_ids(plan: Plan, verb: str) -> None:
+    ids = plan.segment_ids
+    segments.check_whole(f"{verb}: the plan", ids, ids.ndim - 1)
 
 
 def _cast(x: Array, dtype: Any) -> Array:
@@ -428,6 +439,7 @@ def _checked_weight(plan: Plan | SoftPlan, weight: ArrayLike) -> Array:
     weight, shape = jnp.asarray(weight), (*_batch(plan, "merge"), plan.num_positions)
     if weight.shape != shape:
         raise ValueError(f"merge: weight must have the plan's shape {shape}, got {weight.shape}.")
+    segments.check_whole("merge: weight", weight, weight.ndim - 1)
     return weight
 
 

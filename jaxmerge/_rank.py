@@ -16,11 +16,18 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     Law:
       ranks are a permutation in every row; `ranks(s) < k` are the k highest.
 
+    Raises:
+      ValueError: a scalar or complex score.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> jm.tokens.ranks(jnp.array([0.1, 0.9, 0.3, 0.9])).tolist()
       [3, 0, 2, 1]
     """
+    score = jnp.asarray(score)
+    if score.ndim == 0 or jnp.iscomplexobj(score):
+        raise ValueError(f"ranks: score must be real numbers along an axis, got {score.dtype} of shape {score.shape}.")
+    segments.check_whole("ranks: score", score, score.ndim - 1)
     n = score.shape[-1]
     if jnp.issubdtype(score.dtype, jnp.inexact):
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)

@@ -17,15 +17,15 @@ FEW = 32
 """How many rows a CPU adds at a time: few enough for its cache."""
 
 
-def check_whole(what: str, x: Array, axis: int) -> None:
+def check_whole(what: str, x: Array, axis: int, along: str = "its positions") -> None:
     """A sequence lies on one device. Under Explicit axes JAX refuses one that is split, but not in words of ours."""
     spec = tuple(jax.typeof(x).sharding.spec)
     spec += (None,) * (x.ndim - len(spec))
     if spec[axis] is not None:
         whole = ", ".join(repr(part) for part in (*spec[:axis], None, *spec[axis + 1 :]))
         raise ValueError(
-            f"{what} of shape {x.shape} is split along its positions, over mesh axis {spec[axis]!r}; whoever merges must see "
-            f"all of a sequence: lay it out whole, jax.reshard(x, jax.P({whole}))."
+            f"{what} of shape {x.shape} is split along {along}, over mesh axis {spec[axis]!r}; whoever merges must see "
+            f"all of them: lay it out whole, jax.reshard(x, jax.P({whole}))."
         )
 
 

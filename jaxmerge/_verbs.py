@@ -397,6 +397,18 @@ def _made_by(recipe: Any, out: str) -> Any:
     return METHODS[recipe["method"]](**options).transform()
 
 
+def _numbers(out: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The parents of a merge by METHOD, where they were read as numbers; else as its receipt names them."""
+    from jaxmerge import checkpoint
+    from jaxmerge._by_method import DEQUANTIZE, as_numbers
+
+    if not asked.get(DEQUANTIZE):
+        return {}
+    receipt = checkpoint.receipt(out)
+    base = receipt["base"] and as_numbers(receipt["base"]["path"])
+    return {"base": base, "models": [as_numbers(m["path"]) for m in receipt["models"]]}
+
+
 def _verify(files: Any, options: Verify) -> int:
     from jaxmerge import checkpoint, recipe
 
@@ -405,7 +417,7 @@ def _verify(files: Any, options: Verify) -> int:
     if isinstance(asked, str):
         found = recipe.verify(files.out, parts=options.parts, **sample)
     else:
-        found = checkpoint.verify(files.out, _made_by(asked, files.out), **sample)
+        found = checkpoint.verify(files.out, _made_by(asked, files.out), **_numbers(files.out, asked), **sample)
     for note in found.notes:
         print(f"note: {note}")
     for problem in found.problems:

@@ -1,18 +1,20 @@
 """What `scripts.compare_bytes` trains on and holds out: windows of bytes by domain.
 
 domains = text()                    prose and code that every Python carries
+domains = text(["en=en.txt"])       text of one's own
 domains = languages(path)           13 languages, held out on the same sentences
 """
 
 import csv
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxmerge import words
-from scripts import data
+from scripts import data, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +22,16 @@ class Domain:
     """Bytes to train on and bytes held out, uint8; and how many sentences the held-out ones are, where that is known."""
 
     name: str
-    train: np.ndarray
-    heldout: np.ndarray
+    train: data.Text
+    heldout: data.Text
     sentences: int = 0
 
 
-def text() -> list[Domain]:
-    """Prose and code of the standard library; whole documents are held out."""
-    return [Domain(name, c.train, c.heldout) for name in data.DOMAINS for c in [data.load(name)]]
+def text(given: Sequence[str] = (), *, length: int = 1) -> list[Domain]:
+    """The domains of `--text`, or prose and code of the standard library, with room for windows of that length."""
+    corpora = reading.corpora(given)
+    data.check_room(corpora, length, length)
+    return [Domain(name, c.train, c.heldout) for name, c in corpora.items()]
 
 
 def languages(path: pathlib.Path, *, held_out: int = 300) -> list[Domain]:
@@ -73,7 +77,7 @@ def hide(windows: np.ndarray, rng: np.random.Generator, *, noise: float, span: f
     return Hidden(mask, *words.corrupt(windows.astype(np.int32) + words.OFFSET, mask))
 
 
-def tile(text: np.ndarray, length: int, at_most: int | None = None) -> np.ndarray:
+def tile(text: data.Text, length: int, at_most: int | None = None) -> np.ndarray:
     """Held-out windows: evenly spread, as many as there are without overlap, at most so many."""
     whole = len(text) // length
     if whole == 0:

@@ -2,6 +2,7 @@
 
     python -m scripts.compare_bytes --out runs/bytes                               # prose and code that every Python carries
     python -m scripts.compare_bytes --data DIRECTORY --out runs/bytes_languages    # parallel.tsv and LANG.txt, by language
+    python -m scripts.compare_bytes --text en=en.txt de=german/ --out runs/mine    # text of your own
 
 Within a task every row sees the same bytes in the same order. ByT5 is trained first; then ByT5 itself, MrT5 (softly, its
 controller on) and random deletion at each rate go on from it for `share` of the budget, and are judged with hard deletion.
@@ -34,6 +35,7 @@ from scripts.refusals import refusals
 def main(
     *,
     data: pathlib.Path | None = None,
+    text: tuple[str, ...] = (),
     out: pathlib.Path = pathlib.Path("runs/bytes"),
     rates: tuple[float, ...] | None = None,
     budget: int = 3_400_000,
@@ -57,6 +59,7 @@ def main(
 
     Args:
       data: a directory of parallel.tsv and LANG.txt; none: the text that comes with Python.
+      text: your own instead: files, folders, quoted globs; NAME=PATH for several domains.
       rates: shares of bytes to delete; by default 0.3, 0.5 and 0.7, and 0.5 for languages.
       budget: bytes that every encoder-decoder sees, those of its start included.
       share: the part of the budget after the rows' common start.
@@ -73,7 +76,9 @@ def main(
     console, began = Console(), time.perf_counter()
     console.width = console.width if console.is_terminal else 140
     rates = rates if rates is not None else (0.5,) if data else (0.3, 0.5, 0.7)
-    domains = bytes_data.languages(data) if data else bytes_data.text()
+    if data and text:
+        raise ValueError("compare_bytes: --data and --text each say what to read; give one of them.")
+    domains = bytes_data.languages(data) if data else bytes_data.text(text, length=max(length, decoder_length))
     rows = chosen(bytes_models.contestants(rates, share, decoders=data is None), only)
     common: dict[str, Any] = dict(
         rate=rate, noise=noise, span=span, k_p=k_p, k_i=k_i, lowest=lowest, windows=windows, seed=seed

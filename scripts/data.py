@@ -9,6 +9,8 @@ import dataclasses
 import pathlib
 import sysconfig
 import zlib
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,12 +23,19 @@ _LEFT_OUT = {
 _MAX_FILE = 200_000
 
 
+class Text(Protocol):
+    """Bytes that are sliced: an array of uint8, or `texts.Pieces`, which reads them from files."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Training and held-out bytes of one domain, uint8."""
 
-    train: np.ndarray
-    heldout: np.ndarray
+    train: Text
+    heldout: Text
 
 
 def load(domain: str) -> Corpus:
@@ -48,16 +57,31 @@ def is_held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % 8 == 3
 
 
-def draw(text: np.ndarray, rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
+def check_room(corpora: Mapping[str, Corpus], train: int, heldout: int) -> None:
+    """Refuse text that is shorter than the windows to be drawn from it."""
+    for name, c in corpora.items():
+        if len(c.train) < train or len(c.heldout) < heldout:
+            raise ValueError(
+                f"{name} has {len(c.train):,} bytes to train on and {len(c.heldout):,} held out, too few for windows of "
+                f"{train:,} and {heldout:,}; give more text, or lower --length."
+            )
+
+
+def draw(text: Text, rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
     """Windows at random places, (batch, length) uint8."""
-    at = rng.integers(0, len(text) - length + 1, batch)
-    return text[at[:, None] + np.arange(length)]
+    return np.stack([text[a : a + length] for a in rng.integers(0, len(text) - length + 1, batch)])
 
 
-def tile(text: np.ndarray, count: int, length: int) -> np.ndarray:
+def tile(text: Text, count: int, length: int) -> np.ndarray:
     """Windows evenly spread over the text, without overlap where there is room: what evaluation reads."""
-    at = np.linspace(0, len(text) - length, count).astype(np.int64)
-    return text[at[:, None] + np.arange(length)]
+    return np.stack([text[a : a + length] for a in np.linspace(0, len(text) - length, count).astype(np.int64)])
+
+
+def excerpt(text: Text, at_most: int = 1 << 24) -> np.ndarray:
+    """All of a text or, of a longer one, stretches that are evenly spread over it: what statistics are taken of."""
+    if len(text) <= at_most:
+        return text[: len(text)]
+    return tile(text, 256, at_most // 256).reshape(-1)
 
 
 def byte_frequency_bits(train: np.ndarray, windows: np.ndarray, scored: np.ndarray) -> float:

@@ -1,8 +1,9 @@
-"""Held-out bits per hidden byte of any number of checkpoints, prose and code, deletion soft and hard, in one table.
+"""Held-out bits per hidden byte of any number of checkpoints, by domain of the text, deletion soft and hard, in one table.
 
     python -m scripts.evaluate --out runs/quickstart --checkpoints base=runs/quickstart/base ties=runs/quickstart/ties
 
-Two programs are compiled, whatever the number of rows: soft deletion, and hard deletion with room for the longest row.
+Text and windows are those of training (OUT/data.json). Two programs are compiled, whatever the number of rows: soft deletion,
+and hard deletion with room for the longest row.
 What the decoder owes to its encoder is told beside: how many bits more it needs when it reads another window's input.
 Below the models stand what the byte frequencies and an order-2 byte model of the same training text give on the same bytes.
 """
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import words
 from models import mrt5, t5
-from scripts import bytes_data, data, state
+from scripts import bytes_data, data, reading, state
 from scripts.bytes_models import nats
 from scripts.refusals import refusals
 
@@ -32,14 +33,14 @@ class Flags:
     checkpoints: tuple[str, ...]
     """NAME=PATH for every row; each an Orbax checkpoint of parameters."""
     out: pathlib.Path = pathlib.Path("runs/quickstart")
-    """Where evaluation.json goes, and where training left model.json."""
+    """Where evaluation.json goes, and where training left model.json and data.json."""
     windows: int = 256
     """Held-out windows per domain."""
-    length: int = 128
-    """Bytes of a window."""
-    noise: float = 0.3
-    """The share of them that is hidden, as in training."""
-    span: float = 6.0
+    length: int | None = None
+    """Bytes of a window; by default as in training, and so are the next two."""
+    noise: float | None = None
+    """The share of them that is hidden."""
+    span: float | None = None
     """The mean length of a hidden span."""
     rows: int = 64
     """Windows per forward pass."""
@@ -94,9 +95,10 @@ BEFORE = 2
 """Bytes before each held-out window, which only the order-2 model sees."""
 
 
-def heldout(count: int, length: int) -> dict[str, np.ndarray]:
+def heldout(corpora: dict[str, data.Corpus], count: int, length: int) -> dict[str, np.ndarray]:
     """The windows of every domain, (count, BEFORE + length)."""
-    return {domain: data.tile(data.load(domain).heldout, count, BEFORE + length) for domain in data.DOMAINS}
+    data.check_room(corpora, length, BEFORE + length)
+    return {domain: data.tile(c.heldout, count, BEFORE + length) for domain, c in corpora.items()}
 
 
 def hide(windows: dict[str, np.ndarray], noise: float, span: float) -> dict[str, bytes_data.Hidden]:
@@ -104,11 +106,13 @@ def hide(windows: dict[str, np.ndarray], noise: float, span: float) -> dict[str,
     return {d: bytes_data.hide(w[:, BEFORE:], np.random.default_rng(1), noise=noise, span=span) for d, w in windows.items()}
 
 
-def baselines(windows: dict[str, np.ndarray], hidden: dict[str, bytes_data.Hidden]) -> dict[str, dict[str, float]]:
-    """What simple statistics of each domain's training text give on its hidden bytes."""
+def baselines(
+    corpora: dict[str, data.Corpus], windows: dict[str, np.ndarray], hidden: dict[str, bytes_data.Hidden]
+) -> dict[str, dict[str, float]]:
+    """What simple statistics of each domain's training text (of 16 MiB, spread over it) give on its hidden bytes."""
     rows: dict[str, dict[str, float]] = {"byte frequency": {}, "order-2 bytes": {}}
     for domain, w in windows.items():
-        train, scored = data.load(domain).train, np.pad(hidden[domain].mask, ((0, 0), (BEFORE, 0)))
+        train, scored = data.excerpt(corpora[domain].train), np.pad(hidden[domain].mask, ((0, 0), (BEFORE, 0)))
         rows["byte frequency"][domain] = data.byte_frequency_bits(train, w, scored)
         rows["order-2 bytes"][domain] = data.order_2_bits(train, w, scored)
     return rows
@@ -121,10 +125,12 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         raise ValueError(f"evaluate: give one or more checkpoints, each a name of its own; got {list(flags.checkpoints)}.")
     if bad := [name for name, eq, path in named if not (name and eq and path)]:
         raise ValueError(f"evaluate: checkpoints are given as NAME=PATH; got {bad}.")
-    config = state.load_config(flags.out / "model.json")
+    config, read = state.load_config(flags.out / "model.json"), reading.load(flags.out / "data.json")
     mesh = state.make_mesh(flags.data, flags.fsdp)
-    windows = heldout(flags.windows, flags.length)
-    hidden = hide(windows, flags.noise, flags.span)
+    given = {k: v for k in ("length", "noise", "span") if (v := getattr(flags, k)) is not None}
+    read, corpora = dataclasses.replace(read, **given), read.corpora()
+    windows = heldout(corpora, flags.windows, read.length)
+    hidden = hide(windows, read.noise, read.span)
     reads = next(iter(hidden.values())).inputs.shape[1]
     scorer = Scorer(config, mesh, hidden, min(flags.rows, flags.windows))
     params = {name: state.load_params(pathlib.Path(path), mesh, config) for name, _, path in named}
@@ -143,47 +149,48 @@ def evaluate(flags: Flags) -> dict[str, Any]:
                 "overflow": int(hard["overflow"].sum()),
             }
         result["rows"][name] = row
-    result["baselines"] = baselines(windows, hidden)
+    result["baselines"] = baselines(corpora, windows, hidden)
     return result
 
 
 COLUMNS = {"soft": "{:.3f}", "hard": "{:.3f}", "deleted": "{:.1%}", "input": "{:+.2f}"}
 
 
-def table(result: dict[str, Any]):
-    """The figures as a rich table; the best of each column of bits is bold."""
+def tables(result: dict[str, Any]):
+    """The figures as rich tables, two domains to each; the best of each column of bits is bold."""
     from rich import box
     from rich.table import Table
 
-    rows = result["rows"]
-    out = Table(
-        title="Held-out bits per hidden byte; input: bits more with another window's input",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    out.add_column("", no_wrap=True)
-    for domain in data.DOMAINS:
-        for column in COLUMNS:
-            out.add_column(f"{domain}\n{column}", justify="right", no_wrap=True)
-    best = {(d, c): min(r[d][c] for r in rows.values()) for d in data.DOMAINS for c in ("soft", "hard")}
-    for name, row in rows.items():
-        cells = []
-        for d in data.DOMAINS:
-            for c, form in COLUMNS.items():
-                text = form.format(row[d][c])
-                cells.append(f"[bold]{text}[/bold]" if row[d][c] == best.get((d, c)) else text)
-        out.add_row(name, *cells)
-    out.add_section()
-    for name, row in result["baselines"].items():
-        out.add_row(f"[dim]{name}[/dim]", *(c for d in data.DOMAINS for c in (f"{row[d]:.3f}", "", "", "")))
-    return out
+    rows, domains = result["rows"], list(next(iter(result["rows"].values())))
+    best = {(d, c): min(r[d][c] for r in rows.values()) for d in domains for c in ("soft", "hard")}
+    title = "Held-out bits per hidden byte; input: bits more with another window's input"
+    for i in range(0, len(domains), 2):
+        out = Table(title=None if i else title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+        out.add_column("", no_wrap=True)
+        for domain in domains[i : i + 2]:
+            for column in COLUMNS:
+                out.add_column(f"{domain}\n{column}", justify="right", no_wrap=True)
+        for name, row in rows.items():
+            cells = []
+            for d in domains[i : i + 2]:
+                for c, form in COLUMNS.items():
+                    text = form.format(row[d][c])
+                    cells.append(f"[bold]{text}[/bold]" if row[d][c] == best.get((d, c)) else text)
+            out.add_row(name, *cells)
+        out.add_section()
+        for name, row in result["baselines"].items():
+            bits = (f"{row[d]:.3f}" for d in domains[i : i + 2])
+            out.add_row(f"[dim]{name}[/dim]", *(c for b in bits for c in (b, "", "", "")))
+        yield out
 
 
 def main(flags: Flags) -> None:
     from rich.console import Console
 
     result = evaluate(flags)
-    Console(width=None).print(table(result))
+    console = Console()
+    for table in tables(result):
+        console.print(table)
     (flags.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

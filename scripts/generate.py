@@ -2,9 +2,11 @@
 
     python -m scripts.generate --checkpoint runs/quickstart/base --prompt "def main():" --length 200
     python -m scripts.generate --checkpoint byt5-small --family byt5 --prompt "..." --temperature 0.8 --top-p 0.95
+    python -m scripts.generate --checkpoint runs/quickstart/base --prompt "for i in ___(10):" --hidden ___
 
-The model lies in any of the layouts of `scripts.families`. A character is printed when its last byte has come. Lengths count
-bytes.
+With `--hidden` an encoder-decoder does what it was trained for: it fills the spans that a mark stands for, and the whole text
+is written. The model lies in any of the layouts of `scripts.families`. A character is printed when its last byte has come.
+Lengths count bytes.
 """
 
 import codecs
@@ -42,7 +44,9 @@ class Flags:
     capacity: int | None = None
     """For MrT5: delete bytes for good, with room for that many; by default deletion is soft, as in training."""
     end_mark: bool = True
-    """Add the end mark to what the encoder reads, as ByT5's tokeniser does (scripts.train_mrt5 does not)."""
+    """Add the end mark to what the encoder reads, as ByT5's tokeniser and scripts.train_mrt5 do."""
+    hidden: str | None = None
+    """What stands for a hidden span in the prompt of byt5 or mrt5, such as ___; at most eleven of them."""
 
 
 def stream(
@@ -83,15 +87,45 @@ def characters(pieces: Iterator[bytes]) -> Iterator[str]:
         yield text
 
 
+SPANS = range(0xFF, 0xF4, -1)
+"""The bytes that UTF-8 does not have: in turn, the sentinels of hidden spans (`jaxmerge.words.corrupt`)."""
+
+
+def with_sentinels(parts: list[bytes]) -> bytes:
+    """What the encoder reads of a text in parts, with a hidden span between any two."""
+    if not 2 <= len(parts) <= len(SPANS) + 1:
+        raise ValueError(f"generate: --hidden must be in the prompt, 1 to {len(SPANS)} times; it is {len(parts) - 1} times.")
+    return b"".join(part + bytes([mark]) for part, mark in zip(parts[:-1], SPANS, strict=False)) + parts[-1]
+
+
+def filled(parts: list[bytes], pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The whole text: each span where its sentinel says, until a sentinel comes that is not the next one's."""
+    at = 0
+    for piece in pieces:
+        if piece[:1] and piece[0] in SPANS:
+            if at == len(parts) - 1 or piece[0] != SPANS[at]:
+                break
+            yield parts[at]
+            at += 1
+        elif at:
+            yield piece
+    yield from parts[at:]
+
+
 def generate(flags: Flags) -> Iterator[str]:
     if flags.family not in FAMILIES:
         raise ValueError(f"generate: --family must be one of {', '.join(FAMILIES)}; got {flags.family!r}.")
+    prompt, parts = flags.prompt.encode("utf-8", "surrogateescape"), []
+    if flags.hidden is not None:
+        if flags.family not in ("byt5", "mrt5") or not flags.hidden:
+            raise ValueError(f"generate: --hidden MARK is for byt5 and mrt5; got {flags.hidden!r} for {flags.family}.")
+        parts = prompt.split(flags.hidden.encode("utf-8", "surrogateescape"))
+        prompt = with_sentinels(parts)
     _, model = read_model(flags.checkpoint, flags.family)
     rules = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
     how: dict[str, Any] = dict(capacity=flags.capacity, end_mark=flags.end_mark)
-    return characters(
-        stream(flags.family, model, flags.prompt.encode("utf-8", "surrogateescape"), length=flags.length, **rules, **how)
-    )
+    pieces = stream(flags.family, model, prompt, length=flags.length, **rules, **how)
+    return characters(filled(parts, pieces) if parts else pieces)
 
 
 if __name__ == "__main__":

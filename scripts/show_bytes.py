@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from scripts import bytes_models, data, state
+from scripts import bytes_models, reading, state
 from scripts.bytes_views import Rule, View, characters, splitter, views
 from scripts.refusals import refusals
 
@@ -30,7 +30,7 @@ class Flags:
     """Rules that need no model; one column each."""
     out: pathlib.Path = pathlib.Path("runs/quickstart/deletions.html")
     file: pathlib.Path | None = None
-    """The page. Without one: the beginnings of held-out prose and of held-out code."""
+    """The page. Without one: the beginnings of what was held out of each domain that the first checkpoint was trained on."""
     bytes: int = 4096
     """How much of the page to read."""
     inputs: int = 128
@@ -46,15 +46,16 @@ def show(flags: Flags) -> tuple[bytes, list[View]]:
     if flags.file is not None and not flags.file.is_file():
         raise ValueError(f"show_bytes: there is no file {flags.file}.")
     if flags.file is None:
-        half = flags.bytes // 2
-        text = b"\n\n".join(data.load(domain).heldout[:half].tobytes() for domain in data.DOMAINS)
+        beside = flags.checkpoint[0].parent / "data.json" if flags.checkpoint else None
+        corpora = reading.load(beside).corpora() if beside and beside.exists() else reading.corpora(())
+        text = b"\n\n".join(c.heldout[: flags.bytes // len(corpora)].tobytes() for c in corpora.values())
     else:
         text = flags.file.read_bytes()[: flags.bytes]
     columns = [splitter(text, rule) for rule in flags.splitter]
     for path in flags.checkpoint:
         columns += views(name_of(path), load(path), text, inputs=flags.inputs, patch=flags.patch)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    title = flags.file.name if flags.file is not None else "Held-out prose and code"
+    title = flags.file.name if flags.file is not None else "Held-out text"
     flags.out.write_text(page(text, columns, title), encoding="utf-8")
     return text, columns
 
@@ -128,18 +129,24 @@ def section(text: bytes, view: View) -> str:
     return f'<section>{head}<pre data-unit="{html.escape(view.unit)}">{"".join(spans)}</pre></section>'
 
 
-def coloured(text: bytes, view: View, limit: int = 1200):
-    """The first characters as rich text for the terminal."""
+GONE = "⟦⟧"
+"""What stands around deleted characters where nothing can be struck through."""
+
+
+def coloured(text: bytes, view: View, limit: int = 1200, *, strikes: bool = True):
+    """The first characters as rich text for the terminal, or for a file or a pipe, which cannot strike anything through."""
     from rich.text import Text
 
-    out, odd = Text(), False
+    out, odd, before = Text(), False, False
     for char, marked, _ in characters(text, view)[:limit]:
         if view.kind == "deletion":
+            out.append("" if strikes or marked == before else GONE[before])
             out.append(char, style="strike dim yellow" if marked else "bold")
+            before = marked
             continue
         odd ^= marked
         out.append(f"|{char}" if marked else char, style="cyan" if odd else "")
-    return out
+    return out.append(GONE[1] if before and not strikes else "")
 
 
 def main(flags: Flags) -> None:
@@ -154,9 +161,10 @@ def main(flags: Flags) -> None:
         table = Table(box=box.SIMPLE, expand=True)
         for view in columns[i : i + beside]:
             table.add_column(f"{view.title}\n{view.summary}", ratio=1, overflow="fold")
-        table.add_row(*(coloured(text, view) for view in columns[i : i + beside]))
+        table.add_row(*(coloured(text, view, strikes=console.is_terminal) for view in columns[i : i + beside]))
         console.print(table)
-    console.print(f"Struck through: deleted; after a bar: a new word. All of it: {flags.out}", highlight=False)
+    gone = "Struck through" if console.is_terminal else f"Within {GONE}"
+    console.print(f"{gone}: deleted; after a bar: a new word. All of it: {flags.out}", highlight=False)
 
 
 if __name__ == "__main__":

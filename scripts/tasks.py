@@ -263,7 +263,7 @@ def _windows(windows: np.ndarray, *, unscored: int = 0) -> Split:
 
 
 def _text_suite(
-    name: str, general: np.ndarray, corpora: dict[str, data.Corpus], seed: int, *, length: int, windows: int, held_out: int
+    name: str, general: data.Text, corpora: dict[str, data.Corpus], seed: int, *, length: int, windows: int, held_out: int
 ) -> Suite:
     rng = np.random.default_rng((seed, 4))
     tasks = []

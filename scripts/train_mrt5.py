@@ -1,16 +1,22 @@
-"""Train a small byte-level MrT5 from scratch, then two experts from it: prose and code.
+"""Train a small byte-level MrT5 from scratch, then an expert from it for each domain of the text: prose and code, or yours.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m scripts.train_mrt5 --out runs/quickstart
+    python -m scripts.train_mrt5 --out runs/books --text 'books/**/*.txt'        # one domain, no experts
+    python -m scripts.train_mrt5 --out runs/two --text en=en.txt de=german/      # experts OUT/en and OUT/de
 
 The encoder reads 128 bytes with spans hidden, the decoder spells the spans. Bytes are deleted after the first encoder block.
 At first the gate is held open, and the model is a ByT5 (the paper starts from a trained one); then the controller steers
 deletion to its target. Parameters and optimiser state are split over the mesh axis `fsdp`, batches over both axes.
 
-Writes OUT/base, OUT/prose, OUT/code (Orbax, parameters alone), OUT/model.json, OUT/metrics.jsonl, OUT/loss.png, and
-OUT/resume (everything that `--resume` needs to go on as if nothing had happened).
+Text of your own is read where it lies, a window at a time, however large; one byte in eight is held out, by document or, of few
+documents, by stretch (`scripts.texts`).
+
+Writes OUT/base, OUT/prose, OUT/code (Orbax, parameters alone), OUT/model.json, OUT/data.json, OUT/metrics.jsonl, OUT/loss.png,
+and OUT/resume (everything that `--resume` needs to go on as if nothing had happened).
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -26,12 +32,13 @@ from jax.sharding import Mesh
 from jaxmerge import words
 from models import mrt5
 from models.t5 import T5Config
-from scripts import bytes_data, data, evaluate, state
+from scripts import bytes_data, data, evaluate, reading, state, texts
 from scripts.bytes_models import SURE, head_start
 from scripts.bytes_train import optimiser
 from scripts.refusals import refusals
 
-PHASES = ("base", "prose", "code")
+TAKEN = {"base", "resume"}
+"""Names in OUT that no domain may have."""
 TINY = mrt5.MrT5Config(T5Config(128, 32, 256, 4, 3, 2, softmax1=True, dropout=0.0), gate_layer=1)
 
 
@@ -42,6 +49,9 @@ class Flags:
     out: pathlib.Path = pathlib.Path("runs/quickstart")
     resume: bool = False
     """Go on from OUT/resume."""
+    text: tuple[str, ...] = ()
+    """What to train on: files, folders, quoted globs; NAME=PATH for several domains, which come in turn, an expert for each.
+    None: the prose and code that every Python carries."""
     model: mrt5.MrT5Config = TINY
     length: int = 128
     """Bytes of a window."""
@@ -50,9 +60,9 @@ class Flags:
     span: float = 6.0
     """The mean length of a hidden span (ByT5: 20)."""
     batch: int = 16
-    """Windows of a step, half of them prose and half code."""
+    """Windows of a step, of each domain as many."""
     experts: bool = True
-    """Whether the two experts follow the base."""
+    """Whether an expert of each domain follows the base, where there are two or more."""
     steps: int = 1400
     expert_steps: int = 200
     lr: float = 3e-3
@@ -135,10 +145,11 @@ def fresh(params: state.Params, tx: optax.GradientTransformation, controller: wo
 
 
 def batch(flags: Flags, corpora: dict[str, data.Corpus], phase: str, step: int) -> bytes_data.Hidden:
-    """The windows of a step: half prose and half code for the base, an expert's own domain for an expert."""
-    rng = np.random.default_rng((flags.seed, PHASES.index(phase), step))
-    domains = data.DOMAINS if phase == "base" else (phase,)
-    rows = [data.draw(corpora[d].train, rng, flags.batch // len(domains), flags.length) for d in domains]
+    """The windows of a step: of all domains in turn for the base, of its own for an expert."""
+    rng = np.random.default_rng((flags.seed, ["base", *corpora].index(phase), step))
+    domains = list(corpora) if phase == "base" else [phase]
+    turns = np.bincount(np.arange(step * flags.batch, (step + 1) * flags.batch) % len(domains), minlength=len(domains))
+    rows = [data.draw(corpora[d].train, rng, int(n), flags.length) for d, n in zip(domains, turns, strict=True) if n]
     return bytes_data.hide(np.concatenate(rows), rng, noise=flags.noise, span=flags.span)
 
 
@@ -185,7 +196,7 @@ def run_phase(
                 f"{speed:,.0f} B/s",
             )
         if (i + 1) % flags.eval_every == 0 or i + 1 == steps:
-            bits = {d: float(scorer(s.params, d)["bits"].mean()) for d in data.DOMAINS}
+            bits = {d: float(scorer(s.params, d)["bits"].mean()) for d in corpora}
             log.write({"phase": phase, "step": i + 1, "heldout": bits})
             shown = ", ".join(f"{d} {b:.3f}" for d, b in bits.items())
             log.progress.console.print(f"{phase:5s} step {i + 1:5d}: held-out bits per hidden byte: {shown}", highlight=False)
@@ -212,10 +223,10 @@ def latest(out: pathlib.Path, phase: str) -> pathlib.Path | None:
     return found[-1] if found else None
 
 
-def check(flags: Flags, mesh: Mesh) -> None:
+def check(flags: Flags, mesh: Mesh, read: reading.Reading) -> None:
     """Refuse what cannot be trained, before anything of an earlier run is overwritten."""
-    if flags.batch < 1 or flags.batch % (2 * len(data.DOMAINS)) or flags.batch % mesh.size:
-        raise ValueError(f"train_mrt5: batch must be a multiple of 4 and of the {mesh.size} devices, got {flags.batch}.")
+    if flags.batch < 1 or flags.batch % mesh.size:
+        raise ValueError(f"train_mrt5: batch must be a multiple of the {mesh.size} devices, got {flags.batch}.")
     for name in ("steps", "expert_steps", "log_every", "eval_every", "save_every"):
         if getattr(flags, name) < 1:
             raise ValueError(f"train_mrt5: {name} must be 1 or more, got {getattr(flags, name)}.")
@@ -227,27 +238,36 @@ def check(flags: Flags, mesh: Mesh) -> None:
         raise ValueError(
             f"train_mrt5: {flags.out} holds another model, {before}; give the same --model flags, or leave out --resume."
         )
+    written = flags.out / "data.json"
+    if flags.resume and written.exists() and (other := reading.differences(reading.load(written), read)):
+        raise ValueError(f"train_mrt5: {flags.out} was trained with {other}; give the same flags, or leave out --resume.")
+    if taken := TAKEN & set(read.sizes):
+        raise ValueError(f"train_mrt5: OUT/{min(taken)} is not a domain's; give it another name in --text.")
 
 
 def train(flags: Flags) -> None:
-    """The three phases."""
+    """The base, then the experts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     mesh = state.make_mesh(flags.data, flags.fsdp)
-    check(flags, mesh)
-    heldout = evaluate.hide(evaluate.heldout(32, flags.length), flags.noise, flags.span)
+    text = tuple(map(texts.absolute, flags.text))
+    corpora = reading.corpora(text)
+    read = reading.Reading(text, flags.length, flags.noise, flags.span, reading.sizes(corpora))
+    check(flags, mesh, read)
+    heldout = evaluate.hide(evaluate.heldout(corpora, 32, flags.length), flags.noise, flags.span)
     flags.out.mkdir(parents=True, exist_ok=True)
     if not flags.resume:
         shutil.rmtree(flags.out / "resume", ignore_errors=True)
         (flags.out / "metrics.jsonl").unlink(missing_ok=True)
     state.save_config(flags.out / "model.json", flags.model)
-    corpora = {d: data.load(d) for d in data.DOMAINS}
+    reading.save(flags.out / "data.json", read)
+    phases = ["base", *(corpora if flags.experts and len(corpora) > 1 else ())]
     scorer = evaluate.Scorer(flags.model, mesh, heldout, 32)
     columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TimeElapsedColumn()) as progress:
         log = Log(flags.out / "metrics.jsonl", progress)
         base, step = None, None
-        for phase in PHASES if flags.experts else ("base",):
+        for phase in phases:
             tx = make_optimiser(flags, phase)
             if base is None:
                 no_alpha = words.pi_controller(target=flags.target_deletion).init()
@@ -259,14 +279,14 @@ def train(flags: Flags) -> None:
             if path is not None:
                 s = TrainState(**state.load_like(path, s._asdict()))
                 progress.console.print(f"{phase:5s} goes on from step {int(s.step)}", highlight=False)
-            if phase != "code":  # both experts share one compiled step
+            if phase in phases[:2]:  # all experts share one compiled step
                 step = make_step(flags, mesh, tx, flags.gate_start if phase == "base" else 0)
             s = run_phase(flags, phase, s, step, mesh=mesh, corpora=corpora, scorer=scorer, log=log)
             base = s if phase == "base" else base
-    draw(flags)
+    draw(flags, list(corpora))
 
 
-def draw(flags: Flags) -> None:
+def draw(flags: Flags, domains: list[str]) -> None:
     """OUT/loss.png: bits per byte, deletion against its target, alpha."""
     import matplotlib
 
@@ -275,17 +295,20 @@ def draw(flags: Flags) -> None:
 
     rows = [json.loads(line) for line in (flags.out / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    offset = {"base": 0, "prose": flags.steps, "code": flags.steps}
-    colour = {"base": "#444444", "prose": "#0072B2", "code": "#D55E00"}  # told apart by colour-blind eyes (Okabe and Ito)
-    for phase in PHASES:
+    # Told apart by colour-blind eyes (Okabe and Ito).
+    colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"))
+    colour = {"base": "#444444", **dict(zip(domains, colours, strict=False))}
+    markers = dict(zip(domains, itertools.cycle("os^vD*P"), strict=False))
+    for phase, shade in colour.items():
+        offset = 0 if phase == "base" else flags.steps
         train_rows = [r for r in rows if r["phase"] == phase and "loss" in r]
-        x = [r["step"] + offset[phase] for r in train_rows]
+        x = [r["step"] + offset for r in train_rows]
         for axis, key in zip(axes, ("bpb", "rate", "alpha"), strict=True):
-            axis.plot(x, [r[key] for r in train_rows], color=colour[phase], alpha=0.4 if key == "bpb" else 0.9, label=phase)
-        for domain, marker in zip(data.DOMAINS, ("o", "s"), strict=True):
+            axis.plot(x, [r[key] for r in train_rows], color=shade, alpha=0.4 if key == "bpb" else 0.9, label=phase)
+        for domain, marker in markers.items():
             tested = [r for r in rows if r["phase"] == phase and "heldout" in r]
-            x = [r["step"] + offset[phase] for r in tested]
-            style = dict(color=colour[phase], marker=marker, linestyle="none", markersize=4)
+            x = [r["step"] + offset for r in tested]
+            style = dict(color=shade, marker=marker, linestyle="none", markersize=4)
             axes[0].plot(x, [r["heldout"][domain] for r in tested], label=f"{phase}, held-out {domain}", **style)
     axes[1].axhline(flags.target_deletion, color="black", linestyle=":", label="target")
     axes[1].set_ylim(0, 1)

@@ -65,7 +65,8 @@ def refusal(source: Source, names: Sequence[str]) -> str:
     what = kind.stored[0] if kind.stored else kind.dtype
     return (
         f"{source.name} is quantised ({names[0]}, {what}{more}): codes have no mean without their scales; merge what it was "
-        "made from, or dequantize it (dequantize: true in a recipe, checkpoint.dequantized), or pass it through unscaled"
+        "made from, or dequantize it (dequantize: true in a recipe, --dequantize, checkpoint.dequantized), or pass it through "
+        "unscaled"
     )
 
 

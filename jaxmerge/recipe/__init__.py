@@ -22,8 +22,10 @@ Ours beside mergekit's: `regex` and `part` (embeddings, head, layers, rest) in c
 `rescale: inv_p` of dare and della; `seed`, `format`, `layout`, `memory`, `sharding`, `integers`, `nonfinite`, `state`,
 `dequantize` at the top (of training states the parameters alone are merged, unless state says keep; quantised models are passed
 through as they are, or read as the numbers they stand for); twelve more methods, of which fisher and
-regmean look at `statistics: path` under the parameters of each model; `model: run/{1000..2000}`, or {1000..2000..500}, for all
-checkpoints of a run; documents with names in any order; adapters alone.
+regmean look at `statistics: path` under the parameters of each model, named and turned as that model (where it is turned into
+another layout, or its vocabulary is aligned, they follow; of an array of all layers a Gram matrix for each, (layers, n, n),
+which only `layout: hf` takes; of tokens that a model lacks it has no information); `model: run/{1000..2000}`, or
+{1000..2000..500}, for all checkpoints of a run; documents with names in any order; adapters alone.
 """
 
 from jaxmerge.recipe._compare import Difference as Difference, differences as differences

@@ -92,7 +92,9 @@ def plan_document(
         mistakes.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
     if mistakes:
         return None, mistakes
-    data, mistakes = statistics(recipe, rows, sources, opened, earlier) if recipe.method.data else (None, [])
+    data, mistakes = None, []
+    if recipe.method.data:
+        data, mistakes = statistics(recipe, rows, sources, opened, layout, words, earlier)
     if mistakes:
         return None, mistakes
     try:
@@ -145,10 +147,7 @@ def _where(recipe: Recipe, rows: tuple[Row, ...], sources: Mapping[Reference, So
     def where(model: Reference, there: str, name: str) -> tuple[Source, str]:
         if words is None or vocabulary_axis(name) is None:
             return sources[model], there
-        found = aligned(words, by_name[name], recipe.base, sources, model)
-        if recipe.method.data and found[0] is not sources[model]:
-            raise ValueError(f"{recipe.method_name} takes statistics, which have the rows of {model}; leave the tokenizer out.")
-        return found
+        return aligned(words, by_name[name], recipe.base, sources, model)
 
     return where
 

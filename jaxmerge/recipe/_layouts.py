@@ -64,6 +64,10 @@ TURNS = {
     ),
 }
 
+INFORMATION = TURNS | {  # of squared gradients: what multiplies a weight divides its gradient
+    "query": Turn(lambda y, s: _scaled(_spread(y.T.reshape(s)), 1.0), lambda x: _in(_halves(_scaled(x, -1.0))), _IN),
+}
+
 LAYER = "model.layers.{}."
 DECODER = {
     "model.embed_tokens.weight": ("token_embedder/embedding", "as it is"),
@@ -233,8 +237,8 @@ def layout_of(source: Source) -> str:
     return fits[0] if fits else "hf"
 
 
-def to_hub(source: Source, layout: str) -> Source:
-    """A source in the Hub's layout; leaves are turned as they are read."""
+def to_hub(source: Source, layout: str, turns: Mapping[str, Turn] = TURNS) -> Source:
+    """A source in the Hub's layout; leaves are turned as they are read: `TURNS` for weights, `INFORMATION` for Fisher's."""
     if layout == "hf":
         return source
     axis = LAYOUTS[layout].axis
@@ -245,20 +249,20 @@ def to_hub(source: Source, layout: str) -> Source:
         def back(x: np.ndarray, f: Found = f) -> np.ndarray:
             if f.layer is not None:
                 x = np.take(x, f.layer, axis=min(axis or 0, x.ndim - 1))
-            return np.ascontiguousarray(TURNS[f.turn].back(x if f.part is None else x[f.part]))
+            return np.ascontiguousarray(turns[f.turn].back(x if f.part is None else x[f.part]))
 
         shape = header.shape
         if f.layer is not None:
             along = min(axis or 0, len(shape) - 1)
             shape = (*shape[:along], *shape[along + 1 :])
-        shape = TURNS[f.turn].shape(shape if f.part is None else shape[1:])
-        note = f"{layout}: {f.leaf} {f.layer} {f.part} {f.turn}"
+        shape = turns[f.turn].shape(shape if f.part is None else shape[1:])
+        note = f"{layout}: {f.leaf} {f.layer} {f.part} {f.turn}{'' if turns is TURNS else ' of information'}"
         leaves[f.hf] = Derived(Leaf(shape, header.dtype), ((source, f.leaf),), back, note)
     view = derived(source, leaves)
     return renamed(view, {n: n for n in leaves})
 
 
-def from_hub(source: Source, layout: str, like: Source) -> Source:
+def from_hub(source: Source, layout: str, like: Source, turns: Mapping[str, Turn] = TURNS) -> Source:
     """A source of the Hub's layout with the leaves of another one, which says their names and shapes.
 
     Raises:
@@ -283,14 +287,64 @@ def from_hub(source: Source, layout: str, like: Source) -> Source:
             for f, y in zip(found, arrays, strict=True):
                 block = out if f.layer is None else np.moveaxis(out, along, 0)[f.layer]
                 block = block if f.part is None else block[f.part]
-                block[...] = TURNS[f.turn].there(y, block.shape)
+                block[...] = turns[f.turn].there(y, block.shape)
             return out
 
         dtype = source.leaves[found[0].hf].dtype
         inputs = tuple((source, f.hf) for f in found)
-        leaves[leaf] = Derived(Leaf(header.shape, dtype, None, header.path), inputs, there, f"to {layout}: {leaf}")
+        note = f"to {layout}: {leaf}{'' if turns is TURNS else ' of information'}"
+        leaves[leaf] = Derived(Leaf(header.shape, dtype, None, header.path), inputs, there, note)
     view = derived(source, leaves)
     return renamed(view, {n: n for n in like.leaves if n in leaves})
+
+
+def grams_to_hub(grams: Source, layout: str, parent: Source) -> Source:
+    """Gram matrices of the inputs of a layout's leaves, under the names of the Hub: turns are of outputs, or keep the order of
+    inputs, and so a matrix (n, n) stays as it is. Of a leaf of several tensors it is that of each; of one of all layers there
+    is a matrix for each, the layers first: (layers, n, n).
+
+    Raises:
+      ValueError: all layers lie in one array, and the matrices do not.
+    """
+    if layout == "hf":
+        return grams
+    names: dict[str, str] = {}
+    leaves: dict[str, Derived] = {}
+    for f in find(parent, layout):
+        if f.leaf not in grams.leaves:
+            continue
+        header = grams.leaves[f.leaf]
+        if f.layer is None:
+            names[f.hf] = f.leaf
+            continue
+        axis = min(LAYOUTS[layout].axis or 0, len(parent.leaves[f.leaf].shape) - 1)
+        layers = parent.leaves[f.leaf].shape[axis]
+        if len(header.shape) != 3 or header.shape[0] != layers:
+            need = f"holds {layers} layers, and its Gram matrices must be ({layers}, n, n), the layers first"
+            raise ValueError(f"statistics {grams.name}: {f.leaf} {need}; got {list(header.shape)}")
+        leaf, take = Leaf(header.shape[1:], header.dtype), lambda g, i=f.layer: g[i]
+        leaves[f.hf] = Derived(leaf, ((grams, f.leaf),), take, f"{layout}: Gram matrix {f.layer} of {f.leaf}")
+    return renamed(derived(grams, leaves), names | {n: n for n in leaves})
+
+
+def grams_from_hub(grams: Source, layout: str, like: Source) -> Source:
+    """Gram matrices under the names of the Hub, under those of a layout whose leaves the matrices of a layer are.
+
+    Raises:
+      ValueError: a leaf there holds several matrices, or none.
+    """
+    if layout == "hf":
+        return grams
+    names: dict[str, str] = {}
+    for f in find(like, layout):
+        if f.hf not in grams.leaves:
+            continue
+        shape = like.leaves[f.leaf].shape
+        if f.layer is not None or f.part is not None or len(shape) != 2:
+            what = f"{f.leaf} of the layout {layout} is {list(shape)} and not one matrix of inputs and outputs"
+            raise ValueError(f"statistics {grams.name}: {f.hf} has a Gram matrix, but {what}; merge with layout: hf")
+        names[f.leaf] = f.hf
+    return renamed(grams, names)
 
 
 def in_one_layout(sources: Mapping[T, Source], first: T, wanted: str | None) -> tuple[dict[T, Source], str]:

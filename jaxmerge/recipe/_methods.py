@@ -46,7 +46,8 @@ class Method(NamedTuple):
       least, most: how many inputs it takes beside the base.
       parameters: by the name that recipes use.
       build: their values -> the chain; a value that is not static is a function of the tensor's name.
-      data: whether it takes statistics of each model, from files.
+      data: statistics of each model that it takes, from files: Fisher "information" in the shapes of the leaves, or "grams" of
+        their inputs, under the leaves' names.
     """
 
     title: str
@@ -56,7 +57,7 @@ class Method(NamedTuple):
     most: int | None
     parameters: dict[str, Parameter]
     build: Callable[[Mapping[str, Any]], MergeTransform]
-    data: bool = False
+    data: Literal["information", "grams"] | None = None
 
 
 def number(default: Any = REQUIRED, low: float | int | None = None, high: float | int | None = None) -> Parameter:
@@ -319,7 +320,7 @@ METHODS |= {
         None,
         {"weight": Parameter(float, "input", 1.0), "normalize": flag(True), "floor": fixed(float, 1e-6, 0)},
         lambda v: params.fisher(weight=v["weight"], normalize=v["normalize"], floor=v["floor"]),
-        data=True,
+        data="information",
     ),
     "regmean": Method(
         "RegMean",
@@ -329,7 +330,7 @@ METHODS |= {
         None,
         {"shrink": fixed(float, 0.9, 0, 1), "ridge": fixed(float, 1e-6, 0)} | AXIS,
         lambda v: params.regmean(shrink=v["shrink"], ridge=v["ridge"], axis=v["axis"]),
-        data=True,
+        data="grams",
     ),
     "wudi": Method(
         "WUDI-Merging",

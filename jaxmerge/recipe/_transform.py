@@ -12,6 +12,7 @@ from jaxmerge.recipe._methods import Method
 from jaxmerge.recipe._mosaic import Mosaic
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Reference
+from jaxmerge.recipe._statistics import Data
 
 Adapt = Callable[[Reference, str, str], tuple[Source, str]]
 """(model, its tensor, the output's) -> where to read it."""
@@ -26,9 +27,7 @@ class Work(NamedTuple):
     statistics: tuple[Source, ...] = ()
 
 
-def work(
-    method: Method, rows: Sequence[Row], adapt: Adapt, seed: int, statistics: Mapping[Reference, Source] | None = None
-) -> Work:
+def work(method: Method, rows: Sequence[Row], adapt: Adapt, seed: int, statistics: Data | None = None) -> Work:
     """A recipe's transform and its inputs.
 
     Args:
@@ -36,7 +35,7 @@ def work(
       rows: what it says.
       adapt: where a model's tensor is read.
       seed: of random masks.
-      statistics: of each model, under the names of its tensors; None where the method takes none.
+      statistics: of each model; None where the method takes none.
     """
     inputs = {row.name: _ordered(method, row) for row in rows}
     slots = max(len(experts) for _, experts in inputs.values())
@@ -48,16 +47,16 @@ def work(
         title = next(iter(models)) if len(models) == 1 else f"{which} ({', '.join(models)})"
         return Mosaic(title, like, {name: adapt(model, there, name) for name, (model, there) in chosen.items()})
 
-    def beside(k: int) -> Source:
+    def beside(data: Data, k: int) -> Source:
         chosen = {name: given[1][min(k, len(given[1]) - 1)] for name, given in inputs.items()}
-        known = statistics or {}
-        parts = {n: (known[model], there) for n, (model, there) in chosen.items() if there in known[model].leaves}
-        names = dict.fromkeys(known[model].name for model, _ in chosen.values())
-        return Mosaic(next(iter(names)) if len(names) == 1 else f"statistics {k + 1}", known[chosen[rows[0].name][0]], parts)
+        parts = {n: data.where[model, there, n] for n, (model, there) in chosen.items() if (model, there, n) in data.where}
+        sources = [data.sources[model] for model, _ in chosen.values()]
+        names = dict.fromkeys(source.name for source in sources)
+        return Mosaic(next(iter(names)) if len(names) == 1 else f"statistics {k + 1}", sources[0], parts)
 
     based = any(base is not None for base, _ in inputs.values())
     models = tuple(mosaic(f"input {k + 1}", lambda given, k=k: given[1][min(k, len(given[1]) - 1)]) for k in range(slots))
-    data = tuple(beside(k) for k in range(slots)) if statistics is not None else ()
+    data = () if statistics is None else tuple(beside(statistics, k) for k in range(slots))
     return Work(transform(method, rows, seed), mosaic("base", lambda given: given[0]) if based else None, models, data)
 
 

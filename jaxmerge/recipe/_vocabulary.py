@@ -230,6 +230,15 @@ def aligned(
     return Aligned(there, tables, which, alignment, vocabulary.size), there
 
 
+def followed(vocabulary: Vocabulary, row: Row, base: Reference | None, model: Reference, data: Source) -> tuple[Source, str]:
+    """Where the information of a model's table is read, its rows as the output has them: none, 0, of tokens that it lacks."""
+    models = [m for m, _ in row.inputs]
+    which = models.index(model)
+    rows, there = vocabulary.alignment(models, base).rows[which], row.inputs[which][1]
+    rows = np.concatenate([rows, np.full(vocabulary.size - len(rows), -1, rows.dtype)])[None]
+    return Aligned(there, [(data, there)], 0, Alignment(rows, np.full_like(rows, -1)), vocabulary.size), there
+
+
 def report(vocabulary: Vocabulary, models: Sequence[Reference], base: Reference | None) -> dict[str, dict[str, int]]:
     """{model: how many rows are its own, one donor's, the mean of several, zero}."""
     kinds = vocabulary.alignment(models, base).report()

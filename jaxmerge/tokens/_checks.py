@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Shaped
 
+from jaxmerge._plan import Plan
 from jaxmerge._segments import check_whole
 
 
@@ -40,6 +41,28 @@ def check_rows(name: str, x: Shaped[Array, "*batch n d"], **rows: Any) -> None:
     for what, row in rows.items():
         if row is not None and not spreads(np.shape(row), x.shape[:-1]):
             raise ValueError(f"{name}: {what} must have one entry per token, shape {x.shape[:-1]}; got {np.shape(row)}.")
+    check_sequences(name, **rows)
+
+
+def check_sequences(name: str, *, axes: tuple[int, ...] = (-1,), **arrays: Any) -> None:
+    """What has sequences along these axes (scores along the last, attention along the last two) has them whole, and is real."""
+    for what, a in arrays.items():
+        if a is None:
+            continue
+        a = jnp.asarray(a)
+        if a.ndim < -min(axes):
+            raise ValueError(f"{name}: {what} must have {-min(axes)} or more axes, batch axes first; got shape {a.shape}.")
+        if jnp.iscomplexobj(a):
+            raise TypeError(f"{name}: {what} must be real, got {a.dtype}; take its absolute value, or its real part.")
+        for axis in axes:
+            check_whole(f"{name}: {what}", a, a.ndim + axis)
+
+
+def check_plan(name: str, plan: Any, what: str = "plan") -> None:
+    """What must be a plan of segment ids is one, and whole."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{name}: {what} must be a Plan of segment ids, got {type(plan).__name__}.")
+    check_sequences(name, **{what: plan.segment_ids})
 
 
 def spreads(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

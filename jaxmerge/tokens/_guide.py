@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
-from jaxmerge.tokens._checks import spreads
+from jaxmerge.tokens._checks import check_sequences, spreads
 from jaxmerge.tokens._nearest import nearest
 
 
@@ -68,6 +68,7 @@ def negative_merge(
             f"negative_merge: the reference's batch axes must be x's, {x.shape[:-2]}, or of length 1; "
             f"got {reference.shape[:-2]}."
         )
+    check_sequences("negative_merge", axes=(-2,), x=x, reference=reference)
     n, m = x.shape[-2], reference.shape[-2]
     if match == "tokens" and n != m:
         raise ValueError(f'negative_merge: match="tokens" reads positions of x in the reference, so n = m; got {n} and {m}.')

@@ -174,6 +174,30 @@ def test_dequantised(saved, tmp_path, kind, make):
     assert checkpoint.dequantized(checkpoint.open(tmp_path / "out")).identity() == got.identity()
 
 
+def test_dequantised_by_a_method(saved, tmp_path, capsys):
+    """The bytes of the recipe; a base that is not quantised is read as it is; verify reads as the merge did."""
+    a, b = (str(saved / "fp8" / n) for n in "ab")
+    assert cli.main(["plan", "linear", "--models", a, b, "--dequantize"]) == 0
+    assert "nothing speaks against this merge" in capsys.readouterr().out
+    assert cli.main(["merge", "linear", "--models", a, b, "--dequantize", "--out", str(tmp_path / "out")]) == 0
+    text = f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nparameters: {{weight: 1}}\ndequantize: true\n"
+    recipe.merge(text, tmp_path / "by_recipe")
+    assert read(tmp_path / "out/model.safetensors") == read(tmp_path / "by_recipe/model.safetensors")
+    assert checkpoint.receipt(tmp_path / "out")["recipe"]["dequantize"] is True
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0 and "bit for bit" in capsys.readouterr().out
+    base = write(tmp_path / "base/model.safetensors", {n: tensor(x) for n, x in numbers(fp8(2)).items()})
+    files = ["--base", str(base), "--models", a, b, "--dequantize", "--out", str(tmp_path / "sum")]
+    assert cli.main(["merge", "task-arithmetic", *files]) == 0
+    expected = params.merge(params.task_arithmetic(), numbers(fp8(2)), [numbers(fp8(seed)) for seed in (0, 1)])
+    got = checkpoint.open(tmp_path / "sum")
+    for n, value in expected.items():
+        np.testing.assert_array_equal(got.read(n), np.asarray(value), err_msg=n)
+    other = write(tmp_path / "other/model.safetensors", {AT.format(0) + "weight_packed": tensor(np.ones((2, 2), np.int32))})
+    capsys.readouterr()
+    assert cli.main(["plan", "linear", "--models", str(other), "--dequantize"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_float8_without_scales_are_numbers(tmp_path):
     x = [RNG.standard_normal((4, 6)).astype(ml_dtypes.float8_e4m3fn) for _ in "ab"]
     paths = [write(tmp_path / f"{i}/model.safetensors", {"w": tensor(v)}) for i, v in enumerate(x)]

@@ -68,6 +68,30 @@ def test_the_stream_is_the_text_of_generate(tmp_path, capsys):
     assert text == words.to_bytes(np.asarray(want.ids[0])).decode("utf-8", "replace")
 
 
+def test_hidden_spans_are_filled_in(tmp_path):
+    """The prompt's marks are the sentinels of training, and the text comes back whole."""
+    text = "Größe: a b"
+    parts = [p.encode() for p in ("Gr", "e: a", "b")]
+    mask = np.isin(np.arange(12), [2, 3, 4, 5, 10])
+    inputs, targets = words.corrupt(words.to_ids(text)[None], mask[None])
+    assert generate.with_sentinels(parts) == words.to_bytes(inputs[0])
+    spelled = lambda row: (words.to_bytes(row[i : i + 1]) for i in range(len(row)))
+    assert b"".join(generate.filled(parts, spelled(targets[0]))).decode() == text
+    unread = [b"x", b"\xff", b"y", b"\xff", b"z"]  # before the first mark, and after a mark that is not the next
+    assert b"".join(generate.filled(parts, iter(unread))) == b"Grye: ab"
+    flags = generate.Flags(checkpoint=tmp_path, prompt="a ___", hidden="___", family="byt5")
+    for wrong, said in (
+        (dict(hidden="..."), "1 to 11 times; it is 0 times"),
+        (dict(family="lm"), "is for byt5 and mrt5; got '___' for lm"),
+        (dict(hidden=""), "--hidden MARK is for byt5"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            next(generate.generate(dataclasses.replace(flags, **wrong)))
+    families.write_model(tmp_path / "m", "byt5", TINY, t5.T5(TINY, rngs=nnx.Rngs(0)), "orbax")
+    shown = "".join(generate.generate(dataclasses.replace(flags, checkpoint=tmp_path / "m", prompt="a ___ z", length=3)))
+    assert shown.startswith("a ") and shown.endswith(" z")
+
+
 def test_a_language_model_of_raw_bytes_goes_on(tmp_path):
     config = dataclasses.replace(TINY, vocab_size=256)
     model = ByteLM(config, rngs=nnx.Rngs(0))

@@ -105,6 +105,8 @@ def test_characters_of_several_bytes():
     assert [marked for _, marked, _ in characters(text, begins)] == [True, True, False]
     assert gone.summary == "83.3% of 6 bytes deleted" and begins.summary == "2 words, 3.00 bytes each"
     assert splitter(b"two words", "whitespace").marks.sum() == 2
+    assert show_bytes.coloured(text, gone).plain == "aß漢" and show_bytes.coloured(text, begins).plain == "|a|ß漢"
+    assert show_bytes.coloured(text, gone, strikes=False).plain == "⟦a⟧ß⟦漢⟧"  # in a file nothing can be struck through
 
 
 def test_bad_flags(saved):

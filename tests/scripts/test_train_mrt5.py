@@ -7,10 +7,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import tyro
 from jax.sharding import PartitionSpec as P
 
+from jaxmerge import words
 from models import mrt5, t5
-from scripts import evaluate, show_bytes, state, train_mrt5
+from scripts import data, evaluate, show_bytes, state, train_mrt5
 from scripts.bytes_views import characters
 
 TINY = mrt5.MrT5Config(t5.T5Config(16, 4, 32, 2, 2, 1, softmax1=True, dropout=0.0), gate_layer=1)
@@ -35,7 +37,8 @@ def trained(tmp_path_factory):
 
 
 def test_training_leaves_everything(trained):
-    assert {p.name for p in trained.iterdir()} >= {"base", "prose", "code", "model.json", "metrics.jsonl", "loss.png", "resume"}
+    files = {"model.json", "data.json", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in trained.iterdir()} == {"base", "prose", "code", "resume", *files}
     assert [(p, s) for p, s, *_ in losses(trained)] == [
         *(("base", i) for i in (1, 2, 3, 4)), *(("prose", i) for i in (1, 2)), *(("code", i) for i in (1, 2))
     ]  # fmt: skip
@@ -87,8 +90,41 @@ def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
     )
 
 
+def test_text_of_ones_own(tmp_path):
+    """One domain, from the command line: no experts; evaluation and pictures read what was held out of it."""
+    files = tmp_path / "a folder"
+    files.mkdir()
+    (files / "ru.txt").write_text("Все люди рождаются свободными. " * 40, encoding="utf-8")
+    (files / "ja.txt").write_text("すべての人間は、生まれながらにして自由である。\n" * 40, encoding="utf-8")
+    small = ["--length", "32", "--batch", "8", "--steps", "1", "--gate-start", "0", "--text", str(files / "*.txt")]
+    out = tmp_path / "run"
+    flags = tyro.cli(train_mrt5.Flags, args=["--out", str(out), *small])
+    train_mrt5.train(dataclasses.replace(flags, model=TINY))
+    assert {p.name for p in out.iterdir()} == {"base", "model.json", "data.json", "metrics.jsonl", "loss.png", "resume"}
+    result = evaluate.evaluate(evaluate.Flags((f"base={out / 'base'}",), out=out, windows=8, rows=8))
+    assert list(result["rows"]["base"]) == ["text"] == list(result["baselines"]["order-2 bytes"])
+    assert len(list(evaluate.tables(result))) == 1
+    text, _ = show_bytes.show(show_bytes.Flags((out / "base",), out=tmp_path / "d.html", inputs=32))
+    assert "自由" in text.decode() and "свободными" in text.decode()
+    again = dataclasses.replace(flags, model=TINY, resume=True, text=(str(files / "ja.txt"),))
+    with pytest.raises(ValueError, match=r"was trained with text .* and not .*ja\.txt"):
+        train_mrt5.train(again)
+    for name in train_mrt5.TAKEN:
+        with pytest.raises(ValueError, match=f"OUT/{name} is not a domain's"):
+            train_mrt5.train(dataclasses.replace(flags, model=TINY, text=(f"{name}={files / 'ja.txt'}",)))
+
+
+def test_domains_come_in_turn():
+    """Also where there are more of them than windows in a step; each window is of one."""
+    text = {name: data.Corpus(np.full(200, ord(name), np.uint8), np.zeros(0, np.uint8)) for name in "abc"}
+    flags = dataclasses.replace(FLAGS, batch=2)
+    steps = [train_mrt5.batch(flags, text, "base", step).targets for step in range(3)]
+    assert [sorted({words.to_bytes(row)[1:2] for row in rows}) for rows in steps] == [[b"a", b"b"], [b"a", b"c"], [b"b", b"c"]]
+    assert {words.to_bytes(row)[1:2] for row in train_mrt5.batch(flags, text, "b", 0).targets} == {b"b"}
+
+
 def test_evaluation(trained):
-    flags = evaluate.Flags((f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, length=32, rows=8)
+    flags = evaluate.Flags((f"base={trained / 'base'}", f"code={trained / 'code'}"), out=trained, windows=8, rows=8)
     evaluate.main(flags)
     result = json.loads((trained / "evaluation.json").read_text())
     assert set(result["rows"]) == {"base", "code"} and set(result["baselines"]) == {"byte frequency", "order-2 bytes"}
@@ -134,7 +170,7 @@ def test_bad_flags_cost_no_earlier_run(tmp_path, wrong):
 
 
 def test_bad_flags(tmp_path):
-    with pytest.raises(ValueError, match="batch must be a multiple of 4 and of the 8 devices, got 6"):
+    with pytest.raises(ValueError, match="batch must be a multiple of the 8 devices, got 6"):
         train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, batch=6))
     with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
         train_mrt5.train(dataclasses.replace(FLAGS, out=tmp_path, steps=0))

@@ -9,7 +9,15 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import check_rows, checked_capacity, checked_tokens, python_int, spreads
+from jaxmerge.tokens._checks import (
+    check_plan,
+    check_rows,
+    check_sequences,
+    checked_capacity,
+    checked_tokens,
+    python_int,
+    spreads,
+)
 from jaxmerge.tokens.clustering._distance import distances, smallest
 
 Order = Literal["first", "center"]
@@ -199,6 +207,7 @@ def in_order(plan: Plan) -> Plan:
       >>> jm.tokens.in_order(jm.Plan(jnp.array([2, 0, -1, 2, 0]), 3)).segment_ids.tolist()
       [0, 1, -1, 0, 1]
     """
+    check_plan("in_order", plan)
     return keep_apart(plan, jnp.zeros_like(plan.segment_ids, bool), 0)
 
 
@@ -222,6 +231,8 @@ def keep_apart(plan: Plan, mask: Bool[ArrayLike, "*batch n"], capacity: int) -> 
       >>> jm.tokens.keep_apart(rest, jnp.array([False, True, False, False]), 1).segment_ids.tolist()
       [0, 1, 2, 0]
     """
+    check_plan("keep_apart", plan)
+    check_sequences("keep_apart", mask=mask)
     mask, capacity = jnp.asarray(mask), checked_capacity("keep_apart", capacity)
     if not spreads(mask.shape, plan.segment_ids.shape):
         raise ValueError(f"keep_apart: mask must have the plan's shape {plan.segment_ids.shape}, got {mask.shape}.")

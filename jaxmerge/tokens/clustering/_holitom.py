@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import check_rows, checked_tokens
+from jaxmerge.tokens._checks import check_plan, check_rows, check_sequences, checked_tokens
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
@@ -131,12 +131,18 @@ def center_weight(plan: Plan, centers: Bool[Array, "*batch n"], beta: float | No
     Law:
       in each segment with a centre they add up to 1.
 
+    Raises:
+      ValueError: centers that are not of the plan's shape.
+
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
       >>> plan, centers = jm.Plan(jnp.array([0, 1, 0, 0, -1]), 2), jnp.array([True, True, False, False, False])
       >>> jm.tokens.center_weight(plan, centers, 0.5).tolist()
       [0.5, 1.0, 0.25, 0.25, 0.0]
     """
+    check_plan("center_weight", plan)
+    if jnp.shape(centers) != plan.segment_ids.shape:
+        raise ValueError(f"center_weight: centers must be {plan.segment_ids.shape}, as the plan; got {jnp.shape(centers)}.")
     if beta is None or plan.num_segments == 0:
         return plan.kept.astype(jnp.float32)
     others = segments.take(jnp.where(plan.kept, plan.segment_ids, 0), plan.sizes) - 1
@@ -192,6 +198,8 @@ def holitom(
     Source: HoliTom (arXiv:2505.21334), what it does before the language model.
     """
     x, attention = jnp.asarray(x), lax.stop_gradient(jnp.asarray(attention))
+    check_sequences("holitom", axes=(-3, -2), x=x)
+    check_sequences("holitom", axes=(-2, -1), attention=attention)
     *batch, frames, n, _ = x.shape
     if not (0 <= ratio <= 1 and 0 <= density <= 1):
         raise ValueError(f"holitom: ratio and density must be between 0 and 1, got {ratio} and {density}.")

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Int, Shaped
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_plan, check_sequences, python_int
 
 Order = Literal["first", "last"]
 
@@ -50,6 +50,8 @@ def members(
         raise ValueError(f"members: k must be 1 or more, got {k}.")
     if order not in ("first", "last"):
         raise ValueError(f'members: order must be "first" or "last", got {order!r}.')
+    check_plan("members", plan)
+    check_sequences("members", weight=weight)
     ids, m, n = plan.segment_ids, plan.num_segments, plan.num_positions
     here = segments.positions(ids)
     turn = here if order == "first" else n - 1 - here
@@ -99,6 +101,7 @@ def carry_positions(
 
     Source: PPE, where `position_ids` (3 k, m) is this with axes and members flattened.
     """
+    check_plan("carry_positions", plan)
     chosen = members(plan, k, weight=weight, order=order)
     positions = jnp.asarray(positions)
     if positions.shape[:-1] != plan.segment_ids.shape:
@@ -106,7 +109,8 @@ def carry_positions(
             f"carry_positions: positions must be the coordinates of the plan's tokens, {(*plan.segment_ids.shape, 'axes')}; "
             f"got {positions.shape}."
         )
-    flat = chosen.reshape(*chosen.shape[:-2], -1)
+    *batch, m, k = chosen.shape
+    flat = chosen.reshape(*batch, m * k)
     empty = flat < 0
     taken = segments.fill(empty, segments.take(jnp.where(empty, 0, flat), positions), 0)
     return jnp.swapaxes(taken.reshape(*chosen.shape, positions.shape[-1]), -1, -2)
@@ -127,7 +131,7 @@ def rope_positions(positions: Shaped[Array, "*batch m axes k"], sections: Sequen
       with k = 1 and one axis it repeats the position; with k = 1 it is multimodal RoPE.
 
     Raises:
-      ValueError: the number of sections is not that of the axes.
+      ValueError: the number of sections is not that of the axes; positions of lower rank.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -136,6 +140,8 @@ def rope_positions(positions: Shaped[Array, "*batch m axes k"], sections: Sequen
 
     Source: `apply_multimodal_rotary_pos_emb_ppe` of PPE, with its fallback where k does not divide a section.
     """
+    if positions.ndim < 3:
+        raise ValueError(f"rope_positions: positions must have shape (*batch, m, axes, k), got {positions.shape}.")
     axes, k = positions.shape[-2:]
     if len(sections) != axes:
         raise ValueError(f"rope_positions: {len(sections)} sections for {axes} axes of positions; give one section per axis.")

@@ -8,7 +8,7 @@ from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import highest
 from jaxmerge.attention import MASKED
-from jaxmerge.tokens._checks import check_rows, checked_tokens, python_int
+from jaxmerge.tokens._checks import check_rows, check_sequences, checked_tokens, python_int
 from jaxmerge.tokens.clustering._density import keep_apart
 from jaxmerge.tokens.clustering._k_means import k_means
 from jaxmerge.tokens.pruning._prune import keep_top_k
@@ -95,5 +95,6 @@ def attention_inhibition(
     keep = python_int("attention_inhibition", "keep", keep)
     if not 0 <= keep <= b.shape[-1]:
         raise ValueError(f"attention_inhibition: keep must be between 0 and the image tokens, {b.shape[-1]}; got {keep}.")
+    check_sequences("attention_inhibition", axes=(-1, -2), text_to_text=a, text_to_image=b)
     focus = segments.matmul(a, b)
     return jnp.where(highest(focus, keep), 0, MASKED).astype(jnp.float32)

@@ -8,6 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, from_parents
+from jaxmerge.tokens._checks import check_sequences
 from jaxmerge.tokens._nearest import unit
 
 
@@ -36,6 +37,7 @@ def frame_similarity(x: Float[ArrayLike, "*batch frames n d"]) -> Float[Array, "
       >>> jm.tokens.frame_similarity(jnp.array([[[1.0, 0.0]], [[2.0, 0.0]], [[0.0, 1.0]]])).tolist()
       [[1.0], [0.0]]
     """
+    check_sequences("frame_similarity", axes=(-3,), x=x)
     u = unit(lax.stop_gradient(jnp.asarray(x)))
     return jnp.sum(u[..., :-1, :, :] * u[..., 1:, :, :], axis=-1)
 
@@ -74,6 +76,7 @@ def static_windows(
 
     Source: `select_static_windows` of HoliTom (arXiv:2505.21334).
     """
+    check_sequences("static_windows", axes=(-2, -1), similarity=similarity)
     similarity = lax.stop_gradient(jnp.asarray(similarity))
     frames = similarity.shape[-2] + 1
     if max_window is not None and max_window < 1:
@@ -145,6 +148,7 @@ def static_merging(
     Source: the temporal merging of HoliTom (arXiv:2505.21334).
     """
     x = jnp.asarray(x)
+    check_sequences("static_merging", axes=(-3, -2), x=x)
     *batch, frames, n, _ = x.shape
     windows = static_windows(frame_similarity(x), threshold=threshold, max_window=max_window)
     parents = first_of_window(windows).reshape(*batch, frames * n)

@@ -9,6 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, from_parents
 from jaxmerge._rank import COMPARE_ALL
+from jaxmerge.tokens._checks import check_sequences
 
 
 def from_groups(
@@ -94,6 +95,7 @@ def bind(
     weight = jnp.ones_like(groups, jnp.float32) if weight is None else jnp.asarray(weight)
     if weight.shape != groups.shape:
         raise ValueError(f"bind: weight must have the groups' shape {groups.shape}, got {weight.shape}.")
+    check_sequences("bind", weight=weight)
 
     def row(groups, weight, head):
         i, bound = jnp.arange(groups.shape[-1], dtype=jnp.int32), groups >= 0
@@ -148,6 +150,7 @@ def _checked(who: str, groups, mask, name: str = "mask") -> tuple[Array, Array]:
         raise TypeError(f"{who}: {name} must be boolean, got {mask.dtype}.")
     if mask.shape != groups.shape:
         raise ValueError(f"{who}: {name} must have the groups' shape {groups.shape}, got {mask.shape}.")
+    check_sequences(who, groups=groups, mask=mask)
     return groups, mask
 
 

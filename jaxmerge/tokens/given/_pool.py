@@ -186,4 +186,5 @@ def _laid_out(constant: np.ndarray, like: Any) -> Array:
     like = jnp.asarray(like)
     if like.ndim < 2 or like.shape[-2] != constant.shape[-1]:
         raise ValueError(f"pooling: like must be the tokens, (*batch, {constant.shape[-1]}, d); got {like.shape}.")
+    segments.check_whole("pooling: like", like, like.ndim - 2)
     return segments.rows_like(constant, like)

@@ -3,6 +3,7 @@
 from jax import Array
 from jaxtyping import Shaped
 
+from jaxmerge._segments import check_whole
 from jaxmerge.tokens._checks import checked_sizes
 
 
@@ -31,9 +32,12 @@ def space_to_depth(x: Shaped[Array, "*batch n d"], grid: tuple[int, int], window
     Source: Token-Shuffle (arXiv:2504.17789); its learned maps are `models.reducers.token_shuffle`.
     """
     h, w = _checked("space_to_depth", grid, window)
+    if x.ndim < 2:
+        raise ValueError(f"space_to_depth: x must have shape (*batch, n, d), got {x.shape}.")
     *batch, n, d = x.shape
     if n != h * w:
         raise ValueError(f"space_to_depth: x must hold the {h} x {w} = {h * w} tokens of the grid, got {x.shape}.")
+    _check_whole("space_to_depth: x", x)
     k = len(batch)
     x = x.reshape(*batch, h // window, window, w // window, window, d)
     x = x.transpose(*range(k), k, k + 2, k + 1, k + 3, k + 4)
@@ -63,10 +67,16 @@ def depth_to_space(y: Shaped[Array, "*batch m e"], grid: tuple[int, int], window
         raise ValueError(
             f"depth_to_space: y must have shape (*batch, {h * w // window**2}, a multiple of {window**2}), got {y.shape}."
         )
+    _check_whole("depth_to_space: y", y)
     k = len(batch)
     y = y.reshape(*batch, h // window, w // window, window, window, e // window**2)
     y = y.transpose(*range(k), k, k + 2, k + 1, k + 3, k + 4)
     return y.reshape(*batch, h * w, e // window**2)
+
+
+def _check_whole(what: str, x: Array) -> None:
+    check_whole(what, x, x.ndim - 2)
+    check_whole(what, x, x.ndim - 1, "its features")
 
 
 def _checked(who: str, grid: tuple[int, int], window: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._checks import checked_r, python_int
+from jaxmerge.tokens._checks import check_sequences, checked_r, python_int
 from jaxmerge.tokens.matching._bipartite import bipartite_matching
 
 
@@ -45,6 +45,7 @@ def clip_matching(metric: Float[ArrayLike, "*batch clips n d"], r: int, *, class
     shape = np.shape(metric)
     if len(shape) < 3:
         raise ValueError(f"{name}: metric must have shape (*batch, clips, n, d), got {shape}.")
+    check_sequences(name, axes=(-3, -2), metric=metric)
     *batch, clips, n, d = shape
     classes = python_int(name, "classes", classes)
     if not 0 <= classes <= n:

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan, SoftPlan, compose, identity, merge
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import checked_tokens, python_int
 from jaxmerge.tokens.matching._bipartite import schedule
 
 
@@ -52,7 +52,7 @@ def in_rounds(
     Source: LongVLM (arXiv:2404.03384): r = 1280, 640, 320, 160, 80, 40, 10 per clip, metric=lambda x: head_mean(x, 16).
     AIM (arXiv:2412.03248): n / 2, then n / 4, sizes=False. B-VLLM (arXiv:2412.09919): halvings(n, m), sizes=False.
     """
-    y = jnp.asarray(x)
+    y = checked_tokens("in_rounds", x)
     whole: Plan | SoftPlan = identity(y.shape[-2], like=y)
     for r in rs:
         plan = planner(metric(y), r)

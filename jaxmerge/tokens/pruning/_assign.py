@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan, merge
-from jaxmerge.tokens._checks import checked_capacity
+from jaxmerge.tokens._checks import check_sequences, checked_capacity
 from jaxmerge.tokens._nearest import nearest
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -59,10 +59,12 @@ def assign_by_similarity(
     rest: Bool[Array, "*batch n"] | None = None,
 ) -> tuple[Plan, Float[Array, "*batch n"]]:
     """The plan of `assign`, and how like each token is to what it joined: 1 for a kept one, 0 for a dropped one."""
-    metric = jnp.asarray(metric)
-    shapes = {k: v.shape for k, v in dict(mask=mask, targets=targets, rest=rest).items() if v is not None}
+    metric, mask = jnp.asarray(metric), jnp.asarray(mask)
+    shapes = {k: jnp.shape(v) for k, v in dict(mask=mask, targets=targets, rest=rest).items() if v is not None}
     if metric.ndim < 2 or set(shapes.values()) != {metric.shape[:-1]}:
         raise ValueError(f"assign: expected metric (*batch, n, d) and masks (*batch, n); got metric {metric.shape}, {shapes}.")
+    check_sequences("assign", axes=(-2,), metric=metric)
+    check_sequences("assign", mask=mask, targets=targets, rest=rest)
     slots = keep(mask, checked_capacity("assign", capacity))
     rest = ~mask if rest is None else rest & ~mask
     if capacity == 0:

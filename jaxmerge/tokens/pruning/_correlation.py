@@ -7,6 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
+from jaxmerge.tokens._checks import check_sequences
 from jaxmerge.tokens._nearest import cosine
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -38,6 +39,7 @@ def redundant(metric: Float[ArrayLike, "*batch n d"], *, threshold: float = 0.7,
         raise ValueError(
             f"redundant: expected a metric (*batch, n, d) and repeats of 1 or more; got {metric.shape}, {repeats}."
         )
+    check_sequences("redundant", axes=(-2,), metric=metric)
     metric = lax.stop_gradient(metric)
     others = jnp.expand_dims(~jnp.eye(metric.shape[-2], dtype=bool), tuple(range(metric.ndim - 2)))
     return ((cosine(metric, metric) > threshold) & others).sum(axis=-1) >= repeats
@@ -87,6 +89,8 @@ def sample_by_correlation(
     draw without replacement are ours.
     """
     score, metric = jnp.asarray(score), jnp.asarray(metric)
+    check_sequences("sample_by_correlation", score=score)
+    check_sequences("sample_by_correlation", axes=(-2,), metric=metric)
     n = score.shape[-1]
     if score.shape != metric.shape[:-1]:
         raise ValueError(

@@ -6,6 +6,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge._plan import Plan
 from jaxmerge._rank import highest
+from jaxmerge.tokens._checks import check_sequences
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -58,6 +59,8 @@ def dominant_and_contextual(
             "dominant_and_contextual: expected score (*batch, n) and metric (*batch, n, d); "
             f"got {score.shape} and {metric.shape}."
         )
+    check_sequences("dominant_and_contextual", score=score)
+    check_sequences("dominant_and_contextual", axes=(-2,), metric=metric)
     stay = _stay(score, dominant, contextual)
     target = stay & (~highest(score, dominant))
     return assign(metric, stay, dominant + contextual, targets=target)
@@ -79,7 +82,9 @@ def representatives(score: Float[ArrayLike, "*batch n"], dominant: int, contextu
       >>> jm.tokens.representatives(jnp.array([0.1, 0.1, 0.1, 0.1, 0.6]), 1, 2).segment_ids.tolist()
       [0, -1, 1, -1, 2]
     """
-    return keep(_stay(jnp.asarray(score), dominant, contextual), dominant + contextual)
+    score = jnp.asarray(score)
+    check_sequences("representatives", score=score)
+    return keep(_stay(score, dominant, contextual), dominant + contextual)
 
 
 def _stay(score: Float[Array, "*batch n"], dominant: int, contextual: int) -> Array:

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -26,6 +26,7 @@ def exit_layer(logits: Float[Array, "*batch layers 2"]) -> Int[Array, "*batch"]:
 
     Source: DyVTE (arXiv:2411.19628): visual tokens leave after the layer that says so, and never come back.
     """
+    logits = jnp.asarray(logits)
     if logits.ndim < 2 or logits.shape[-1] != 2:
         raise ValueError(f"exit_layer: logits must have shape (*batch, layers, 2), got {logits.shape}.")
     says = logits[..., 1] > logits[..., 0]
@@ -78,7 +79,7 @@ def exit_plan(exits: Bool[Array, "*batch"], visual: Bool[Array, "*batch n"], cap
       exit_plan(none, visual, n) is the identity; exit_plan(all, visual, m) = keep(~visual, m).
 
     Raises:
-      ValueError: batch shapes that differ.
+      ValueError: batch shapes that differ. TypeError: what is not boolean.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -88,6 +89,10 @@ def exit_plan(exits: Bool[Array, "*batch"], visual: Bool[Array, "*batch n"], cap
 
     Source: DyVTE (arXiv:2411.19628), whose code runs one row at a time.
     """
+    exits, visual = jnp.asarray(exits), jnp.asarray(visual)
+    check_sequences("exit_plan", visual=visual)
+    if exits.dtype != bool or visual.dtype != bool:
+        raise TypeError(f"exit_plan: exits and visual must be boolean, got {exits.dtype} and {visual.dtype}.")
     if exits.shape != visual.shape[:-1]:
         raise ValueError(f"exit_plan: expected exits (*batch), visual (*batch, n); got {exits.shape} and {visual.shape}.")
     return keep(~(visual & exits[..., None]), capacity)

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import floating, python_int
+from jaxmerge.tokens._checks import check_sequences, floating, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -84,6 +84,8 @@ def flow_budget(
     """
     if layers_left < 0 or target < 0:
         raise ValueError(f"flow_budget: layers_left and target must be 0 or more, got {layers_left} and {target}.")
+    if jnp.ndim(attention) == 0:
+        raise ValueError("flow_budget: attention must have shape (*batch, n), got a scalar.")
     attention = jnp.asarray(attention).astype(jnp.float32)
     there = jnp.ones_like(attention, bool) if mask is None else mask
     count = there.sum(axis=-1, dtype=jnp.int32)
@@ -131,6 +133,7 @@ def flow_cut(
 
     Source: FlowCut (arXiv:2505.19536), which cuts as many from every row of a batch.
     """
+    check_sequences("flow_cut", score=score, mask=mask)
     score, capacity = floating(score), python_int("flow_cut", "capacity", capacity)
     n = score.shape[-1]
     if not 0 <= capacity <= n:

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import highest
-from jaxmerge.tokens._checks import floating
+from jaxmerge.tokens._checks import check_sequences, floating
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -52,6 +52,7 @@ def hiprune(
 
     Source: HiPrune (arXiv:2508.00553), whose grid is 24 x 24 and wraps; `wrap=True` and `width=24` agree with its code.
     """
+    check_sequences("hiprune", middle=middle, deep=deep)
     middle, deep = floating(middle), floating(deep)
     n = middle.shape[-1]
     if middle.shape != deep.shape:

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 from jaxmerge.tokens.pruning._prune import keep
 
 
@@ -44,6 +44,7 @@ def page_rank(
     Source: AIM (arXiv:2412.03248), `get_importance`; its d is `teleport`.
     """
     logits = jnp.asarray(logits)
+    check_sequences("page_rank", axes=(-1, -2), logits=logits)
     *_, n, m = logits.shape
     if logits.ndim < 3 or n != m:
         raise ValueError(f"page_rank: logits must have shape (*batch, heads, n, n), got {logits.shape}.")
@@ -97,6 +98,8 @@ def page_rank_pruning(
 
     Source: AIM (arXiv:2412.03248), which protects as many tokens in every row as the first row of the batch has text.
     """
+    check_sequences("page_rank_pruning", axes=(-1, -2), logits=logits)
+    check_sequences("page_rank_pruning", protect=protect)
     importance = page_rank(lax.stop_gradient(logits), temperature=temperature, steps=steps, teleport=teleport)
     n = importance.shape[-1]
     if not 0 <= k <= n:

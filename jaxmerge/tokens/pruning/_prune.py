@@ -11,7 +11,7 @@ from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.pack import pack as kernel
 from jaxmerge._plan import Plan, merge
 from jaxmerge._rank import highest
-from jaxmerge.tokens._checks import checked_capacity, python_int
+from jaxmerge.tokens._checks import check_sequences, checked_capacity, python_int
 
 
 def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
@@ -38,6 +38,8 @@ def keep(mask: Bool[Array, "*batch n"], capacity: int) -> Plan:
 
     Source: hard deletion in MrT5 (arXiv:2410.20771); EViT-style pruning.
     """
+    mask = jnp.asarray(mask)
+    check_sequences("keep", mask=mask)
     if mask.dtype != bool:
         raise TypeError(f"keep: mask must be boolean, got {mask.dtype}; compare your scores with a threshold first.")
     slots = checked_capacity("keep", capacity)
@@ -88,6 +90,7 @@ def pack(
     Source: hard deletion in MrT5 (arXiv:2410.20771).
     """
     mask, x = jnp.asarray(mask), jnp.asarray(x)
+    check_sequences("pack", mask=mask)
     plan = keep(mask, capacity)
     if x.shape[:-1] != mask.shape:
         raise ValueError(f"pack: mask {mask.shape} and x {x.shape} must be of the same tokens: (*batch, n) and (*batch, n, d).")
@@ -118,6 +121,8 @@ def keep_top_k(score: Shaped[Array, "*batch n"], k: int) -> Plan:
       >>> jm.tokens.keep_top_k(jnp.array([0.1, 0.9, 0.3, 0.9]), 2).segment_ids.tolist()
       [-1, 0, -1, 1]
     """
+    score = jnp.asarray(score)
+    check_sequences("keep_top_k", score=score)
     n = score.shape[-1]
     k = python_int("keep_top_k", "k", k)
     if not 0 <= k <= n:

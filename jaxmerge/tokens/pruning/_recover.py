@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import python_int
+from jaxmerge.tokens._checks import check_sequences, python_int
 from jaxmerge.tokens.pruning._assign import assign
 from jaxmerge.tokens.pruning._prune import keep
 
@@ -49,6 +49,8 @@ def local_outlier_factor(
     points = jnp.asarray(points)
     if points.ndim < 2 or k < 1:
         raise ValueError(f"local_outlier_factor: expected points (*batch, n, d) and k of 1 or more; got {points.shape}, k={k}.")
+    check_sequences("local_outlier_factor", axes=(-2,), points=points)
+    check_sequences("local_outlier_factor", mask=mask)
     k = python_int("local_outlier_factor", "k", k)
     there = jnp.ones_like(points[..., 0], bool) if mask is None else mask
     if there.shape != points.shape[:-1]:
@@ -103,6 +105,8 @@ def recover(
     and of `merge(weight=)` here.
     """
     score, text, metric = (lax.stop_gradient(jnp.asarray(a)) for a in (score, text, metric))
+    check_sequences("recover", score=score, text=text)
+    check_sequences("recover", axes=(-2,), metric=metric)
     n = score.shape[-1]
     if metric.ndim < 2 or not score.shape == text.shape == metric.shape[:-1]:
         raise ValueError(

@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, Float, Int
 
 from jaxmerge._plan import Plan
 from jaxmerge._rank import ranks
-from jaxmerge.tokens._checks import check_rows, floating, protected_mask
+from jaxmerge.tokens._checks import check_rows, check_sequences, floating, protected_mask
 from jaxmerge.tokens.pruning._assign import assign_by_similarity
 
 Count = int | Int[Array, ""]
@@ -103,6 +103,8 @@ def _prune_and_merge(
     protect: Sequence[int],
     capacity: int | None,
 ) -> tuple[Plan, Float[Array, "*batch n"]]:
+    check_sequences("prune_and_merge", importance=importance)
+    check_sequences("prune_and_merge", axes=(-2,), metric=metric)
     importance = lax.stop_gradient(floating(importance))
     n = importance.shape[-1]
     check_rows("prune_and_merge", jnp.asarray(metric), importance=importance)

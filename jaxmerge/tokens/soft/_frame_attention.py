@@ -6,6 +6,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import SoftPlan
+from jaxmerge.tokens._checks import check_sequences
 
 
 def frame_attention(
@@ -44,6 +45,7 @@ def frame_attention(
     q, k = jnp.asarray(queries), jnp.asarray(keys)
     if q.shape != k.shape:
         raise ValueError(f"frame_attention: queries {q.shape} and keys {k.shape} must have one shape (*batch, frames, d).")
+    check_sequences("frame_attention", axes=(-2,), queries=q, keys=k)
     by = q.shape[-1] ** -0.5 if scale is None else scale
     attention = jax.nn.softmax(segments.matmul(q, jnp.swapaxes(k, -1, -2)) * by, axis=-1)
     eye = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=attention.dtype), attention.shape)

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan, merge
-from jaxmerge.tokens._checks import checked_sizes
+from jaxmerge.tokens._checks import check_plan, check_sequences, checked_sizes
 from jaxmerge.tokens._nearest import cosine, unit
 from jaxmerge.tokens.clustering._distance import smallest
 
@@ -63,10 +63,12 @@ def propagate(keep: Plan, graph: Float[ArrayLike, "*batch n n"], *, alpha: Float
     Source: `propagate` of GTP-ViT (arXiv:2311.03035), standard="GraphProp"; "None" is `keep` itself, and "Mean" sends what is
     pruned to one more segment, Plan(where(keep.kept, keep.segment_ids, m), m + 1).
     """
+    check_plan("propagate", keep, "keep")
     graph = jnp.asarray(graph)
     shape = (*keep.segment_ids.shape, keep.num_positions)
     if graph.shape != shape:
         raise ValueError(f"propagate: graph must have shape {shape} (the plan's batch, n, n), got {graph.shape}.")
+    check_sequences("propagate", axes=(-1, -2), graph=graph)
     rows = merge(keep, graph, reduce="sum")
     pruned = jnp.broadcast_to(~keep.kept[..., None, :], rows.shape)
     return SoftPlan(keep.matrix.astype(rows.dtype) + jnp.where(pruned, alpha * rows, 0))
@@ -80,6 +82,7 @@ def subgraph(keep: Plan, graph: Float[ArrayLike, "*batch n n"]) -> Float[Array, 
       >>> jm.tokens.subgraph(jm.Plan(jnp.array([0, -1, 1]), 2), jnp.arange(9.0).reshape(3, 3)).tolist()
       [[0.0, 2.0], [6.0, 8.0]]
     """
+    check_sequences("subgraph", axes=(-1, -2), graph=graph)
     half = jnp.swapaxes(merge(keep, jnp.asarray(graph), reduce="first"), -1, -2)
     return jnp.swapaxes(merge(keep, half, reduce="first"), -1, -2)
 
@@ -119,6 +122,7 @@ def token_graph(
     one semantic neighbour more than asked for.
     """
     x = lax.stop_gradient(jnp.asarray(x))
+    check_sequences("token_graph", axes=(-2,), x=x)
     n = x.shape[-2] - prefix
     if grid is None and neighbors is None:
         raise ValueError("token_graph: give grid=(height, width), neighbors=M, or both.")
@@ -182,6 +186,7 @@ def attention_score(
             "attention_score: expected attention (*batch, heads, n, n) and a prefix between 0 and n; "
             f"got {a.shape} and prefix={prefix}."
         )
+    check_sequences("attention_score", axes=(-1, -2), attention=a)
     a = a.astype(segments.accumulator(a.dtype))
     heads = (lambda s: s.mean(axis=-2)) if rule.endswith("Mean") else (lambda s: s.max(axis=-2))
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=bool), a.shape)
@@ -234,6 +239,7 @@ def sparsify(attention: Float[ArrayLike, "*batch n m"], density: float) -> Float
     if not 0 <= density <= 1:
         raise ValueError(f"sparsify: density must be between 0 and 1, got {density}.")
     attention = jnp.asarray(attention)
+    check_sequences("sparsify", axes=(-1, -2), attention=attention)
     n, m = attention.shape[-2:]
     k = int(n * m * (1 - density))
     if k == 0:

@@ -6,6 +6,7 @@ from jaxtyping import ArrayLike, Bool, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import SoftPlan
+from jaxmerge.tokens._checks import check_sequences
 
 
 def soft_gather(
@@ -39,6 +40,7 @@ def soft_gather(
     Source: the gathering of Isomer's SGST (arXiv:2308.06693).
     """
     logits = jnp.asarray(logits)
+    check_sequences("soft_gather", logits=logits, mask=mask)
     logits = logits.astype(segments.accumulator(logits.dtype)) / temperature
     if mask is None:
         return SoftPlan(jax.nn.softmax(logits, axis=-1))
@@ -77,5 +79,6 @@ def saliency_gather(
     features scaled by the heat; `models.reducers.isomer` does that. The softmax over each side is what the method describes.
     """
     saliency = jnp.asarray(saliency)
+    check_sequences("saliency_gather", foreground=foreground, background=background, saliency=saliency)
     sides = soft_gather(foreground, saliency >= threshold), soft_gather(background, saliency < 1 - threshold)
     return SoftPlan(jnp.concatenate([side.weights for side in sides], axis=-2))

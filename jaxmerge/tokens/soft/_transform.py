@@ -8,6 +8,7 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
 from jaxmerge._plan import Plan, SoftPlan
+from jaxmerge.tokens._checks import check_plan, check_sequences
 from jaxmerge.tokens._nearest import unit
 
 Over = Literal["centers", "tokens"]
@@ -57,11 +58,13 @@ def token_transform(
     ones, and builds a many-to-many one around tokens that attention selects. Its equations are not released as code and were
     not checked: the two softmaxes, the cosine and the temperature are ours.
     """
+    check_plan("token_transform", centers, "centers")
     x = jnp.asarray(x)
     if centers.segment_ids.shape != x.shape[:-1]:
         raise ValueError(f"token_transform: centers must be over {x.shape[:-1]} tokens, got {centers.segment_ids.shape}.")
     if over not in ("centers", "tokens"):
         raise ValueError(f'token_transform: over must be "centers" or "tokens", got {over!r}.')
+    check_sequences("token_transform", axes=(-2,), x=x)
     u = unit(x)
     chosen = segments.matmul(centers.matrix.astype(u.dtype), u)
     logits = segments.matmul(chosen, jnp.swapaxes(u, -1, -2)) / temperature
