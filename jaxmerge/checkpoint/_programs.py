@@ -4,8 +4,9 @@ Leaves of one structure of settings share them: what differs by leaf (coefficien
 and in memory) is a runtime value. A leaf that must be seen whole has a program of its own shape.
 """
 
+import concurrent.futures
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxmerge.checkpoint._windows import Window, opened
+from jaxmerge.checkpoint._windows import Window, copied, opened
 from jaxmerge.params._deferred import Entries, defer, last
 from jaxmerge.params._stack import reduced, rounded
 from jaxmerge.params._transform import Step, left, models
@@ -54,6 +55,34 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any, parents
         return rounded(x if zero is None else zero + x, out), plans, _strange(windows)
 
     return jax.jit(merge)
+
+
+class Ahead:
+    """Runs a merger's programs; after its first block, those for blocks of other sizes are made ready while files are read."""
+
+    def __init__(self, sizes: Iterable[int]):
+        """`sizes` are those of all flat blocks to come, in the order in which they are wanted."""
+        self._sizes = tuple(sizes)
+        self._under_way: dict[Any, concurrent.futures.Future] = {}
+
+    def run(self, look: Any, settings: Any, origin: Array | np.ndarray, seen: Sequence[Window]) -> tuple:
+        """What it merges a block to; a program that is just being made ready is waited for, not made twice."""
+        if (made := self._under_way.pop((look, seen[0].shape), None)) is not None:
+            concurrent.futures.wait([made])
+        found = look(settings, origin, seen)
+        if self._sizes and len(seen[0].shape) == 1:
+            self._make_ready(look, settings, origin, seen)
+        return found
+
+    def _make_ready(self, look: Any, settings: Any, origin: Any, seen: Sequence[Window]) -> None:
+        def try_on_zeros(size: int) -> None:
+            look(settings, origin, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
+
+        thread = concurrent.futures.ThreadPoolExecutor(1, "jaxmerge-ahead")
+        others = [size for size in self._sizes if (size,) != seen[0].shape]
+        self._under_way = {(look, (size,)): thread.submit(try_on_zeros, size) for size in others}
+        self._sizes = ()
+        thread.shutdown(wait=False)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ numpy finds it, or, where it does not fit, read again. One that a method must se
 and counts against the memory. Every process has units of its own; only counts travel.
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ class Stream:
         self.found: dict[str, list[Any]] = {}
         self.bad: dict[str, list[int]] = {}
         self._on_device: tuple[Any, Any] = (None, None)
+        self._ahead = programs.Ahead(())
 
     # --- statistics of the whole model ---
 
@@ -118,8 +120,10 @@ class Stream:
 
     def merge(self, sink: Sink, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
         """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
-        task = self.task
-        for n, (unit, runs) in enumerate(self.units(task.units[done:], len(task.steps)), done):
+        task, units = self.task, self.task.units[done:]
+        blockwise = [u for u in units if u.name in task.floating - task.entire and row_of(task.steps, self._shape(u.name)) == 1]
+        self._ahead = programs.Ahead(dict.fromkeys(size for u in blockwise for _, _, size in programs.pieces(u.size)))
+        for n, (unit, runs) in enumerate(self.units(units, len(task.steps)), done):
             if unit.name in task.floating:
                 blocks = self.merged(unit, runs)
             else:
@@ -142,7 +146,7 @@ class Stream:
         look = programs.merger(task.steps, task.has_base, task.cast, task.out[name], data)
         settings = self._placed(len(task.steps), name)
         for start, stop, seen in self._windows(unit, runs):
-            block, plans, strange = look(settings, self._origin(unit, start), seen)
+            block, plans, strange = self._ahead.run(look, settings, self._origin(unit, start), seen)
             block = np.asarray(block).reshape(-1)
             part = [(run if name in task.entire else run.part(start, stop)).entries for run in runs]
             self._note(name, plans, strange, part)
@@ -222,9 +226,10 @@ class Stream:
         mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
         total: Any = None
         for part, held in self._parts(unit, runs):
-            for start, _, seen in self._pieces(part, held, (LOOK, programs.SIZES[-1])):
-                found = look(mine, settings, self._origin(part, start), seen)
-                found = np.asarray(found).astype(np.float64)
+            pieces = list(self._pieces(part, held, (LOOK, programs.SIZES[-1])))
+            of_piece = lambda p, part=part: np.asarray(look(mine, settings, self._origin(part, p[0]), p[2]))
+            for found in in_halves(of_piece, pieces):
+                found = found.astype(np.float64)
                 total = found if total is None else combine(total, found)
         return total
 
@@ -290,6 +295,16 @@ class Stream:
 
     def _size(self, name: str) -> int:
         return self.task.inputs[0].leaves[name].size
+
+
+def in_halves(f: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """f of each, in order; half of them in a thread of its own."""
+    half = len(items) - len(items) // 2
+    with concurrent.futures.ThreadPoolExecutor(1, "jaxmerge-half") as other:
+        rest = other.submit(lambda: [f(item) for item in items[half:]]) if half < len(items) else None
+        yield from map(f, items[:half])
+        if rest is not None:
+            yield from rest.result()
 
 
 def row_of(steps: Sequence[Step], shape: tuple[int, ...]) -> int:
