@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from orbax.checkpoint import v1 as ocp
 
 import jaxmerge
 from jaxmerge import _methods, checkpoint, cli, params
+from jaxmerge.recipe import _card
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -170,6 +173,7 @@ def published(tmp_path_factory):
         save_file(tensors, root / model / "model.safetensors")
         (root / model / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "float32", "of": model}))
         (root / model / "tokenizer.json").write_text(json.dumps({"of": model}))
+        (root / model / "README.md").write_text("---\nlicense: mit\n---\n")
     (root / "math").mkdir()
     save_file({"lone": np.ones((4, 4), np.float32)}, root / "math" / "model.safetensors")
     for adapter in ("one", "two"):
@@ -191,6 +195,46 @@ def test_a_merge_by_method_can_be_loaded(published, tmp_path, capsys):
     }
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "a"}
     assert cli.main(["verify", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_merge_by_method_has_a_card(published, tmp_path, kind):
+    """What was merged, with which options, by which command; and what the Hub reads of it."""
+    (tmp_path / "fine tuned").symlink_to(published / "b")
+    parents = ["--base", str(published / "a"), "--models", str(tmp_path / "fine tuned"), str(published / "b")]
+    command = ["merge", "dare-ties", *parents, "--out", str(tmp_path / "out"), "--format", kind, "--seed", "7"]
+    assert cli.main([*command, "--density", "0.5", "0.25"]) == 0
+    _, front, text = (tmp_path / "out/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": [],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "jaxmerge", "dare_ties"],
+        "license": "mit",
+    }
+    for line in (
+        "# out",
+        "| a (base) |  | mit |",
+        "| fine tuned |  | mit |",
+        f"jaxmerge {shlex.join(command)} --density 0.5 0.25",
+        "density:\n- 0.5\n- 0.25",
+        "rescale: inv_p",
+        "Masks were drawn with seed 7; they do not depend on devices or order.",
+    ):
+        assert f"{line}\n" in text, line
+    assert "Merged with [DARE" in text and " from a.\n" in text
+
+
+def test_a_card_of_every_method(published):
+    """Names on the Hub are linked, with the revision that was asked for."""
+    source = checkpoint.open(published / "a")
+    for method in _methods.METHODS:
+        parents = [("org/name@v1", source), ("org/other", source)]
+        told = {"based": False, "statistics": ["fisher/math"], "command": "jaxmerge", "title": "t"}
+        card = _card.card_of_method(method, {}, parents, **told)
+        assert "base_model:\n- org/name\n- org/other\n" in card and f"- {method.replace('-', '_')}\n" in card
+        assert "| [org/name@v1](https://huggingface.co/org/name) | v1 | mit |" in card
+        assert "statistics of the models: math." in card and "Merged with " in card, method
 
 
 def test_what_a_method_cannot_merge_it_says_how_a_recipe_does(published, tmp_path, capsys):

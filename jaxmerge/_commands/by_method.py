@@ -7,6 +7,7 @@ jaxmerge plan  ties --base ckpt/base --models ckpt/math ckpt/code
 import dataclasses
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             recipe: dict[str, Any] = {"method": method, "options": dataclasses.asdict(parsed.options)}
             recipe |= {field: getattr(parsed.files, field) for field in ("base", "models", "statistics", "dequantize")}
-            _merge(tx, parsed.files, recipe)
+            _merge(tx, parsed.files, recipe, shlex.join(["jaxmerge", *argv]))
     except BrokenPipeError:
         raise
     except (MergeError, OSError, _UserError) as e:
@@ -185,12 +186,12 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console.print(f"nothing {'else ' if plan.notes else ''}speaks against this merge")
 
 
-def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> None:
+def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any, command: str) -> None:
     from rich.console import Console
 
     from jaxmerge import checkpoint
     from jaxmerge._commands.progress import bar
-    from jaxmerge.recipe._card import companions
+    from jaxmerge.recipe._card import card_of_method, companions
 
     files = _as_begun(files, recipe)
     plan = _checked(tx, files)
@@ -199,6 +200,16 @@ def _merge(tx: params.MergeTransform, files: InputsAndOutput, recipe: Any) -> No
         beside = companions(plan.reference, plan.out, dequantized=files.dequantize)
     except ValueError as e:
         raise _UserError(str(e)) from e
+    named = (files.base, *files.models) if files.base is not None else files.models
+    beside["README.md"] = card_of_method(
+        recipe["method"],
+        recipe["options"],
+        [*zip(named, plan.parents, strict=True)],
+        based=files.base is not None,
+        statistics=files.statistics,
+        command=command,
+        title=os.path.basename(os.path.abspath(files.out)),
+    )
     _note(Console(), plan)
     with bar("merging") as show:
         report = checkpoint.merge(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.checkpoint import Leaf, Source, _hub
+from jaxmerge.recipe._methods import ARXIV, METHODS
 from jaxmerge.recipe._names import place
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Path, Recipe, Reference
@@ -25,6 +26,8 @@ DEPTHS = {  # module: keys of a configuration that say how many layers it has
     "vision_model": ("num_hidden_layers", "depth"),
 }
 INNER = {"": "text_config", "text_decoder": "text_config", "vision_tower": "vision_config", "vision_model": "vision_config"}
+ELSEWHERE = {"widen": ("WIDEN", f"{ARXIV}2408.03092")}
+"""Title and source of methods that recipes have not."""
 
 
 def beside(
@@ -154,53 +157,121 @@ def _per_layer(
 
 
 def card(recipe: Recipe, sources: Mapping[Reference, Source], title: str, chats: bool) -> str:
-    """README.md: what the Hub reads (front matter), and what people read."""
-    models = list(recipe.references())
-    hub = [p.path for m in models for p in (m.model, m.lora) if p is not None and on_hub(p)]
-    licences = {str(m): licence for m in models if (licence := licence_of(sources[m]))}
+    """README.md of a merge by a recipe: what the Hub reads (front matter), and what people read."""
+    masked = recipe.own["seed"] or recipe.method_name.startswith(("dare", "della"))
+    return _page(
+        title,
+        recipe.method_name,
+        {m: sources[m] for m in recipe.references()},
+        recipe.base if recipe.method.base != "input" and recipe.base in sources else None,
+        statistics=[path.path for path, _ in recipe.statistics().values()],
+        asked=["## Recipe", "", "```yaml", recipe.text.strip(), "```", ""],
+        seed=recipe.own["seed"] if masked else None,
+        again="`jaxmerge merge mergekit_config.yml out`",
+        chats=chats,
+    )
+
+
+def card_of_method(
+    method: str,
+    options: Mapping[str, Any],
+    parents: Sequence[tuple[str, Source]],
+    *,
+    based: bool,
+    statistics: Sequence[str],
+    command: str,
+    title: str,
+) -> str:
+    """README.md of a merge by a method.
+
+    Args:
+      method, options: its name on the command line, and what it is told.
+      parents: each as it is named, and opened; the base is the first, if `based`.
+      statistics: where those of the models lie.
+      command: that makes it again.
+      title: what the card is headed.
+    """
+    sources = {_reference(name): source for name, source in parents}
+    donor = parents[0][1]
+    plain = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
+    told = ["## Options", "", "```yaml", _yaml(plain), "```", ""] if plain else []
+    return _page(
+        title,
+        method.replace("-", "_"),
+        sources,
+        next(iter(sources)) if based else None,
+        statistics=statistics,
+        asked=["## Command", "", "```sh", command, "```", "", *told],
+        seed=options.get("seed"),
+        again="the command above",
+        chats=template_of(donor) is not None,
+    )
+
+
+def _page(
+    title: str,
+    method: str,
+    sources: Mapping[Reference, Source],
+    base: Reference | None,
+    *,
+    statistics: Sequence[str],
+    asked: Sequence[str],
+    seed: int | None,
+    again: str,
+    chats: bool,
+) -> str:
+    """A card: the models and their licences, what was asked for, and how it is made again."""
+    hub = [p.path for m in sources for p in (m.model, m.lora) if p is not None and on_hub(p)]
+    licences = {str(m): licence for m, source in sources.items() if (licence := licence_of(source))}
     front: dict[str, Any] = {
         "base_model": list(dict.fromkeys(hub)),
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["merge", "jaxmerge", recipe.method_name],
+        "tags": ["merge", "jaxmerge", method],
     }
     if chats:
         front["pipeline_tag"] = "text-generation"
-    if licences and len(set(licences.values())) == 1 and len(licences) == len(models):
+    if licences and len(set(licences.values())) == 1 and len(licences) == len(sources):
         front["license"] = next(iter(licences.values()))
-    method = f"[{recipe.method.title}]({recipe.method.url})" if recipe.method.url else recipe.method.title
-    base = recipe.base if recipe.method.base != "input" and recipe.base in sources else None
-    lines = ["---", _front(front), "---", f"# {title}", ""]
+    name, url = (METHODS[method].title, METHODS[method].url) if method in METHODS else ELSEWHERE[method]
+    linked = f"[{name}]({url})" if url else name
+    lines = ["---", _yaml(front), "---", f"# {title}", ""]
     lines += [
-        f"Merged with {method}" + (f" from {link(base)}." if base is not None else "."),
+        f"Merged with {linked}" + (f" from {link(base)}." if base is not None else "."),
         "",
         "| model | revision | licence |",
         "|---|---|---|",
     ]
-    for m in models:
-        name = f"{link(m)} (base)" if m == base else link(m)
-        lines.append(f"| {name} | {revision_of(m, sources[m])} | {licences.get(str(m), '')} |")
-    if recipe.statistics():
-        named = ", ".join(os.path.basename(path.path.rstrip("/")) for path, _ in recipe.statistics().values())
+    for m, source in sources.items():
+        shown = f"{link(m)} (base)" if m == base else link(m)
+        lines.append(f"| {shown} | {revision_of(m, source)} | {licences.get(str(m), '')} |")
+    if statistics:
+        named = ", ".join(os.path.basename(path.rstrip("/")) for path in statistics)
         lines += ["", f"Weighted by statistics of the models: {named}."]
     if len(set(licences.values())) > 1:
         lines += ["", "The parents' licences differ: whoever shares this merge must keep to all of them."]
-    lines += ["", "## Recipe", "", "```yaml", recipe.text.strip(), "```", ""]
-    if recipe.own["seed"] or recipe.method_name.startswith(("dare", "della")):
-        lines += [f"Masks were drawn with seed {recipe.own['seed']}; they do not depend on devices or order.", ""]
+    lines += ["", *asked]
+    if seed is not None:
+        lines += [f"Masks were drawn with seed {seed}; they do not depend on devices or order.", ""]
     version = importlib.metadata.version("jaxmerge")
     lines += [
-        f"Made with jaxmerge {version}: `jaxmerge merge mergekit_config.yml out` makes it again,",
+        f"Made with jaxmerge {version}: {again} makes it again,",
         "`jaxmerge verify` checks it against its parents; `jaxmerge.json` holds their hashes and the value of every parameter.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _front(front: Mapping[str, Any]) -> str:
+def _reference(name: str) -> Reference:
+    """A model as it is named on the command line: what is here is a path, whatever signs are in it."""
+    split = None if os.path.exists(name) else _hub.split(name)
+    return Reference(Path(*split) if split else Path(name))
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def on_hub(path: Path) -> bool:
