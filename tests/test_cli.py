@@ -19,7 +19,7 @@ import yaml
 from orbax.checkpoint import v1 as ocp
 
 import jaxmerge
-from jaxmerge import _methods, checkpoint, cli, params
+from jaxmerge import _methods, checkpoint, cli, params, recipe
 from jaxmerge.recipe import _card
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -114,6 +114,26 @@ def test_a_plan_says_when_memory_does_not_suffice_and_what_does(saved, capsys, t
         assert needs and "nothing else speaks against" in printed, printed
         assert cli.main(["plan", *how, needs[1]]) == 0
         assert "nothing speaks against" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_is_no_mistake_of_the_recipe(published, tmp_path, capsys):
+    """Blamed is the flag, or the argument, that stands above the recipe's keys; a key by its line."""
+    text = f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {published}/a}}, {{model: {published}/b}}]\n"
+    (tmp_path / "r.yml").write_text(text)
+    for flags, message in (
+        (["--memory", "lots"], """--memory='lots' is not a size; write bytes, or such as "2GB" or "512MiB"."""),
+        (["--memory", "0"], "--memory must be above 0, got 0."),
+        (["--max-shard-bytes", "big"], "--max-shard-bytes='big' is not a size"),
+        (["--sharding", "fsdp:8"], "--sharding"),
+    ):
+        for command in (["plan", str(tmp_path / "r.yml")], ["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]):
+            assert cli.main([*command, *flags]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"jaxmerge: error: {message}") and "recipe" not in error, error
+    with pytest.raises(ValueError, match=r"^memory='lots' is not a size"):
+        recipe.plan(text, memory="lots")
+    with pytest.raises(recipe.RecipeError, match=r"recipe:4:9: memory is bytes, or such as 2GB; got 'lots'"):
+        recipe.plan(f"{text}memory: lots\n")
 
 
 def test_memory_on_devices_suffices_as_the_plan_says(saved):

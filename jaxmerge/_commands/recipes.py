@@ -51,7 +51,16 @@ class Merge(Options):
 
 
 def engine(options: Options) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+    """Flags as arguments of `recipe.plan`.
+
+    Raises:
+      ValueError: one of them is wrong; it is called as it was written.
+    """
+    from jaxmerge.recipe._run import check_options
+
+    found = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+    check_options(found, lambda key: f"--{key.replace('_', '-')}")
+    return found
 
 
 def plan(files: Any, options: Plan) -> None:

@@ -2,14 +2,16 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
+from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._journal import RECEIPT, begun, check_free, gone
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import Url, is_remote
+from jaxmerge.checkpoint._sharding import of_mesh
 from jaxmerge.recipe._document import RecipePlan, plan_document
 from jaxmerge.recipe._open import Planned, pinned
 from jaxmerge.recipe._read import read
@@ -30,6 +32,7 @@ def plan(recipe: str | pathlib.Path, **options: Any) -> tuple[RecipePlan, ...]:
 
     Raises:
       RecipeError: all mistakes of all documents, each with its line and a remedy. FileNotFoundError: there is no such file.
+      ValueError: an option is wrong.
 
     Example:
       >>> import jaxmerge as jm
@@ -48,6 +51,7 @@ def _plans(
     recipe: str | pathlib.Path, options: dict[str, Any], out: Any = None, resume: bool = False
 ) -> tuple[RecipePlan, ...]:
     """As `plan`, for an output: the last document's card is headed as it is named, and what was cut off there goes on."""
+    check_options(options)
     text, name = _text(recipe)
     mistakes: list[Mistake] = []
     plans: list[RecipePlan] = []
@@ -168,6 +172,23 @@ def verify(
         raise RecipeError(mistakes, "the receipt's recipe")
     parents = {"base": todo.work.base, "models": todo.work.models, "statistics": todo.work.statistics}
     return checkpoint.verify(place, todo.work.tx, leaves=leaves, seed=seed, **parents)
+
+
+def check_options(options: Mapping[str, Any], call: Callable[[str], str] = str) -> None:
+    """Refuse arguments that stand above a recipe's keys: what is wrong with them is no mistake of the recipe.
+
+    Args:
+      options: see `plan`.
+      call: what the user knows an argument by.
+
+    Raises:
+      ValueError: a size is none, or a sharding cannot be had here.
+    """
+    for key in ("memory", "max_shard_bytes"):
+        if options.get(key) is not None:
+            parse_size(options[key], call(key))
+    if isinstance(options.get("sharding"), str):
+        of_mesh(options["sharding"], call("sharding"))
 
 
 def _text(recipe: str | pathlib.Path) -> tuple[str, str]:
