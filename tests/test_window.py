@@ -110,10 +110,17 @@ def test_training_states(tmp_path, capsys):
             "beta of window_average must be a number between 0",
         ),
         (["RUN"], "RUN"),
+        (["{x,y}"], "error: there is nothing at '{x,y}': in braces stand the first number and the last, as in"),
+        (["RUN/{100,300}"], "error: there is nothing at 'RUN/{100,300}': in braces"),
+        (["tets"], "error: there is nothing at 'tets'"),
+        (["RUN/100", "RUN/lsat"], "error: there is nothing at 'RUN/lsat'"),
+        (["RUN/x", "RUN/y"], "error: there is nothing at 'RUN/x'; paths are relative to where you are.\n  there is"),
+        (["RUN/100", "--memory", "lots"], "error: --memory='lots' is not a size"),
     ],
 )
 def test_refused(run, tmp_path, capsys, arguments, says):
     out = ["--out", str(tmp_path / "out")] if "look first" not in says else []
     assert cli.main(["window", *(a.replace("RUN", str(run)) for a in arguments), *out]) == 2
-    assert says.replace("RUN", str(run)) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert says.replace("RUN", str(run)) in error and "recipe" not in error
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from jaxmerge._commands import recipes
-from jaxmerge._commands.words import told
+from jaxmerge._commands.words import near, told
 
 DECAYS = {
     "mean": "linear",
@@ -65,10 +65,15 @@ def main(argv: Sequence[str]) -> int:
         )
     except SystemExit as e:  # --help, or an argument that tyro has explained
         return e.code if isinstance(e.code, int) else 2
+    from jaxmerge.recipe import RecipeError
+
     try:
         _run(parsed.checkpoints, parsed.options)
     except BrokenPipeError:
         raise
+    except RecipeError as e:  # the user wrote none: no line of it is named
+        print("jaxmerge: error:", "\n  ".join(mistake.text for mistake in e.mistakes), file=sys.stderr)
+        return 2
     except (ValueError, OSError) as e:
         print(f"jaxmerge: error: {told(e)}", file=sys.stderr)
         return 2
@@ -92,17 +97,26 @@ def _run(patterns: Sequence[str], options: Window) -> None:
     for path, weight in zip(paths, weights.tolist(), strict=True):
         print(f"{weight:.4f} {path}")
     if options.dry_run:
-        recipes.show(Console(), plan)
+        recipes.show(Console(), plan._replace(notes=tuple(note._replace(mark=None) for note in plan.notes)))
         return
     recipes.carry_out(text, str(options.out), options)
 
 
 def _are_there(patterns: Sequence[str]) -> None:
-    """Refuse what a shell made of braces without quotes: every number between, of which few are checkpoints."""
+    """Refuse what is no window, and what a shell made of one without quotes: every number, of which few are checkpoints."""
+    from jaxmerge.recipe._open import WINDOW
+
+    for pattern in patterns:
+        if "://" not in pattern and re.search(r"[{}]", WINDOW.sub("", pattern)) and not os.path.exists(pattern):
+            text = "in braces stand the first number and the last, as in 'run/{1000..2000}'; name other checkpoints one by one."
+            raise ValueError(f"there is nothing at {pattern!r}: {text}")
     missing = [p for p in patterns if "://" not in p and "{" not in p and not os.path.exists(p)]
     if len(patterns) > 1 and missing and re.search(r"\d", os.path.basename(missing[0])):
         some = f"{len(missing)} of the {len(patterns)} checkpoints are not there, such as {missing[0]}"
         raise ValueError(f"{some}; in quotes, 'run/{{1000..2000}}' means those that are.")
+    for name in missing:
+        if "/" not in name:
+            raise ValueError(f"there is nothing at {name!r}{near(name, os.listdir())}")
 
 
 def _in_order(paths: Sequence[str], schedule: str) -> None:
