@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -255,6 +256,35 @@ def test_a_card_of_every_method(published):
         assert "base_model:\n- org/name\n- org/other\n" in card and f"- {method.replace('-', '_')}\n" in card
         assert "| [org/name@v1](https://huggingface.co/org/name) | v1 | mit |" in card
         assert "statistics of the models: math." in card and "Merged with " in card, method
+
+
+def test_no_output_lies_where_it_would_be_read_as_a_part_of_a_parent(saved, published, tmp_path, capsys):
+    """All that lies in a checkpoint of Orbax is a part of it; in a folder of safetensors, what is called like them."""
+    trees, files = tmp_path / "trees", tmp_path / "files"
+    shutil.copytree(saved[0] / "a", trees)
+    shutil.copytree(published / "a", files)
+    (tmp_path / "link").symlink_to(trees)
+    before = {p for p in tmp_path.rglob("*")}
+    for parent, other, outs, message in (
+        (trees, saved[0] / "b", ("trees/merged", "trees/state/merged", "link/merged"), "which is merged here and would not"),
+        (files, published / "b", ("files/x.safetensors", "files/x.safetensors/y"), "would be read as a part of"),
+    ):
+        words = f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {parent}}}, {{model: {other}}}]\n"
+        text = tmp_path.with_suffix(f".{parent.name}.yml")
+        text.write_text(words)
+        for out in outs:
+            for how in (["linear", "--models", str(parent), str(other), "--out"], [str(text)]):
+                assert cli.main(["merge", *how, str(tmp_path / out)]) == 2
+                error = capsys.readouterr().err
+                assert error.startswith(f"jaxmerge: error: {tmp_path / out}") and message in error, error
+    assert {p for p in tmp_path.rglob("*")} == before
+    one = ["--models", str(files / "model.safetensors"), str(published / "b/model.safetensors")]
+    for models, out in (
+        (["--models", str(files), str(published / "b")], files / "merged"),  # no part of a folder of safetensors
+        (one, files / "x.safetensors"),  # a file is no folder
+    ):
+        assert cli.main(["merge", "linear", *models, "--out", str(out)]) == 0, capsys.readouterr().err
+        assert cli.main(["verify", str(out)]) == 0 and list(checkpoint.open(files).files) == [str(files / "model.safetensors")]
 
 
 def test_what_a_method_cannot_merge_it_says_how_a_recipe_does(published, tmp_path, capsys):

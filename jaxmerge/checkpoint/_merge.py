@@ -18,7 +18,7 @@ from jaxmerge.checkpoint._journal import begun, fingerprint, gone
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._remote import STORES, Url, is_remote
 from jaxmerge.checkpoint._sharding import Rule
-from jaxmerge.checkpoint._source import Format, digest, open as open_source
+from jaxmerge.checkpoint._source import Format, Source, digest, open as open_source
 from jaxmerge.params._stack import Integers
 from jaxmerge.params._transform import Match, MergeTransform
 
@@ -101,6 +101,29 @@ def as_begun(named: Sequence[Any], inputs: Sequence[Sequence[str]], out: Any) ->
             except (OSError, ValueError) as e:
                 raise MergeError(gone(out, found[i], e)) from None
     return found
+
+
+def check_outside(out: Any, inputs: Sequence[Source]) -> None:
+    """Refuse an output that would be read as a part of an input: anywhere in a checkpoint of Orbax, which is all that lies in
+    its folder; beside the files of one in safetensors, under a name that ends as theirs. Elsewhere in a folder it does no harm.
+
+    Raises:
+      MergeError: it lies there.
+    """
+    real = lambda path: pathlib.Path(os.path.realpath(str(path)))
+    within = real(out).parents
+    for source in inputs:
+        trees = [source.path] if source.format == "orbax" else []
+        trees += [os.path.dirname(f) for f in source.files if os.path.basename(f) in ("_CHECKPOINT_METADATA", "_METADATA")]
+        tree = next((tree for tree in trees if real(tree) in within), None)
+        if tree is not None:
+            raise MergeError(
+                f"{out} lies in {tree}, which is merged here and would not be the same any more; choose another place."
+            )
+        if real(source.path) in within:
+            first = real(out).relative_to(real(source.path)).parts[0]
+            if first.endswith((".safetensors", ".safetensors.index.json")):
+                raise MergeError(f"{out} would be read as a part of {source.path}, which is merged here; choose another place.")
 
 
 def merge(
@@ -196,6 +219,7 @@ def merge(
             raise MergeError(f"out is one of the inputs, {out}; choose another place.")
         if real(out) in real(c.path).parents:
             raise MergeError(f"{c.path}, which is merged here, lies in {out}; choose another place for the output.")
+    check_outside(out, headers.inputs)
     common = {"integers": integers, "nonfinite": nonfinite, "overwrite": overwrite, "resume": resume}
     common |= {"recipe": recipe, "beside": beside}
     common["about"] = {"recipe": recipe, "asked": asked, "inputs": [list(source.files) for source in headers.inputs]}

@@ -9,6 +9,7 @@ from jaxmerge import checkpoint
 from jaxmerge.checkpoint import MergeReport, Source
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._journal import RECEIPT, begun, check_free, gone
+from jaxmerge.checkpoint._merge import check_outside
 from jaxmerge.checkpoint._receipt import hashes
 from jaxmerge.checkpoint._remote import Url, is_remote
 from jaxmerge.checkpoint._sharding import of_mesh
@@ -243,9 +244,11 @@ def _place(path: Any) -> Any:
 
 
 def _no_parent(place: Any, plans: tuple[RecipePlan, ...]) -> None:
-    """Refuse to write where something is read."""
+    """Refuse to write where something is read, or would be."""
     files = [f for plan in plans for source in plan.headers.inputs for f in source.files]
     real = lambda path: pathlib.Path(os.path.realpath(str(path)))
+    for plan in plans:
+        check_outside(place, plan.headers.inputs)
     inside = next((f for f in files if real(place) in real(f).parents), None)
     if inside is not None:
         raise FileExistsError(f"{place} holds {pathlib.Path(inside).name}, which is merged here; choose another place.")
