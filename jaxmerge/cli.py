@@ -80,12 +80,14 @@ def _settle() -> list[str]:
 
 
 def _keep_freed() -> None:
-    """Memory that is freed is used again; glibc would hand it back to the kernel, to have it zeroed page by page anew."""
-    trim, mapped = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    """Memory that is freed is used again, by whichever thread is next; glibc would hand it back to the kernel, to have it
+    zeroed page by page anew, and keep a store of it for every thread."""
+    trim, mapped, arenas = -1, -3, -8  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX of malloc.h
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(trim, 1 << 29)
         libc.mallopt(mapped, 1 << 25)
+        libc.mallopt(arenas, 1)
 
 
 def _leave(code: int) -> int:

@@ -94,6 +94,7 @@ class Stream:
             found = self._counts(i, survey, query, unit, runs)
             counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
             self.advance(sum(run.nbytes for run in runs), 0)
+            del runs
         return counts
 
     def _counts(self, i: int, survey: Any, query: Any, unit: Unit, runs: list[Run]) -> np.ndarray:
@@ -123,7 +124,8 @@ class Stream:
         task, units = self.task, self.task.units[done:]
         blockwise = [u for u in units if u.name in task.floating - task.entire and row_of(task.steps, self._shape(u.name)) == 1]
         self._ahead = programs.Ahead(dict.fromkeys(size for u in blockwise for _, _, size in programs.pieces(u.size)))
-        for n, (unit, runs) in enumerate(self.units(units, len(task.steps)), done):
+        n = done
+        for unit, runs in self.units(units, len(task.steps)):
             if unit.name in task.floating:
                 blocks = self.merged(unit, runs)
             else:
@@ -135,9 +137,10 @@ class Stream:
                 at = where[unit.name].offset + (unit.start + start) * width
                 sink.write(where[unit.name].file, at, block.view(np.uint8))
             self.advance(sum(run.nbytes for run in runs), unit.size * width)
-            note = mark(n + 1)
-            if note is not None:
+            n += 1
+            if (note := mark(n)) is not None:
                 sink.mark(note)
+            del runs, blocks, block  # the rooms, which may be let go before the next unit is read
 
     def merged(self, unit: Unit, runs: list[Run]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""

@@ -1,6 +1,7 @@
 """Merges into safetensors: equal to merging in memory, whatever the memory; formats mixed; receipts that can be checked."""
 
 import json
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,21 @@ def test_equals_the_merge_in_memory(models, tmp_path, name):
         assert len(checked.leaves) == 3 and not checked.problems and not checked.notes
     assert {p.name for p in tmp_path.iterdir()} == {"outNone", f"out{IN_PARTS}"}
     assert sorted(p.name for p in out.iterdir()) == ["jaxmerge.json", "model.safetensors"]
+
+
+def test_rooms_are_let_go_before_there_are_others(models, tmp_path, monkeypatch):
+    """A leaf that is looked through first has rooms of its own: those of the units before it are not in memory beside them."""
+    (paths, _), made = models, []
+
+    class Rooms(_feed._Rooms):
+        def __init__(self, size: int, most: int):
+            assert not any(room() is not None for room in made)
+            super().__init__(size, most)
+            made.append(weakref.ref(self._memory))
+
+    monkeypatch.setattr(_feed, "_Rooms", Rooms)
+    checkpoint.merge(params.ties(0.3), paths["base"], [paths[n] for n in "abc"], tmp_path / "out", memory=IN_PARTS)
+    assert len(made) > 4
 
 
 @pytest.mark.parametrize("tx", [params.ties(0.5, scope="tensor"), params.breadcrumbs(0.3, 0.4)], ids=["ties", "breadcrumbs"])

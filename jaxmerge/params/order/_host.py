@@ -155,10 +155,12 @@ def _collect(x: Streamed, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> F
     above, there = np.zeros(len(k), np.int64), np.zeros(len(k), np.int64)
     values: list[list[np.ndarray]] = [[] for _ in k]
     places: list[list[np.ndarray]] = [[] for _ in k]
+    offsets = []
     room = np.empty(0, np.uint32), np.empty(0, bool)
     for offset, u in x.blocks():
         if room[0].size != u.shape[1]:  # memory that is there already
             room = np.empty(u.shape[1], np.uint32), np.empty(u.shape[1], bool)
+        offsets.append(offset)
         for c in range(len(k)):
             row = u[c % x.models]
             inside = np.less(np.subtract(row, np.uint32(low[c]), out=room[0]), np.uint32(high[c] - low[c]), out=room[1])
@@ -167,7 +169,7 @@ def _collect(x: Streamed, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> F
             if there[c] > FEW:
                 return None
             values[c].append(row[at])
-            places[c].append(at + offset)
+            places[c].append(at.astype(np.uint32))
             if high[c] < 1 << 31:
                 above[c] += int(np.count_nonzero(np.greater_equal(row, np.uint32(high[c]), out=room[1])))
     if not ((above < k) & (k <= above + there)).all():
@@ -175,9 +177,10 @@ def _collect(x: Streamed, k: np.ndarray, low: np.ndarray, high: np.ndarray) -> F
     found = []
     for c in range(len(k)):
         mine, rank = np.concatenate(values[c]), int(k[c] - above[c])
-        t = np.partition(mine, mine.size - rank)[mine.size - rank]
+        mine.partition(mine.size - rank)
+        t = mine[mine.size - rank]
         larger = int(np.count_nonzero(mine > t))
-        at = np.concatenate(places[c])[mine == t]
+        at = np.concatenate([p[v == t] + np.int64(o) for o, v, p in zip(offsets, values[c], places[c], strict=True)])
         quota = rank - larger
         found.append((t, above[c] + larger, at.size, at[quota - 1] + 1 if quota < at.size else x.size))
     pattern, above, tied, cut = (np.array(v) for v in zip(*found, strict=True))
