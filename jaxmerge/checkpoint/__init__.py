@@ -10,6 +10,7 @@ renamed subset derived dequantized  views of a source, which are sources again
 """
 
 from jaxmerge.checkpoint._merge import MergeReport as MergeReport, Progress as Progress, merge as merge
+from jaxmerge.checkpoint._open import open as open
 from jaxmerge.checkpoint._plan import (
     CheckpointPlan as CheckpointPlan,
     MergeError as MergeError,
@@ -23,7 +24,6 @@ from jaxmerge.checkpoint._source import (
     Leaf as Leaf,
     Source as Source,
     derived as derived,
-    open as open,
     renamed as renamed,
     subset as subset,
 )

@@ -15,10 +15,11 @@ from jax.sharding import Sharding
 from jaxmerge.checkpoint import _hub, _ranges
 from jaxmerge.checkpoint._budget import peak_rss
 from jaxmerge.checkpoint._journal import begun, fingerprint, gone
+from jaxmerge.checkpoint._open import open as open_source
 from jaxmerge.checkpoint._plan import CheckpointPlan, MergeError, plan as make_plan
 from jaxmerge.checkpoint._remote import STORES, Url, is_remote
 from jaxmerge.checkpoint._sharding import Rule
-from jaxmerge.checkpoint._source import Format, Source, digest, open as open_source
+from jaxmerge.checkpoint._source import Format, Source, digest
 from jaxmerge.params._stack import Integers
 from jaxmerge.params._transform import Match, MergeTransform
 

@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, Sharding
 from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import layout
+from jaxmerge.checkpoint._open import open as open_source
 from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
-from jaxmerge.checkpoint._source import Format, Leaf, Source, open as open_source
+from jaxmerge.checkpoint._source import Format, Leaf, Source
 from jaxmerge.checkpoint._statistics import misfits
 from jaxmerge.checkpoint._units import by_ranges
 from jaxmerge.params._transform import Match, MergeTransform, Step

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge.checkpoint import _hub, _remote
-from jaxmerge.checkpoint._source import open as open_source
+from jaxmerge.checkpoint._open import open as open_source
 
 PATIENCE = 30.0
 """Seconds that a bucket may take for an answer."""

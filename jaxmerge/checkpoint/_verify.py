@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxmerge.checkpoint import _journal, _receipt
 from jaxmerge.checkpoint._feed import Unit, flat_range
+from jaxmerge.checkpoint._open import open as open_source
 from jaxmerge.checkpoint._plan import MergeError, plan
-from jaxmerge.checkpoint._source import open as open_source
 from jaxmerge.checkpoint._stream import Stream
 from jaxmerge.checkpoint._task import make_task
 from jaxmerge.params._transform import MergeTransform
