@@ -22,7 +22,8 @@ def put(*shape: int, at: int, dtype=jnp.float32) -> jax.Array:
     return jax.device_put(jnp.ones(shape, dtype), NamedSharding(MESH, P(*spec)))
 
 
-X, SCORE, WHOLE = put(4, 16, 4, at=1), put(4, 16, at=1), jnp.ones((4, 16, 4))
+X, SCORE = put(4, 16, 4, at=1), put(4, 16, at=1)
+WHOLE = jax.device_put(jnp.ones((4, 16, 4)), NamedSharding(MESH, P("data")))
 ROWS, MASK, GROUPS = put(4, 3, 16, at=2), put(4, 16, at=1, dtype=bool), put(4, 16, at=1, dtype=jnp.int32)
 MAP, HEADS, FRAMES = put(4, 16, 16, at=2), put(4, 2, 16, 16, at=2), put(4, 2, 16, 4, at=2)
 PLAN, SIDES = jm.Plan(GROUPS, 3), np.arange(4)
