@@ -53,5 +53,6 @@ def main(jobs: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder has a kernels.py of its own, which transformers would take for a package of that name
     with open(sys.argv[1], encoding="utf-8") as listed:
         main(json.load(listed))
