@@ -30,6 +30,12 @@ def buffer(size: int) -> np.ndarray:
     return np.frombuffer(room, np.uint8, size)
 
 
+def let_go(room: np.ndarray) -> None:
+    """Give a buffer's memory back, whoever refers to it yet (JAX does for a while); what was in it is lost."""
+    with contextlib.suppress(AttributeError):
+        room.base.obj.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+
+
 class Reader:
     """Ranges of files into memory; safe to use from several threads."""
 

@@ -47,7 +47,7 @@ def read_ahead(
     alone: frozenset[str] = frozenset(),
     prepare: Callable[[Unit, list[Run]], None] | None = None,
 ) -> Iterator[tuple[Unit, list[Run]]]:
-    """Each unit with its entries of every input, flat; they are good until the next one is asked for.
+    """Each unit with its entries of every input, flat; they are good until the next one is asked for, or none is any more.
 
     Args:
       units: in the order in which they are wanted.
@@ -87,7 +87,11 @@ def read_ahead(
             prepare(unit, runs)
         return runs
 
-    with _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes, _Threads(PREPARERS, "jaxmerge-prepare") as preparers:
+    with (
+        contextlib.closing(rooms),
+        _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
+        _Threads(PREPARERS, "jaxmerge-prepare") as preparers,
+    ):
         for _ in units:
             while todo and (part := rooms.take(all_bytes(todo[0]))) is not None:
                 unit = todo.popleft()
@@ -97,7 +101,6 @@ def read_ahead(
                 under_way.append((unit, part, runs if prepare is None else preparers.submit(runs).result))
             unit, part, runs = under_way.popleft()
             yield unit, runs()
-            del runs
             rooms.give(part)
 
 
@@ -142,6 +145,10 @@ class _Rooms:
 
     def give(self, part: slice) -> None:
         self._lent.remove(part)
+
+    def close(self) -> None:
+        """Let the memory go: there may be other rooms next."""
+        _direct.let_go(self._memory)
 
     def split(self, part: slice, size: int) -> list[np.ndarray]:
         """The memory of a part, so many bytes a piece."""

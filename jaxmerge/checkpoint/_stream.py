@@ -94,7 +94,6 @@ class Stream:
             found = self._counts(i, survey, query, unit, runs)
             counts[unit.name] = counts[unit.name] + found if unit.name in counts else found
             self.advance(sum(run.nbytes for run in runs), 0)
-            del runs
         return counts
 
     def _counts(self, i: int, survey: Any, query: Any, unit: Unit, runs: list[Run]) -> np.ndarray:
@@ -140,7 +139,6 @@ class Stream:
             n += 1
             if (note := mark(n)) is not None:
                 sink.mark(note)
-            del runs, blocks, block  # the rooms, which may be let go before the next unit is read
 
     def merged(self, unit: Unit, runs: list[Run]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""
