@@ -14,6 +14,7 @@ from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import layout
 from jaxmerge.checkpoint._open import open as open_source
+from jaxmerge.checkpoint._problem import Problem
 from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
 from jaxmerge.checkpoint._source import Format, Leaf, Source
@@ -170,7 +171,8 @@ def plan(
             kept = lambda n: n in others or (not devices and all(leaves[n].dtype == d for d in wanted))
             copied = frozenset(n for n in _left_alone(steps, settings, shapes) if kept(n))
         settings = tuple({n: s[n] for n in numbers if n in s} for s in settings)
-        problems += misfits(steps, data, {n: shapes[n] for n in numbers}) if numbers else []
+        misfit = misfits(steps, data, {n: shapes[n] for n in numbers}) if numbers else []
+        problems += [Problem(p, "statistics") for p in misfit]
     if not copied.issuperset(codes):
         problems.append(f"  {refusal(reference, codes)}")
     problems += [f"  {refusal(other, found)}" for other in inputs[1:] if (found := quantised(other))]
@@ -179,7 +181,8 @@ def plan(
         if wide and name not in copied:
             problems.append(f"  {name}: {header.dtype} cannot be merged exactly in float32; cast it in the checkpoint")
     if format == "orbax" and (alien := next((n for n, leaf in leaves.items() if leaf.stored), None)):
-        problems.append(f"  {alien} is {leaves[alien].stored[0]}, which Orbax cannot hold; write safetensors")  # type: ignore[index]
+        text = f"  {alien} is {leaves[alien].stored[0]}, which Orbax cannot hold; write safetensors"  # type: ignore[index]
+        problems.append(Problem(text, "format"))
     floating = tuple(n for n in numbers if n not in copied)
     exact = tuple(n for n in sorted(leaves) if n in copied or not _is_floating(leaves[n]))
     result, trouble = _result(leaves, floating, dtype, out_dtype)
@@ -202,10 +205,11 @@ def plan(
         "statistics": data,
     }
     if format == "safetensors" and sharding is not None:
-        problems.append("  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out")
+        text = "  sharding: safetensors are written by ranges of bytes, on any number of processes; leave it out"
+        problems.append(Problem(text, "sharding"))
     shardings = _shardings(leaves, sharding) if format == "orbax" else {}
     for name, target in shardings.items():
-        problems += split_evenly(name, leaves[name].shape, target)
+        problems += [Problem(p, "sharding") for p in split_evenly(name, leaves[name].shape, target)]
     agree = rest * len(inputs) if len(inputs) > 1 else 0
     if devices:
         from jaxmerge.checkpoint import _orbax
@@ -246,7 +250,7 @@ def plan(
         shards=None if format == "safetensors" else {n: shards_of(s, len(leaves[n].shape)) for n, s in shardings.items()},
     )
     ways = cut(memory=memory)
-    problems += ways.problems
+    problems += [Problem(p, "memory") for p in ways.problems]
     twice = 2 * bytes_of(inputs, ways.again)
     files = None
     if format == "orbax":
@@ -257,7 +261,7 @@ def plan(
         try:
             files = layout(result, parse_size(max_shard_bytes, "max_shard_bytes"), stem)
         except ValueError as e:
-            problems.append(f"  {e}")
+            problems.append(Problem(f"  {e}", "max_shard_bytes"))
     return CheckpointPlan(
         **common,
         shardings=shardings,
@@ -292,7 +296,7 @@ def _result(leaves: dict[str, Leaf], floating: Sequence[str], dtype: Any, out_dt
     problems = []
     for what, d in (("dtype", dtype), ("out_dtype", out_dtype)):
         if d is not None and not jnp.issubdtype(jnp.dtype(d), jnp.floating):
-            problems.append(f"  {what}: {jnp.dtype(d)} is not a floating-point type")
+            problems.append(Problem(f"  {what}: {jnp.dtype(d)} is not a floating-point type", what))
     if problems or wanted is None:
         return dict(leaves), problems
     change = frozenset(floating)
@@ -357,7 +361,7 @@ def _settings(steps: Sequence[Step], shapes: dict[str, tuple[int, ...]]) -> tupl
             try:
                 found[name] = step.settings(name, shape)
             except ValueError as e:
-                problems.append(f"  {e}")
+                problems.append(Problem(f"  {e}", "tx"))
                 break
         settings.append(found)
         if step.models is not None:

@@ -52,7 +52,7 @@ def beside(
     if recipe.chat_template:
         try:
             chat = template(recipe.chat_template, [sources[m] for m in recipe.references()])
-        except ValueError:
+        except LookupError:
             text = f"unknown chat_template {recipe.chat_template!r}{suggest(recipe.chat_template, ('auto', *TEMPLATES))}"
             mistakes.append(Mistake(recipe.marks["chat_template"], text))
     wanted = recipe.tokenizer.source if recipe.tokenizer else "base"

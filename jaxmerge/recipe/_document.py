@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint import CheckpointPlan, Source, _hub
 from jaxmerge.checkpoint._budget import parse_size, show_size
+from jaxmerge.checkpoint._problem import Problem
 from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import of_mesh
 from jaxmerge.recipe._adapters import adapted, concatenated, is_adapter
@@ -17,7 +18,7 @@ from jaxmerge.recipe._card import beside, card
 from jaxmerge.recipe._dequantize import dequantized
 from jaxmerge.recipe._layouts import LAYOUTS, in_one_layout
 from jaxmerge.recipe._low_rank import BASE, dense, lost, low_rank, said
-from jaxmerge.recipe._mistakes import mismatched, stacked, strangers, weightless
+from jaxmerge.recipe._mistakes import blamed, mismatched, refused, stacked, strangers, weightless
 from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._open import open_model
 from jaxmerge.recipe._resolve import Row, resolve
@@ -27,7 +28,7 @@ from jaxmerge.recipe._statistics import statistics
 from jaxmerge.recipe._tokenizer import dump
 from jaxmerge.recipe._transform import Work, work
 from jaxmerge.recipe._vocabulary import Vocabulary, aligned, report, vocabulary
-from jaxmerge.recipe._yaml import Mistake
+from jaxmerge.recipe._yaml import Mistake, Wrong
 
 ENGINE = ("format", "memory", "sharding", "integers", "nonfinite")
 """Keys of a recipe that are arguments of the engine."""
@@ -77,10 +78,11 @@ def plan_document(
     alone = [m for m, source in sources.items() if is_adapter(source)]
     if alone:
         return _adapters(recipe, sources, alone, options, title)
+    first = recipe.base or next(iter(sources))
     try:
-        sources, layout = in_one_layout(sources, recipe.base or next(iter(sources)), recipe.own.get("layout"))
+        sources, layout = in_one_layout(sources, first, recipe.own.get("layout"))
     except ValueError as e:
-        return None, [Mistake(recipe.marks.get("layout", recipe.marks[""]), str(e))]
+        return None, [Mistake(recipe.marks.get("layout", recipe.references()[first]), str(e))]
     one_array = layout != "hf" and LAYOUTS[layout].axis is not None
     mistakes, notes = stacked(recipe) if one_array else ([], [])
     rows, wrong, more = resolve(recipe, sources)
@@ -89,7 +91,7 @@ def plan_document(
     if not mistakes:
         mistakes += mismatched(recipe, rows, sources) + weightless(recipe, rows) + strangers(recipe, rows, words)
     if not mistakes and not rows:
-        mistakes.append(Mistake(recipe.marks[""], "there is no tensor to merge."))
+        mistakes.append(Mistake(recipe.modules[0].mark, "there is no tensor to merge."))
     if mistakes:
         return None, mistakes
     data, mistakes = None, []
@@ -98,14 +100,13 @@ def plan_document(
     if mistakes:
         return None, mistakes
     try:
-        todo = work(recipe.method, rows, _where(recipe, rows, sources, words), recipe.own["seed"], data)
         arguments = _arguments(recipe, rows, sources, options)
+        todo = work(recipe.method, rows, _where(recipe, rows, sources, words), recipe.own["seed"], data)
         headers = _headers(todo, arguments)
+        files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
     except ValueError as e:
-        return None, [Mistake(recipe.marks[""], str(e))]
-    at = next((mark for _, mark in recipe.statistics().values()), None) if data else None
-    mistakes += [Mistake(at if p.strip().startswith(recipe.method_name) else None, p.strip()) for p in headers.problems]
-    files, wrong = beside(recipe, rows, sources, vocabulary=words, out=headers.out, title=title)
+        return None, [Mistake(blamed(e, recipe, rows, sources), str(e))]
+    mistakes += refused(recipe, rows, options, headers.problems)
     tables = {} if words is None else report(words, list(sources), recipe.base)
     notes = (*recipe.notes, *notes, *(Mistake(None, note) for note in (*headers.notes, *on_hub(sources))))
     found = RecipePlan(recipe, rows, todo, headers, arguments, files, tables, notes)
@@ -159,14 +160,21 @@ def _arguments(
     found: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own} | _dtypes(recipe, rows, sources)
     if recipe.own.get("layout") == "hf":
         found = {"format": "safetensors"} | found
-    return _with_options(found, options)
+    return _with_options(recipe, found, options)
 
 
-def _with_options(found: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, options above them; a sharding in words as a rule."""
+def _with_options(recipe: Recipe, found: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, options above them; a sharding in words as a rule.
+
+    Raises:
+      Wrong: the recipe's words mean none that can be had here.
+    """
     found = found | {k: v for k, v in options.items() if v is not None}
     if isinstance(found.get("sharding"), str):
-        found["sharding"] = of_mesh(found["sharding"], "sharding")
+        try:
+            found["sharding"] = of_mesh(found["sharding"], "sharding")
+        except ValueError as e:
+            raise Wrong(recipe.marks.get("sharding"), str(e)) from None
     return found
 
 
@@ -209,7 +217,8 @@ def _adapters(
     exact = recipe.method_name == "linear" and "rank" not in recipe.own
     based = recipe
     if recipe.method.base == "required" and recipe.base not in alone:
-        based = recipe._replace(base=BASE, marks={"base_model": recipe.marks[""]} | recipe.marks)
+        based = recipe._replace(base=BASE, marks={"base_model": recipe.marks["merge_method"]} | recipe.marks)
+    rows: tuple[Row, ...] = ()
     try:
         updates = dense(adapters)
         rows, mistakes, more = resolve(based, updates)
@@ -225,24 +234,24 @@ def _adapters(
             source, config = made.source, made.config
         arguments: dict[str, Any] = {k: recipe.own[k] for k in ENGINE if k in recipe.own}
         arguments |= {"out_dtype": recipe.out_dtype or recipe.dtype, "stem": "adapter_model"}
-        arguments = _with_options(arguments, options)
+        arguments = _with_options(recipe, arguments, options)
         todo = Work(params.passthrough(), None, (source,))
         headers = _headers(todo, arguments)
     except ValueError as e:
-        return None, [Mistake(recipe.marks[""], str(e))]
-    problems = list(headers.problems)
+        return None, [Mistake(blamed(e, recipe, rows, sources), str(e))]
+    mistakes = refused(recipe, rows, options, headers.problems)
     notes += [Mistake(None, note) for note in (*headers.notes, *on_hub(sources))]
     if made is not None:
         allowed = arguments.get("memory")
         if allowed is not None and made.bytes > parse_size(allowed, "memory"):
-            problems.append(f"a merged update takes {show_size(made.bytes)} of memory, {allowed} allowed; raise memory.")
+            text = f"a merged update takes {show_size(made.bytes)} of memory, {allowed} allowed; raise memory."
+            mistakes += refused(recipe, rows, options, [Problem(text, "memory")])
         headers = headers._replace(peak_bytes=headers.peak_bytes + made.bytes)
         ranks = sorted({u.rank for u in made.low.values()})
         text = f"updates are merged dense and kept at rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}"
         notes.append(Mistake(recipe.marks.get("rank"), f"{text}; what is lost is measured when the adapter is there."))
     files: dict[str, str | bytes] = {"adapter_config.json": dump(config), "mergekit_config.yml": recipe.text}
     files["README.md"] = card(recipe, sources, title, False).replace("library_name: transformers", "library_name: peft")
-    mistakes = [Mistake(None, problem.strip()) for problem in problems]
     after = None if made is None else lambda out: said(lost(made, out))
     return RecipePlan(recipe, rows, todo, headers, arguments, files, {}, (*recipe.notes, *notes, *more), after), mistakes
 

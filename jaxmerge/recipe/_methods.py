@@ -267,37 +267,29 @@ MERGEKIT = frozenset(METHODS)
 # --- methods that mergekit has not, by the parameters of their functions ----------------------------------------------
 
 
-def _own(alias: Callable[..., MergeTransform], base: Literal["required", "input"] = "required", least: int = 1) -> Method:
+def _own(alias: Callable[..., MergeTransform], *, most: int | None = None) -> Method:
     """A function of `params` as a method: its hyperparameters have a value for each model, all else shapes the chain."""
     parameters = {}
     for p in inspect.signature(alias).parameters.values():
         default = REQUIRED if p.default is p.empty else p.default
+        bounds = (0, 1) if p.name == "density" else (None, None)
         if p.annotation == Hyperparameter:
             shared = p.name in ("scale", "t")
-            bounds = (0, 1) if p.name == "density" else (None, None)
             parameters[p.name] = Parameter(float, "shared" if shared else "expert", default, False, *bounds)
         elif get_origin(p.annotation) is Literal:
             parameters[p.name] = Parameter(str, "shared", default, True, words=get_args(p.annotation))
         elif p.annotation in (bool, int, float) and p.name != "seed":
-            parameters[p.name] = Parameter(p.annotation, "shared", default, True)
+            parameters[p.name] = Parameter(p.annotation, "shared", default, True, *bounds)
     build = lambda v: alias(**{n: v[n] for n in parameters})
     source = (alias.__doc__ or "").partition("arXiv:")[2][:10]
-    return Method(alias.__name__, ARXIV + source if source else "", base, least, None, parameters, build)
+    return Method(alias.__name__, ARXIV + source if source else "", "required", 1, most, parameters, build)
 
 
 METHODS |= {
     alias.__name__: _own(alias)
-    for alias in (
-        params.consensus,
-        params.iso_c,
-        params.iso_cts,
-        params.magmax,
-        params.pcb,
-        params.tsvm,
-        params.update_selective,
-        params.varm,
-    )
+    for alias in (params.consensus, params.iso_c, params.iso_cts, params.magmax, params.pcb, params.tsvm, params.varm)
 }
+METHODS["update_selective"] = _own(params.update_selective, most=1)
 METHODS["window_average"] = Method(
     "Window average",
     ARXIV + "2507.17634",

@@ -1,14 +1,17 @@
 """What speaks against a merge, seen from the headers: shapes, vocabularies, weights; each with what to do about it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxmerge.checkpoint import Source
+from jaxmerge.checkpoint._problem import about
 from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Recipe, Reference
+from jaxmerge.recipe._tokenizer import Damaged
 from jaxmerge.recipe._vocabulary import Vocabulary
-from jaxmerge.recipe._yaml import Mistake
+from jaxmerge.recipe._yaml import Mark, Mistake, Wrong
 
 POINTWISE = ("linear", "task_arithmetic", "passthrough", "nearswap", "ram")
 
@@ -49,7 +52,6 @@ def mismatched(recipe: Recipe, rows: Sequence[Row], sources: Mapping[Reference, 
 def weightless(recipe: Recipe, rows: Sequence[Row]) -> list[Mistake]:
     """Weights whose sum is to be divided by, and is zero; probabilities out of bounds."""
     found: dict[str, Mistake] = {}
-    mark = recipe.modules[0].slices[0].mark
     name = recipe.method_name
     for row in rows:
         v = row.values
@@ -57,14 +59,45 @@ def weightless(recipe: Recipe, rows: Sequence[Row]) -> list[Mistake]:
         if sums and abs(math.fsum(v["weight"])) < 1e-8:
             which = "normalize" if name == "linear" else "normalize_weights"
             text = f"the weights {v['weight']} at {row.name} sum to 0 and {which} divides by their sum"
-            found.setdefault("sum", Mistake(mark, f"{text}; change them, or set {which}: false."))
+            found.setdefault("sum", Mistake(row.marks.get("weight"), f"{text}; change them, or set {which}: false."))
         if "epsilon" in v and isinstance(v["epsilon"], list):
             for d, e in zip(v["density"], v["epsilon"], strict=True):
                 if 0 < d < 1 and not (d - e > 0 and d + e < 1):
                     text = f"density {d:g} +- epsilon {e:g} at {row.name} leaves the range of probabilities (0, 1)"
                     largest = min(d, 1 - d)
+                    mark = row.marks.get("epsilon", row.marks.get("density"))
                     found.setdefault("epsilon", Mistake(mark, f"{text}; choose an epsilon below {largest:g}."))
     return list(found.values())
+
+
+def refused(recipe: Recipe, rows: Sequence[Row], options: Mapping[str, object], problems: Sequence[str]) -> list[Mistake]:
+    """What the engine has against a merge: each reason where the recipe says what it is about, unless an option does."""
+    data = next((mark for _, mark in recipe.statistics().values()), None)
+    found = []
+    for problem in problems:
+        text, what = problem.strip(), about(problem)
+        if what == "tx":
+            mark = of_method(recipe, rows, text)
+        else:
+            mark = data if what == "statistics" else recipe.marks.get(what or "no key")
+        found.append(Mistake(mark if what is None or options.get(what) is None else None, text))
+    return found
+
+
+def blamed(error: ValueError, recipe: Recipe, rows: Sequence[Row], sources: Mapping[Reference, Source]) -> Mark | None:
+    """Where what an error is about stands."""
+    if isinstance(error, Wrong):
+        return error.mark
+    if isinstance(error, Damaged):
+        return next((mark for m, mark in recipe.references().items() if sources.get(m) is error.source), None)
+    return of_method(recipe, rows, str(error))
+
+
+def of_method(recipe: Recipe, rows: Sequence[Row], text: str) -> Mark:
+    """Where a parameter stands that a method's refusal names; where it names none that is written, the method."""
+    words = re.findall(r"\w+", text)
+    marks = {name: mark for row in reversed(rows) for name, mark in row.marks.items()}
+    return next((marks[word] for word in words if word in marks), recipe.marks["merge_method"])
 
 
 def strangers(recipe: Recipe, rows: Sequence[Row], words: Vocabulary | None) -> list[Mistake]:
@@ -74,7 +107,7 @@ def strangers(recipe: Recipe, rows: Sequence[Row], words: Vocabulary | None) -> 
         for row in rows:
             if source is not None and vocabulary_axis(row.name) is not None and source[0] not in [m for m, _ in row.inputs]:
                 text = f"token {token!r} is to come from {source[0]}, which is no input of {row.name}; name one that is."
-                found.setdefault(token, Mistake(recipe.tokenizer.mark if recipe.tokenizer else None, text))
+                found.setdefault(token, Mistake(recipe.tokenizer.tokens[token].mark if recipe.tokenizer else None, text))
     return list(found.values())
 
 

@@ -92,9 +92,9 @@ class _Reader:
             self.wrong(node.keys[given[1]] if given else node.mark, f"{what}; a recipe has exactly one of them.")
         modules: tuple[Module, ...] = ()
         if given[:1] == ["models"]:
-            modules = (Module("", (self.models(fields["models"]),), {}, fields["models"].mark),)
+            modules = (Module("", (self.models(fields["models"], marks["models"]),), {}, marks["models"]),)
         elif given[:1] == ["slices"]:
-            modules = (Module("", self.slices(fields["slices"]), {}, fields["slices"].mark),)
+            modules = (Module("", self.slices(fields["slices"]), {}, marks["slices"]),)
         elif given[:1] == ["modules"]:
             modules = self.modules(fields["modules"])
         for key in ("dtype", "out_dtype"):
@@ -121,13 +121,13 @@ class _Reader:
 
     # --- models ---
 
-    def models(self, node: Node) -> Slice:
+    def models(self, node: Node, mark: Mark) -> Slice:
         inputs = []
         for entry in self.sequence(node, "models"):
             fields = self.mapping(entry, "a model", ("model", "parameters"))
             for model in self.window(fields.get("model")):
                 inputs.append(self.input(entry, fields | ({} if model is None else {"model": model}), None))
-        return Slice(tuple(i for i in inputs if i), None, {}, node.mark)
+        return Slice(tuple(i for i in inputs if i), None, {}, mark, {})
 
     def window(self, node: Node | None) -> list[Node | None]:
         """Ours: run/{1000..2000} is every checkpoint of a run whose number lies there, in the order of the numbers."""
@@ -154,7 +154,7 @@ class _Reader:
                 self.notes.append(Mistake(fields["residual_weight"].mark, "residual_weight has no effect, as in mergekit."))
             base = self.reference(fields["base_model"]) if self.there(fields, "base_model") else None
             parameters = self.parameters(fields.get("parameters"), own=False)
-            found.append(Slice(tuple(i for i in inputs if i), base, parameters, entry.mark))
+            found.append(Slice(tuple(i for i in inputs if i), base, parameters, entry.mark, entry.keys))
         return tuple(found)
 
     def modules(self, node: Node) -> tuple[Module, ...]:
@@ -166,11 +166,11 @@ class _Reader:
             fields = self.mapping(entry, f"module {name}", ("slices", "models", "parameters"))
             given = [k for k in ("models", "slices") if k in fields and fields[k].value]
             if len(given) != 1:
-                self.wrong(entry.mark, f"module {name} needs either models or slices.")
+                self.wrong(node.keys[name], f"module {name} needs either models or slices.")
                 continue
-            read = {"models": lambda n: (self.models(n),), "slices": self.slices}[given[0]]
-            parameters = self.parameters(fields.get("parameters"), own=False)
-            found.append(Module(name, read(fields[given[0]]), parameters, entry.mark))
+            inside, parameters = fields[given[0]], self.parameters(fields.get("parameters"), own=False)
+            slices = self.slices(inside) if given == ["slices"] else (self.models(inside, entry.keys["models"]),)
+            found.append(Module(name, slices, parameters, node.keys[name]))
         return tuple(found)
 
     def input(self, node: Node, fields: dict[str, Node], layers: tuple[int, int] | None) -> Input | None:
@@ -180,7 +180,7 @@ class _Reader:
             return None
         model = self.reference(fields["model"])
         parameters = self.parameters(fields.get("parameters"), own=True)
-        return Input(model, layers, parameters, fields["model"].mark, self.statistics(fields)) if model else None
+        return Input(model, layers, parameters, fields["model"].mark, node.keys, self.statistics(fields)) if model else None
 
     def statistics(self, fields: dict[str, Node]) -> tuple[Path, Mark] | None:
         """Ours: a checkpoint of what a method looks at beside a model."""
@@ -261,7 +261,7 @@ class _Reader:
                     f"{name} is one value for all models and has no effect beside one; write it under the slice or the recipe."
                 )
                 self.notes.append(Mistake(node.keys[name], text))
-            else:
+            if p is not None:
                 found[name] = read_setting(value, name, p, self.name, self.mistakes)
         return found
 
@@ -292,7 +292,8 @@ class _Reader:
         tokens = {}
         if self.there(parts, "tokens"):
             if isinstance(parts["tokens"].value, dict):
-                tokens = {token: self.token(n, token) for token, n in parts["tokens"].value.items()}
+                marks = parts["tokens"].keys
+                tokens = {t: self.token(n, t)._replace(mark=marks[t]) for t, n in parts["tokens"].value.items()}
             else:
                 self.wrong(parts["tokens"].mark, "tokens is a mapping of a token to where its row comes from.")
         pad = None
@@ -304,7 +305,7 @@ class _Reader:
                 )
                 pad = None
         source = self.vocabulary(parts["source"]) if self.there(parts, "source") else "union"
-        return Tokenizer(source, tokens, pad, node.mark)
+        return Tokenizer(source, tokens, pad, node.keys.get("source", node.mark))
 
     def vocabulary(self, node: Node) -> str | Reference:
         return node.value if node.value in ("union", "base") else self.reference(node) or "base"

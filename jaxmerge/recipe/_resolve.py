@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmerge.checkpoint import Source
-from jaxmerge.recipe._methods import REQUIRED, Parameter
+from jaxmerge.recipe._methods import REQUIRED
 from jaxmerge.recipe._names import BUFFERS, embeddings_of, in_module, place, stacks
 from jaxmerge.recipe._schema import Input, Module, Recipe, Reference, Slice
-from jaxmerge.recipe._settings import Setting, Settings, evaluate
+from jaxmerge.recipe._settings import Settings, along, deciding
 from jaxmerge.recipe._yaml import Mark, Mistake
 
 
@@ -23,6 +23,7 @@ class Row(NamedTuple):
       base: which of them is the base, or None.
       t: how far along the layers of its slice it lies.
       values: parameters: one value, or one for each input that has it.
+      marks: where those that are written stand; of several values the first.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     base: int | None
     t: float
     values: dict[str, Any]
+    marks: dict[str, Mark]
 
     @property
     def experts(self) -> tuple[tuple[Reference, str], ...]:
@@ -101,7 +103,7 @@ class _Resolver:
         whole = all(i.layers is None for i in part.inputs)
         if base is None or not whole or any(i.model == base for i in part.inputs):
             return part
-        return part._replace(inputs=(*part.inputs, Input(base, None, {}, self.recipe.marks["base_model"])))
+        return part._replace(inputs=(*part.inputs, Input(base, None, {}, self.recipe.marks["base_model"], {})))
 
     def inputs_fit(self, part: Slice, module: Module) -> bool:
         """Whether the method can merge these inputs."""
@@ -131,11 +133,15 @@ class _Resolver:
             layers = stacks(n for n in self.sources[i.model].leaves if in_module(n, module.name))
             deepest = max(layers.values(), default=0)
             if i.layers and i.layers[1] > deepest:
-                self.wrong(i.mark, f"layer_range {list(i.layers)} of {i.model} ends beyond its {deepest} layers.")
-        lengths = {i.layers[1] - i.layers[0] for i in part.inputs if i.layers}
-        if len(lengths) > 1:
+                self.wrong(
+                    i.marks["layer_range"], f"layer_range {list(i.layers)} of {i.model} ends beyond its {deepest} layers."
+                )
+        lengths = [(i.layers[1] - i.layers[0], i) for i in part.inputs if i.layers]
+        if other := next((i for n, i in lengths if n != lengths[0][0]), None):
             found = ", ".join(f"{i.model} {list(i.layers or ())}" for i in part.inputs)
-            self.wrong(part.mark, f"the sources of a slice must have as many layers as each other; got {found}.")
+            self.wrong(
+                other.marks["layer_range"], f"the sources of a slice must have as many layers as each other; got {found}."
+            )
         return len(self.mistakes) == before
 
     # --- tensors ---
@@ -255,33 +261,39 @@ class _Resolver:
         at = models.index(base) if self.method.base != "input" and base and base in models else None
         above = (line.part.parameters, line.module.parameters, self.recipe.parameters)
         values: dict[str, Any] = {}
+        marks: dict[str, Mark] = {}
         for name, p in self.method.parameters.items():
             if p.scope == "shared":
-                values[name] = self.value(name, above, line.name, line)
+                values[name] = self.value(name, above, line.name, line, marks)
                 continue
             each = []
             for k, (i, tensor) in enumerate(zip(line.part.inputs, line.names, strict=True)):
                 if k != at or p.scope == "input":
-                    each.append(self.value(name, (i.parameters, *above), tensor, line, i))
+                    each.append(self.value(name, (i.parameters, *above), tensor, line, marks, i))
                 elif name in i.parameters:
-                    self.note(i.mark, f"{name} of {i.model} has no effect: it is the base.")
+                    self.note(i.parameters[name][0].mark, f"{name} of {i.model} has no effect: it is the base.")
             values[name] = each
-        return Row(line.name, tuple(zip(models, line.names, strict=True)), at, line.t, values)
+        return Row(line.name, tuple(zip(models, line.names, strict=True)), at, line.t, values, marks)
 
-    def value(self, name: str, levels: tuple[Settings, ...], tensor: str, line: Line, i: Input | None = None) -> Any:
+    def value(  # noqa: PLR0917
+        self, name: str, levels: tuple[Settings, ...], tensor: str, line: Line, marks: dict[str, Mark], i: Input | None = None
+    ) -> Any:
+        """The value of a parameter at a tensor; where it is written goes into `marks`."""
         part, p = place(tensor).part, self.method.parameters[name]
         for settings in levels:
             if name in settings:
                 self.fitted.update(id(c) for c in settings[name] if c.fits(tensor, part))
-                value = evaluate(settings[name], tensor, part, line.t)
-                if value is not None:
-                    return self.whole(value, name, p, settings[name]) if p.kind is int else value
+                found = deciding(settings[name], tensor, part)
+                if found is not None:
+                    marks.setdefault(name, found.mark)
+                    value = along(found.values, line.t)
+                    return self.whole(value, name, found.mark) if p.kind is int else value
         if p.default is not REQUIRED:
             return p.default
         given = any(name in settings for settings in levels)
         who = f" for {i.model}" if i else ""
         if given:
-            mark = i.mark if i and name in i.parameters else next(s[name][0].mark for s in levels if name in s)
+            mark = next(s[name][0].mark for s in levels if name in s)
             self.unmet.setdefault((name, mark), {})[tensor] = None
             return 1.0
         if i and self.method.base == "input" and i.model == self.recipe.base and not i.parameters:
@@ -292,12 +304,14 @@ class _Resolver:
         else:
             where = "beside the model, or for all" if i else "for the recipe"
             text = f"{name} is missing{who}: {self.recipe.method_name} needs it; write it under parameters, {where}."
-        self.wrong(i.mark if i else line.part.mark, text)
+        top = self.recipe.marks
+        beside = (part.parameters[name][0].mark for part in line.part.inputs if name in part.parameters)
+        self.wrong(i.mark if i else next(beside, top.get("parameters", top["merge_method"])), text)
         return 1.0
 
-    def whole(self, value: float, name: str, p: Parameter, setting: Setting) -> int:
+    def whole(self, value: float, name: str, mark: Mark) -> int:
         if value != int(value):
-            self.wrong(setting[0].mark, f"{name} is a whole number; its gradient gives {value:g}.")
+            self.wrong(mark, f"{name} is a whole number; its gradient gives {value:g}.")
         return int(value)
 
     def conditions_count(self) -> None:

@@ -1,5 +1,6 @@
 """What a recipe says, as plain data: mergekit 0.1.5's YAML, whole, and our own keys."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxmerge.recipe._methods import Method
@@ -28,22 +29,28 @@ class Reference(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A model as it goes into a slice: which of its layers (None is all), its own parameters, statistics of it, and where."""
+    """A model as it goes into a slice: which of its layers (None is all), its own parameters, statistics of it.
+
+    Attributes:
+      mark, marks: where it is named, and where the keys beside it stand.
+    """
 
     model: Reference
     layers: tuple[int, int] | None
     parameters: Settings
     mark: Mark
+    marks: Mapping[str, Mark]
     statistics: tuple[Path, Mark] | None = None
 
 
 class Slice(NamedTuple):
-    """Layers of the output, and what they are merged from."""
+    """Layers of the output, and what they are merged from; `marks` are of its keys."""
 
     inputs: tuple[Input, ...]
     base: Reference | None
     parameters: Settings
     mark: Mark
+    marks: Mapping[str, Mark]
 
 
 class Module(NamedTuple):
@@ -63,10 +70,11 @@ class TokenSource(NamedTuple):
     row: int | None = None
     force: bool = False
     given: bool = True
+    mark: Mark | None = None
 
 
 class Tokenizer(NamedTuple):
-    """Which vocabulary the output has: "union", "base", or a model's."""
+    """Which vocabulary the output has: "union", "base", or a model's; `mark` is where that is said."""
 
     source: str | Reference
     tokens: dict[str, TokenSource]
@@ -114,7 +122,7 @@ class Recipe(NamedTuple):
                 for each in part.inputs:
                     found.setdefault(each.model, each.mark)
                 if part.base:
-                    found.setdefault(part.base, part.mark)
+                    found.setdefault(part.base, part.marks["base_model"])
         return found
 
     def statistics(self) -> dict[Reference, tuple[Path, Mark]]:

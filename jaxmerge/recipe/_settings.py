@@ -45,23 +45,22 @@ Setting = tuple[Condition, ...]
 Settings = Mapping[str, Setting]
 
 
-def evaluate(setting: Setting, name: str, part: str, t: float) -> Any:
-    """The value at a tensor: the first condition that fits decides. None where none does, and the next level is asked.
+def deciding(setting: Setting, name: str, part: str) -> Condition | None:
+    """The condition that decides at a tensor: the first that fits. None where none does, and the next level is asked.
 
     Args:
       setting: conditions, in order.
       name: the tensor that is read.
       part: which part of the model it belongs to.
-      t: how far along the layers it lies, from 0 to 1; 0 for tensors that are in no layer.
     """
-    for condition in setting:
-        if condition.fits(name, part):
-            return along(condition.values, t)
-    return None
+    return next((condition for condition in setting if condition.fits(name, part)), None)
 
 
 def along(values: tuple[Any, ...], t: float) -> Any:
-    """The value at t: numbers at even distances with lines between them; of flags and words the one that t has reached."""
+    """The value at t, how far along the layers a tensor lies, from 0 to 1; 0 for tensors that are in no layer.
+
+    Numbers stand at even distances with lines between them; of flags and words it is the one that t has reached.
+    """
     place = t * (len(values) - 1)
     low = int(place)
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):

@@ -18,6 +18,18 @@ FILES = (
 """What goes from the base to the output as it is."""
 
 
+class Damaged(ValueError):
+    """A file beside a checkpoint's tensors is not what it should be.
+
+    Attributes:
+      source: the checkpoint.
+    """
+
+    def __init__(self, source: Source, text: str):
+        super().__init__(f"{source.name}: {text}; fetch it again.")
+        self.source = source
+
+
 def side_file(source: Source, name: str) -> bytes | None:
     """A file beside a checkpoint's tensors."""
     beside = getattr(source, "beside", None)  # of a result that is not there yet
@@ -32,7 +44,7 @@ def side_json(source: Source, name: str) -> dict[str, Any]:
     """A JSON file beside a checkpoint's tensors; empty where there is none.
 
     Raises:
-      ValueError: it is damaged.
+      Damaged: it is.
     """
     content = side_file(source, name)
     if content is None:
@@ -40,9 +52,9 @@ def side_json(source: Source, name: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except ValueError as e:
-        raise ValueError(f"{source.name}: {name} is not JSON: {e}; fetch it again.") from None
+        raise Damaged(source, f"{name} is not JSON: {e}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{source.name}: {name} is not an object; fetch it again.")
+        raise Damaged(source, f"{name} is not an object")
     return found
 
 
@@ -152,7 +164,7 @@ def template(name: str, sources: Sequence[Source]) -> str | None:
     """What `chat_template` means: the models' most common one ("auto"), a well-known one, or itself. None: no model has one.
 
     Raises:
-      ValueError: it is neither.
+      LookupError: it is neither.
     """
     if name == "auto":
         found = [t.strip() for t in map(template_of, sources) if t]
@@ -160,7 +172,7 @@ def template(name: str, sources: Sequence[Source]) -> str | None:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if "{" not in name:
-        raise ValueError(name)
+        raise LookupError(name)
     return name
 
 

@@ -13,6 +13,7 @@ from jaxmerge.recipe._mosaic import Mosaic
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Reference
 from jaxmerge.recipe._statistics import Data
+from jaxmerge.recipe._yaml import Wrong
 
 Adapt = Callable[[Reference, str, str], tuple[Source, str]]
 """(model, its tensor, the output's) -> where to read it."""
@@ -97,9 +98,10 @@ def _same(rows: Sequence[Row], name: str) -> Any:
     values = rows[0].values[name]
     differs = next((r.name for r in rows if r.values[name] != values), None)
     if differs is not None:
-        raise ValueError(
+        raise Wrong(
+            rows[0].marks.get(name),
             f"scope: model looks at all tensors together and has one {name} for them, but {rows[0].name} and {differs} differ; "
-            "write one number, or scope: tensor."
+            "write one number, or scope: tensor.",
         )
     return values
 

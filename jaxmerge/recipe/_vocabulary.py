@@ -75,8 +75,12 @@ def vocabulary(recipe: Recipe, sources: Mapping[Reference, Source]) -> tuple[Voc
         rows = leaves[table].shape[vocabulary_axis(table) or 0] if table else None
         try:
             tokens = read_tokens(sources[model], rows)
-        except (ValueError, KeyError, TypeError) as e:
+        except ValueError as e:
             mistakes.append(Mistake(marks.get(model), str(e)))
+            continue
+        except (KeyError, TypeError, AttributeError, IndexError):
+            text = f"{model}: tokenizer.json is not one of the tokenizers library; fetch it again, or save the tokenizer anew."
+            mistakes.append(Mistake(marks.get(model), text))
             continue
         if tokens is not None:
             found[model] = tokens
@@ -106,7 +110,7 @@ def vocabulary(recipe: Recipe, sources: Mapping[Reference, Source]) -> tuple[Voc
             continue
         row = _row(token, source, found)
         if isinstance(row, str):
-            mistakes.append(Mistake(wanted.mark, row))
+            mistakes.append(Mistake(source.mark, row))
         else:
             decrees[token] = row
     forced = tuple(t for t, s in wanted.tokens.items() if s.force and t in decrees)

@@ -19,6 +19,18 @@ class Mistake(NamedTuple):
     text: str
 
 
+class Wrong(ValueError):
+    """One mistake that leaves nothing to look for others in.
+
+    Attributes:
+      mark: where it stands.
+    """
+
+    def __init__(self, mark: Mark | None, text: str):
+        super().__init__(text)
+        self.mark = mark
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be carried out; the message lists every reason.
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 import time
 
 import pytest
@@ -79,7 +80,7 @@ WRONG = {
     ),
     "slices of different lengths": (
         "merge_method: linear\n" + SLICE % ("[0, 2]", "b", "[1, 4]") + WEIGH,
-        "3:",
+        "5:",
         "as many layers as each other",
         "[1, 4]",
     ),
@@ -101,14 +102,14 @@ WRONG = {
     "weights that sum to zero": (
         'merge_method: linear\nmodels:\n  - {model: "@a", parameters: {weight: 1}}\n'
         '  - {model: "@b", parameters: {weight: -1}}\n',
-        "",
+        "3:",
         "sum to 0",
         "normalize: false",
     ),
     "weights that sum to zero in one layer": (
         'merge_method: linear\nmodels:\n  - {model: "@a", parameters: {weight: [1, 0]}}\n'
         '  - {model: "@b", parameters: {weight: [1, 0]}}\n',
-        "",
+        "3:",
         "layers.3",
         "change them",
     ),
@@ -135,7 +136,7 @@ WRONG = {
     ),
     "one model for model_stock": (
         "merge_method: model_stock\n" + BASE + "models:\n" + A,
-        "4:",
+        "3:1",
         "takes 2 or more models beside the base, got 1",
         "model_stock",
     ),
@@ -161,7 +162,7 @@ WRONG = {
     ),
     "conditions without an end": (
         LINEAR + "parameters:\n  weight:\n    - {filter: mlp, value: 1}\n",
-        "",
+        "5:7",
         "no condition of weight",
         "a value that has no filter",
     ),
@@ -173,7 +174,7 @@ WRONG = {
     ),
     "della's epsilon": (
         "merge_method: della\n" + BASE + AB + "parameters: {weight: 1, density: 0.1, epsilon: 0.2}\n",
-        "3:",
+        "4:48",
         "leaves the range",
         "below 0.1",
     ),
@@ -217,7 +218,7 @@ WRONG = {
     "not YAML": ("merge_method: [linear\nmodels: x: y\n", "2:", "not YAML", "colons"),
     "a scope with gradients": (
         TIES + "parameters: {weight: [0, 1], density: 0.5, scope: model}\n",
-        "",
+        "4:22",
         "one weight",
         "scope: tensor",
     ),
@@ -264,6 +265,71 @@ WRONG = {
         "t is missing: slerp needs it",
         "for the recipe",
     ),
+    "a sharding of more devices than are here": (
+        LINEAR + WEIGH + "format: orbax\nsharding: fsdp=64\n",
+        "5:1",
+        "needs 64 devices, here are 8",
+        "xla_force_host_platform_device_count=64",
+    ),
+    "a sharding in other words": (LINEAR + WEIGH + "sharding: 4\n", "4:", "sharding is words such as fsdp=4", "got 4"),
+    "a sharding of one word": (LINEAR + WEIGH + "format: orbax\nsharding: fsdp\n", "5:1", "not of the form", "fsdp=4"),
+    "a sharding of files": (LINEAR + WEIGH + "sharding: fsdp=8\n", "4:1", "safetensors are written by ranges", "leave it out"),
+    "too little memory": (
+        "merge_method: tsvm\n" + BASE + AB + "memory: 1kB\n",
+        "4:1",
+        "must see a tensor whole",
+        "raise memory= (--memory)",
+    ),
+    "a layout that none has": (LINEAR + WEIGH + "layout: gemma\n", "4:1", "no model of this recipe is in", "there are a (hf)"),
+    "layers beyond the last, in lines": (
+        'merge_method: passthrough\nslices:\n  - sources:\n      - model: "@a"\n        layer_range: [3, 5]\n',
+        "5:9",
+        "ends beyond its 4 layers",
+        "layer_range [3, 5]",
+    ),
+    "a shared parameter that is missing": (
+        "merge_method: slerp\n" + BASE + 'models:\n  - model: "@base"\n  - model: "@a"\nparameters:\n  densty: 1\n',
+        "7:3",
+        "slerp has no parameter 'densty'",
+        "there are: t",
+    ),
+    "a shared parameter that nobody writes": (
+        BASE + 'models:\n  - model: "@base"\n  - model: "@a"\nmerge_method: slerp\n',
+        "5:1",
+        "t is missing",
+        "for the recipe",
+    ),
+    "a value that a function refuses": (
+        "merge_method: pcb\n" + BASE + AB + "parameters:\n  density: 0.5\n  tail: 2\n",
+        "6:9",
+        "tail must be between 0 and 0.5",
+        "got 2",
+    ),
+    "a token of another model, in lines": (
+        WORDS + 'tokenizer:\n  source: union\n  tokens:\n    dog:\n      source: "@a"\n',
+        "7:5",
+        "'dog' is to come from",
+        "list it, or name one that is",
+    ),
+    "a vocabulary of another model, in lines": (
+        WORDS + 'tokenizer:\n  tokens: {}\n  source: "@a"\n',
+        "6:3",
+        "the vocabulary is to be that of",
+        "list it, or name one that is",
+    ),
+    "a base of a slice that is not there": (
+        'merge_method: ties\nslices:\n  - sources:\n      - {model: "@a", layer_range: [0, 4]}\n    base_model: "@bse"\n'
+        + WEIGH,
+        "5:5",
+        "there is nothing at",
+        "did you mean",
+    ),
+    "two models for one": (
+        "merge_method: update_selective\n" + BASE + AB + "parameters: {density: 0.5}\n",
+        "3:1",
+        "takes 1 model beside the base, got 2",
+        "update_selective",
+    ),
     "embed_slerp": (
         LINEAR + "parameters: {weight: 1, embed_slerp: true}\n",
         "3:25",
@@ -294,6 +360,34 @@ def test_a_wrong_recipe_is_told_what_to_do(models, monkeypatch, tmp_path, name):
     for part in parts:
         assert part.replace("@", f"{models}/") in message, message
     assert f"recipe:{where}" in message if where else "recipe" in message, message
+
+
+def test_a_file_that_came_damaged_is_its_models_mistake(models, tmp_path):
+    shutil.copytree(models / "words0", tmp_path / "words0")
+    text = f'merge_method: linear\nmodels:\n  - model: "{models}/words0"\n  - model: "{tmp_path}/words0"\n' + WEIGH
+    text += "chat_template: auto\ntokenizer:\n  source: union\n"
+    for name, content, what in (
+        ("tokenizer_config.json", "{", "is not JSON"),
+        ("tokenizer.json", '{"added_tokens": [{}]}', "is not one of the tokenizers library"),
+        ("tokenizer.json", "[]", "is not an object"),
+    ):
+        was = (tmp_path / "words0" / name).read_bytes()
+        (tmp_path / "words0" / name).write_text(content)
+        with pytest.raises(recipe.RecipeError) as refused:
+            recipe.plan(text)
+        assert "recipe:4:12: " in str(refused.value) and f"{name} {what}" in str(refused.value), str(refused.value)
+        assert "fetch it again" in str(refused.value)
+        (tmp_path / "words0" / name).write_bytes(was)
+
+
+def test_what_an_option_says_is_no_mistake_of_a_line(models):
+    text = (LINEAR + WEIGH + "format: orbax\nsharding: fsdp=8\n").replace("@", f"{models}/")
+    with pytest.raises(recipe.RecipeError) as refused:
+        recipe.plan(text, format="safetensors")
+    assert "recipe:5:1: sharding" in str(refused.value)
+    with pytest.raises(recipe.RecipeError) as refused:
+        recipe.plan(text, format="safetensors", sharding="fsdp=4")
+    assert "recipe: sharding" in str(refused.value)
 
 
 def test_all_mistakes_in_one_message(models):
