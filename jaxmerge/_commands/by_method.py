@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from jaxmerge import params
-from jaxmerge._commands.words import speed, told
+from jaxmerge._commands.words import memory, speed, told
 from jaxmerge._methods import METHODS, NEED_NO_BASE
 from jaxmerge.checkpoint._budget import show_size
 
@@ -177,7 +177,7 @@ def _plan(tx: params.MergeTransform, files: Inputs) -> None:
     console.print(
         f"output: {plan.format}, {len(plan.batches or plan.units)} batches; passes over the files: {plan.passes}; reads "
         f"{show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)}; "
-        f"peak memory about {show_size(plan.peak_bytes)}, and some 300 MB for the runtime"
+        f"{memory(plan)}"
     )
     looks = ", ".join(f"{statistic} ({scope})" for statistic, scope in params.needs(tx))
     console.print(f"looks at: {looks or 'every entry for itself'}")

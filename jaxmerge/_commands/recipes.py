@@ -9,7 +9,7 @@ import pathlib
 import sys
 from typing import Any, Literal
 
-from jaxmerge._commands.words import speed
+from jaxmerge._commands.words import memory, speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def show(console: Any, plan: Any) -> None:
     console.print(
         f"passes over the files: {headers.passes}; reads {show_size(headers.bytes_read)}, "
         f"writes {show_size(headers.bytes_written)}; "
-        f"peak memory about {show_size(headers.peak_bytes)}, and some 300 MB for the runtime"
+        f"{memory(headers)}"
     )
     if plan.vocabulary:
         table = Table("rows of the vocabulary", *next(iter(plan.vocabulary.values())))

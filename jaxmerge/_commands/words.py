@@ -1,6 +1,7 @@
 """What commands say: errors, guesses at what was meant, speeds."""
 
 from collections.abc import Collection
+from typing import Any
 
 
 def close(word: str, known: Collection[str]) -> list[str]:
@@ -21,6 +22,14 @@ def told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def memory(plan: Any) -> str:
+    """What a merge takes of it, by its headers."""
+    from jaxmerge.checkpoint._budget import show_size
+
+    whole = show_size(plan.peak_bytes + plan.runtime_bytes)
+    return f"peak memory about {whole}, {show_size(plan.runtime_bytes)} of it for Python and JAX"
 
 
 def speed(size: int, seconds: float) -> str:

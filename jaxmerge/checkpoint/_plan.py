@@ -14,6 +14,7 @@ from jaxmerge.checkpoint._budget import parse_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._layout import layout
 from jaxmerge.checkpoint._open import open as open_source
+from jaxmerge.checkpoint._peak import runtime
 from jaxmerge.checkpoint._problem import Problem
 from jaxmerge.checkpoint._quantised import quantised, refusal
 from jaxmerge.checkpoint._sharding import Rule, all_devices, shards_of, split_evenly
@@ -46,8 +47,8 @@ class CheckpointPlan(NamedTuple):
       settings: per step of the transform, the resolved hyperparameters by leaf.
       passes: how often the floating leaves are read, the merge itself included; 1 where one batch holds them all.
       bytes_read, bytes_written: over all passes and all processes.
-      peak_bytes: estimate of what buffers and arrays take at their most: over all devices where it is merged on them, else on
-        one process; the runtime itself takes some 300 MB.
+      peak_bytes: what buffers and arrays take at their most: over all devices where it is merged on them, else on one process.
+      runtime_bytes: what Python and JAX take of a process beside that; `_peak` says how both come about.
       problems: every reason to refuse; empty if there is none.
       notes: what is no reason to refuse but not as asked: the least `memory` that suffices, where what is given does not.
       statistics: data that comes with the models, one for each.
@@ -70,6 +71,7 @@ class CheckpointPlan(NamedTuple):
     bytes_read: int
     bytes_written: int
     peak_bytes: int
+    runtime_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     statistics: tuple[Source, ...] = ()
@@ -238,6 +240,7 @@ def plan(
             passes=passes,
             bytes_read=size + (again if passes > 1 else 0) + agree + rest,
             peak_bytes=peak(batches),
+            runtime_bytes=runtime(orbax=True, whole=False),
             problems=tuple(problems),
             notes=_short(memory, peak(batches), lambda m: peak(in_memory(m))),
         )
@@ -272,9 +275,10 @@ def plan(
         layout=files,
         passes=looks,
         bytes_read=size + again + twice + agree + rest,
-        peak_bytes=ways.peak,
+        peak_bytes=ways.peak.total,
+        runtime_bytes=runtime(orbax="orbax" in (format, *(s.format for s in both)), whole=bool(ways.entire)),
         problems=tuple(problems),
-        notes=() if ways.problems else _short(memory, ways.peak, lambda m: cut(memory=m).peak),
+        notes=() if ways.problems else _short(memory, ways.peak.total, lambda m: cut(memory=m).peak.total),
     )
 
 

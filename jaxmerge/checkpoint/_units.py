@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxmerge.checkpoint import _programs as programs
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
-from jaxmerge.checkpoint._feed import FLUSH, ROOMS, Unit
+from jaxmerge.checkpoint._feed import Unit
+from jaxmerge.checkpoint._peak import Peak, decoded, of_block, rooms, written
 from jaxmerge.checkpoint._source import Leaf, Source
 from jaxmerge.checkpoint._stream import LOOK, parts_of, row_of, split
 from jaxmerge.params._transform import Step
@@ -40,7 +41,7 @@ class Ways(NamedTuple):
     spans: dict[str, Span]
     group: int
     again: tuple[str, ...]
-    peak: int
+    peak: Peak
     problems: tuple[str, ...]
 
 
@@ -67,7 +68,8 @@ def by_ranges(
     block = next((s for s in programs.SIZES if s * copies <= hold), programs.SIZES[-1])
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
-    largest, work = block * len(inputs) * width, 4 * len(inputs) * (block + LOOK)
+    largest = block * len(inputs) * width
+    work = of_block(block, LOOK, len(inputs), max((leaves[n].size for n in merged), default=0))
     encoded = 0  # of inputs that are no runs of bytes: what is read, and what comes of it, until it is where it belongs
     units: list[tuple[Unit, ...]] = []
     entire, again = set(), []
@@ -131,11 +133,12 @@ def by_ranges(
             units.append((whole,))
             encoded = max(encoded, 0 if local else held)
         largest = max(largest, held)
-    group = 4 * FLUSH if shards is None else min(GROUP, hold // 8)
-    written = group if shards is None else 3 * group  # one group is on its way, compressed, while the next is made
-    limit = hold if memory is None else max(hold - work - 2 * encoded - written, largest)
-    peak = max(min(ROOMS * largest, limit), largest) + work + 2 * encoded + written
-    return Ways(tuple(units), frozenset(entire), limit, spans, group, tuple(again), peak, tuple(problems))
+    together = min(GROUP, hold // 8)
+    out = written(sum(leaf.bytes for leaf in leaves.values()), None if shards is None else together)
+    limit = hold if memory is None else max(hold - work - decoded(encoded) - out, largest)
+    room = rooms((unit for group in units for unit in group), inputs, merged, limit)
+    peak = Peak(room, work, decoded(encoded), out)
+    return Ways(tuple(units), frozenset(entire), limit, spans, together, tuple(again), peak, tuple(problems))
 
 
 def span(shape: tuple[int, ...], most: int, shards: Sequence[int] = (), together: int = 1) -> Span:

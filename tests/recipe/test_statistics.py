@@ -68,7 +68,7 @@ def test_fisher(root, tmp_path):
     files = [f for s in checkpoint.receipt(tmp_path / "out")["statistics"] for f in s["files"]]
     assert files == [str(root / f"fisher-{m}.safetensors") for m in "ab"]
     again = recipe.plan(words, memory="1MB")[0].headers
-    assert again.bytes_read == report.headers.bytes_read and again.peak_bytes < report.headers.peak_bytes
+    assert again.bytes_read == report.headers.bytes_read and again.peak_bytes == report.headers.peak_bytes < 1_000_000  # small
 
 
 def test_regmean_and_slices(root, tmp_path):
