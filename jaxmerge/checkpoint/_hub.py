@@ -3,6 +3,9 @@
 org/name@revision  ->  HF_HUB_CACHE/models--org--name/snapshots/COMMIT    where that is whole
                    ->  HF_ENDPOINT/org/name/resolve/COMMIT                else; the commit is asked for once in a process
 
+A folder in it, however deep, is named after it: org/name/folder/folder@revision; or as the Hub's file system has it,
+hf://org/name@revision/folder/folder.
+
 Source: the Hub's API, GET /api/models/ORG/NAME/revision/REVISION (its fields id, sha, siblings), and the layout of the cache,
 huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
@@ -18,7 +21,9 @@ from typing import NamedTuple
 
 from jaxmerge.checkpoint import _access, _http
 
-NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([^@]+))?")
+SCHEME = "hf://"
+NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?(?:/[\w.-]+?)*)(?:@([^@]+))?")
+INSIDE = re.compile(r"hf://(?:models/)?([^/@]+/[^/@]+)@(refs/(?:pr|convert)/[^/@]+|(?!refs/)[^/@]+)/(.+)")
 FILES = (".safetensors", ".gguf", ".json", ".bin", ".pt", ".pth", ".ckpt", ".yml", ".yaml")
 """What ends like this is a path."""
 FOLDER = re.compile(r"(?P<root>https?://.+)/(?P<model>[^/]+/[^/]+)/resolve/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.*))?")
@@ -63,30 +68,73 @@ def split(text: str) -> tuple[str, str | None] | None:
     Example:
       >>> split("org/name@v1"), split("org/name"), split("./ckpt/base"), split("ckpt/model.safetensors")
       (('org/name', 'v1'), ('org/name', None), None, None)
+      >>> split("org/name/step/items@v1"), split("hf://org/name@v1/step/items")
+      (('org/name/step/items', 'v1'), ('hf://org/name/step/items', 'v1'))
     """
-    found = NAME.fullmatch(text)
-    return (found[1], found[2]) if found and not found[1].endswith(FILES) else None
+    if found := INSIDE.fullmatch(text):
+        return f"{SCHEME}{found[1]}/{found[3]}", urllib.parse.unquote(found[2])
+    scheme = SCHEME if text.startswith(SCHEME) else ""
+    found = NAME.fullmatch(text.removeprefix(scheme).removeprefix("models/" if scheme else ""))
+    return (scheme + found[1], found[2]) if found and (scheme or not found[1].endswith(FILES)) else None
+
+
+def parted(name: str) -> tuple[str, str]:
+    """(model, the folder in it or "") of a name as `split` gives it.
+
+    Example:
+      >>> parted("hf://org/name/step/items"), parted("org/name")
+      (('org/name', 'step/items'), ('org/name', ''))
+    """
+    owner, model, *inside = name.removeprefix(SCHEME).split("/")
+    return f"{owner}/{model}", "/".join(inside)
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """Where a model of the Hub is read: its snapshot in the cache, if that is whole, or the address of its commit.
+    """Where a model of the Hub is read, or a folder in it: its snapshot in the cache, if that is whole, or the address of its
+    commit.
 
     Raises:
       FileNotFoundError: it is in neither place, or not for us. OSError: the Hub cannot be asked.
     """
-    snapshot = cached(name, revision)
-    if snapshot is not None and (_access.offline() or whole(snapshot) or (_is_orbax(snapshot) and complete(name, snapshot))):
-        return str(snapshot)
-    fetch = f"hf download {name}{f' --revision {revision}' if revision else ''}"
+    model, inside = parted(name)
+    owner = model.partition("/")[0]
+    if inside and not name.startswith(SCHEME) and pathlib.Path(owner).is_dir():
+        text = f"{owner} is a folder here; of a model on the Hub write {SCHEME}{name}"
+        raise FileNotFoundError(f"{name!r} is no path here{near(name)}; {text}.")
+    snapshot = cached(model, revision)
+    here = None if snapshot is None else snapshot / inside
+    if snapshot is not None and here is not None and here.exists():
+        sound = lambda: here.is_file() or whole(here) or (_is_orbax(here) and complete(model, snapshot, inside))
+        if _access.offline() or sound():
+            return str(here)
+    fetch = f"hf download {model}{f' --revision {revision}' if revision else ''}"
     if _access.offline():
         have = f"the Hub's cache {_access.cache()} has no such model, and HF_HUB_OFFLINE keeps us from asking"
         raise FileNotFoundError(f"{name!r} is no path here{near(name)}; {have}; unset it, or fetch the model: {fetch}")
     try:
-        return resolve(_access.endpoint(), name, revision or "main")
+        return _folder(resolve(_access.endpoint(), model, revision or "main"), inside)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{name!r} is no path here{near(name)}; {e}") from None
     except OSError as e:
         raise OSError(f"{name!r} is no path here{near(name)}, and the Hub is out of reach: {e} Fetch it: {fetch}") from None
+
+
+def _folder(address: str, inside: str) -> str:
+    """The address of a folder, or a file, of a commit.
+
+    Raises:
+      FileNotFoundError: it is not there; it says where checkpoints are.
+    """
+    commit = at(address)
+    if not inside or commit is None:
+        return address
+    files = listing(*commit[:3])
+    if any(f"{file}/".startswith(f"{inside}/") for file in files):
+        return f"{address}/{inside}"
+    have = shown([f"{commit.model}/{folder}".rstrip("/") for folder in checkpoints(files)])
+    raise FileNotFoundError(
+        f"{commit.model} has no {inside} on the Hub; {f'its checkpoints are {have}' if have else 'it has no checkpoint'}."
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -132,14 +180,16 @@ def _is_orbax(snapshot: pathlib.Path) -> bool:
     return (snapshot / "_METADATA").exists() or any(snapshot.glob("*/_METADATA"))
 
 
-def complete(name: str, snapshot: pathlib.Path) -> bool:
-    """Whether a snapshot has all files of its commit: what Orbax has written says nowhere how many there are.
+def complete(name: str, snapshot: pathlib.Path, inside: str = "") -> bool:
+    """Whether a snapshot has all files of its commit, or of a folder in it: what Orbax has written says nowhere how many there
+    are.
 
     Raises:
       OSError: the Hub cannot be asked.
     """
     try:
-        return all((snapshot / file).exists() for file in listing(_access.endpoint(), name, snapshot.name))
+        files = listing(_access.endpoint(), name, snapshot.name)
+        return all((snapshot / file).exists() for file in files if not inside or file.startswith(f"{inside}/"))
     except FileNotFoundError:  # the commit is no longer there
         return False
     except OSError as e:
@@ -147,6 +197,26 @@ def complete(name: str, snapshot: pathlib.Path) -> bool:
         raise OSError(
             f"whether {snapshot} has all files of {name} is for the Hub to say, and it is out of reach: {e} {remedy}."
         ) from None
+
+
+def checkpoints(files: Iterable[str]) -> list[str]:
+    """The folders that hold a checkpoint, by the paths of all files: of safetensors, or what Orbax saved, whole.
+
+    Example:
+      >>> checkpoints(["a/model.safetensors", "run/10/_CHECKPOINT_METADATA", "run/10/items/_METADATA", "b/c/_METADATA"])
+      ['a', 'b/c', 'run/10']
+    """
+    files = set(files)
+    found = {file.rpartition("/")[0] for file in files if file.endswith(".safetensors")}
+    for folder in (file.rpartition("/")[0] for file in files if file.rpartition("/")[2] == "_METADATA"):
+        above = folder.rpartition("/")[0]
+        found.add(above if f"{above}/_CHECKPOINT_METADATA".lstrip("/") in files else folder)
+    return sorted(found, key=lambda folder: [(len(part), part) for part in folder.split("/")])
+
+
+def shown(names: list[str], most: int = 6) -> str:
+    """Names in a message: a few of them."""
+    return ", ".join(names if len(names) <= most else [*names[: most - 2], "...", names[-1]])
 
 
 def said(files: Iterable[str]) -> list[str]:
@@ -158,8 +228,10 @@ def said(files: Iterable[str]) -> list[str]:
 
 
 def commits(name: str, files: Iterable[str]) -> set[str]:
-    """The commits of a model that files belong to."""
-    return {c.commit for file in files if (c := at(file)) is not None and c.model == name}
+    """The commits that files of a model, or of a folder in it, belong to."""
+    model, inside = parted(name)
+    there = (c for file in files if (c := at(file)) is not None)
+    return {c.commit for c in there if c.model == model and f"{c.inside}/".startswith(f"{inside}/" if inside else "")}
 
 
 def near(name: str) -> str:

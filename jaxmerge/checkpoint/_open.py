@@ -11,23 +11,28 @@ from jaxmerge.checkpoint._source import Source
 
 GGUF = "is quantised (GGUF) and cannot be merged; merge what it was made from, in safetensors, and quantise that."
 
+DEEP, MANY = 4, 10_000
+"""Folders below one, and files in them, among which checkpoints are looked for on a disk."""
+
 
 def open(path: Any) -> Source:
     """Look at a checkpoint: Orbax (v1 or the older PyTree layout), a safetensors file, or a directory of them as on the Hub.
 
     Args:
       path: a file or directory, local, https://, gs:// or s3:// (Orbax over https: of a commit on the Hub alone); a model's
-        name on the Hub, "org/name" or "org/name@revision", where no such path is here: from the cache of its client if it is
-        whole there, else by ranges at the revision's commit; or a source, which is handed back.
+        name on the Hub, "org/name" or "org/name@revision", or a folder's in it, "org/name/folder/folder", where no such path is
+        here: from the cache of its client if it is whole there, else by ranges at the revision's commit; or a source, which is
+        handed back.
 
     Raises:
       FileNotFoundError: nothing is there. ValueError: what is there is none of these, or its headers are wrong.
     """
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
-    if is_remote(path) and not str(path).startswith((*WEB, *STORES)):
-        raise ValueError(f"{path}: checkpoints are read from local paths, https://, gs:// and s3://; download it first.")
     named = _hub.split(path) if isinstance(path, str) else None
+    if is_remote(path) and not named and not str(path).startswith((*WEB, *STORES)):
+        where = "local paths, the Hub (org/name), https://, gs:// and s3://"
+        raise ValueError(f"{path}: checkpoints are read from {where}; download it first.")
     path = _hub.locate(*named) if named and not os.path.exists(str(path)) else path
     path = Url(path) if is_remote(path) else epath.Path(path).absolute()
     if isinstance(path, epath.Path) and not path.exists():
@@ -45,6 +50,9 @@ def open(path: Any) -> Source:
         torch = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if torch:
             raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; convert it to safetensors.")
+        if deeper := _below(path):
+            text = f"holds no checkpoint itself, there are {_hub.shown(deeper)} in it; name one of them"
+            raise ValueError(f"{path} {text}.")
         from jaxmerge.checkpoint import _orbax  # who merges safetensors need not wait for it
 
         local = str(path).startswith("file://")
@@ -54,3 +62,25 @@ def open(path: Any) -> Source:
     if path.name.endswith(".gguf"):
         raise ValueError(f"{path} {GGUF}")
     raise ValueError(f"{path} is not a checkpoint: name an Orbax directory, a .safetensors file, or a directory of such files.")
+
+
+def _below(path: Url | epath.Path) -> list[str]:
+    """The folders deep in one that hold checkpoints, where it is none itself; [] where they cannot be listed.
+
+    An Orbax checkpoint has its tree at the top, or one below; those of several steps are its reader's to tell of.
+    """
+    files: list[str] = []
+    if isinstance(path, Url):
+        if (commit := _hub.at(path)) is None:
+            return []
+        within = f"{commit.inside}/" if commit.inside else ""
+        files += [f.removeprefix(within) for f in _hub.listing(*commit[:3]) if f.startswith(within)]
+    else:
+        for folder, inner, here in os.walk(path):
+            at = os.path.relpath(folder, path)
+            files += [os.path.normpath(f"{at}/{file}") for file in here]
+            if at.count(os.sep) + 2 > DEEP or len(files) > MANY:
+                inner.clear()
+    if any(f.count("/") < 2 and f.endswith(("_METADATA", "_CHECKPOINT_METADATA")) for f in files):
+        return []
+    return [folder for folder in _hub.checkpoints(files) if folder]

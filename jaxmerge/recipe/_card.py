@@ -221,7 +221,7 @@ def _page(
     chats: bool,
 ) -> str:
     """A card: the models and their licences, what was asked for, and how it is made again."""
-    hub = [p.path for m in sources for p in (m.model, m.lora) if p is not None and on_hub(p)]
+    hub = [_hub.parted(name)[0] for m in sources for p in (m.model, m.lora) if p is not None and (name := on_hub(p))]
     licences = {str(m): licence for m, source in sources.items() if (licence := licence_of(source))}
     front: dict[str, Any] = {
         "base_model": list(dict.fromkeys(hub)),
@@ -274,9 +274,10 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def on_hub(path: Path) -> bool:
-    """Whether a path is a model's name on the Hub rather than a place on this machine."""
-    return _hub.split(path.path) is not None and not os.path.exists(path.path)
+def on_hub(path: Path) -> str | None:
+    """The name of a model on the Hub, and of a folder in it; None of a place on this machine."""
+    named = None if os.path.exists(path.path) else _hub.split(str(path))
+    return named and named[0]
 
 
 def link(model: Reference) -> str:
@@ -284,8 +285,9 @@ def link(model: Reference) -> str:
     parts = []
     for path in (model.model, model.lora):
         if path is not None:
-            name = str(path) if on_hub(path) else os.path.basename(str(path).rstrip("/"))
-            parts.append(f"[{name}](https://huggingface.co/{path.path})" if on_hub(path) else name)
+            hub = on_hub(path)
+            name = str(path) if hub else os.path.basename(str(path).rstrip("/"))
+            parts.append(f"[{name}](https://huggingface.co/{_hub.parted(hub)[0]})" if hub else name)
     return " + ".join(parts)
 
 

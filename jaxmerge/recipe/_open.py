@@ -30,10 +30,10 @@ def locate(path: Path) -> str:
     Raises:
       Absent: none of them is there.
     """
+    if named := _hub.split(str(path)) if not os.path.exists(path.path) else None:
+        return _hub.locate(*named)
     if "://" in path.path or os.path.exists(path.path):
         return path.path
-    if _hub.split(path.path):
-        return _hub.locate(path.path, path.revision)
     parent = pathlib.Path(path.path).expanduser()
     if path.path.startswith("~") and parent.exists():
         return str(parent)
@@ -91,15 +91,15 @@ def pinned(recipe: Recipe, files: Sequence[str]) -> dict[str, Source]:
     """
     paths = [p for r in recipe.references() for p in (r.model, r.lora) if p is not None]
     paths += [path for path, _ in recipe.statistics().values()]
-    asked: dict[str, list[Path]] = {}
+    asked: dict[str, dict[Path, str | None]] = {}
     for path in paths:
-        if "://" not in path.path and not os.path.exists(path.path) and path not in asked.get(path.path, []):
-            asked.setdefault(path.path, []).append(path)
+        if not os.path.exists(path.path) and (named := _hub.split(str(path))):
+            asked.setdefault(named[0], {})[path] = named[1]
     found: dict[str, Source] = {}
     for name, revisions in asked.items():
         commits = _hub.commits(name, files)
-        moving = [path for path in revisions if path.revision not in commits]
-        left = commits - {path.revision for path in revisions}
+        moving = [path for path, revision in revisions.items() if revision not in commits]
+        left = commits - set(revisions.values())
         if len(left) == 1:
             found |= {str(path): checkpoint.open(f"{name}@{min(left)}") for path in moving}
         elif left and left != {commit.commit for path in moving if (commit := _hub.at(locate(path)))}:

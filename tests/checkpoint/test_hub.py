@@ -374,3 +374,53 @@ def test_orbax_that_cannot_be_read(models, hub, tmp_path, monkeypatch):
         checkpoint.open("org/orbax")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     np.testing.assert_array_equal(checkpoint.open("org/orbax").read("big"), here["big"])
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_folders_of_a_model(models, hub, tmp_path, monkeypatch, capsys):
+    """Checkpoints however deep in a model, by the folder's name after the model's; where none is, it is said where some are."""
+    (url, _, _), (paths, trees) = hub, models
+    runs = tmp_path / "served" / FIRST / "org/runs"
+    shutil.copytree(paths["a"], runs / "hf/exported")
+    here = save_orbax(runs / "math/late/items", trees["c"])
+    shutil.copytree(tmp_path / "served" / FIRST, tmp_path / "served" / SECOND, dirs_exist_ok=True)
+    for name, commit in (
+        ("org/runs/math/late/items", FIRST),
+        ("org/runs/math/late", FIRST),  # a tree one below is found
+        ("org/runs/math/late@refs/pr/1", SECOND),
+        ("hf://org/runs/math/late/items", FIRST),
+        (f"hf://org/runs@{SECOND}/math/late/items", SECOND),
+        ("hf://org/runs@refs/pr/1/math/late/items", SECOND),
+    ):
+        source = checkpoint.open(name)
+        assert str(source.path).startswith(f"{url}/org/runs/resolve/{commit}/math/late"), name
+    np.testing.assert_array_equal(source.read("big"), here["big"])
+    for name in ("org/runs/hf/exported", "hf://org/runs/hf/exported/model.safetensors"):
+        assert set(checkpoint.open(name).leaves) == set(trees["a"]), name
+    for name, message in (
+        ("org/runs", r"holds no checkpoint itself, there are hf/exported, math/late/items in it; name one of them"),
+        ("org/runs/math", r"org/runs/resolve/1+/math holds no checkpoint itself, there are late/items in it"),
+        (
+            "org/runs/maths",
+            r"org/runs has no maths on the Hub; its checkpoints are org/runs/hf/exported, org/runs/math/late/items",
+        ),
+        ("org/nothing/x", r"'org/nothing/x' is no path here; .* shows no model org/nothing \(401\)"),
+        (str(runs), r"holds no checkpoint itself, there are hf/exported, math/late/items in it"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            checkpoint.open(name)
+    (tmp_path / "org/runs/math").mkdir(parents=True)  # folders of that name here: what is meant must be said
+    with pytest.raises(FileNotFoundError, match=r"org is a folder here; of a model on the Hub write hf://org/runs/math/late"):
+        checkpoint.open("org/runs/math/late")
+    one, two = "hf://org/runs/hf/exported", "hf://org/runs@main/math/late/items"
+    text = f'merge_method: linear\nmodels: [{{model: "{one}"}}, {{model: "{two}"}}]\nparameters: {{weight: 1}}\n'
+    [(plan, _)] = recipe.merge(text + "format: safetensors\n", tmp_path / "out")
+    assert f"org/runs is read from {url}, at commit {FIRST}" in {note.text for note in plan.notes}
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model:\n- org/runs\n" in card and "](https://huggingface.co/org/runs)" in card
+    assert not recipe.verify(tmp_path / "out").problems
+    snapshot = cache(FIRST, runs, "runs")
+    assert str(checkpoint.open(two).path) == str(snapshot / "math/late/items")
+    (snapshot / "hf/exported/model.safetensors").unlink()
+    assert str(checkpoint.open(one).path).startswith(url)
+    assert cli.main(["inspect", one]) == 0 and "exported" in capsys.readouterr().out

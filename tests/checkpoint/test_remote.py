@@ -115,7 +115,7 @@ def test_a_recipe_of_remote_models(models, server, tmp_path, capsys):
     for wrong, message in (
         (f"{url}/nothing", "none of model.safetensors.index.json, .* only those are read over https"),
         (f"{url}/nothing/model.safetensors", "the server says 404"),
-        ("ftp://host/a", r"local paths, https://, gs:// and s3://"),
+        ("ftp://host/a", r"local paths, the Hub .org/name., https://, gs:// and s3://"),
         (f"{url}/run/{{1..9}}", "folders cannot be listed over https"),
     ):
         with pytest.raises(recipe.RecipeError, match=message):
