@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "TPU_PROCESS_COUNT")
+"""Where launchers say how many processes there are, should JAX not look."""
 LINE = 1024
 """Bytes that one may say of itself, at most."""
 
@@ -72,7 +74,7 @@ def party(environment: Mapping[str, str] = os.environ) -> Party | None:
     Slurm, Open MPI and Kubernetes.
 
     Raises:
-      ValueError: it says half of it.
+      ValueError: it says half of it; or JAX would have to be asked, and this version does not say.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = (environment.get(name) for name in names)
@@ -81,15 +83,32 @@ def party(environment: Mapping[str, str] = os.environ) -> Party | None:
     if all(numbers):
         found = Party(str(address), *(int(str(n)) for n in numbers))
     else:
-        from jax._src.clusters import ClusterEnv
-
-        where, processes, rank, _ = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, 60)
+        try:
+            where, processes, rank = _found_by_jax(address)
+        except (ImportError, AttributeError, TypeError, ValueError) as e:
+            several = next((f"{n}={c}" for n in COUNTS if (c := environment.get(n, "")).isdigit() and int(c) > 1), None)
+            if not (said := f"{names[0]}={address}" if address else several):
+                return None
+            why = f"{said} speaks of several processes, and this version of JAX does not tell which of them this is ({e})"
+            raise ValueError(f"{why}; set {', '.join(names)} in each.") from None
         if where is None or processes is None or rank is None:
             return None
         found = Party(where, processes, rank)
     if found.processes > 1 and not (0 <= found.rank < found.processes and ":" in found.address):
         raise ValueError(f"{found.rank} is no rank among {found.processes} processes, or {found.address} no host:port.")
     return found if found.processes > 1 else None
+
+
+def _found_by_jax(address: str | None) -> tuple[str | None, int | None, int | None]:
+    """(address, processes, rank) as JAX finds them; None each where it finds none.
+
+    Of its public functions `jax.distributed.initialize` alone looks for them, and waits for everybody. So its own detection is
+    asked, which is private and may be gone or changed in another version.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    where, processes, rank, _ = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, 60)
+    return where, processes, rank
 
 
 def roll_call(party: Party, seconds: float = 60.0) -> Roll:

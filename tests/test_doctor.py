@@ -73,6 +73,25 @@ def test_what_the_environment_says():
             party(said | wrong)
 
 
+@pytest.mark.parametrize("change", ["gone", "other arguments", "other results"])
+def test_a_jax_whose_detection_is_another(monkeypatch, change):
+    """It is private: without it one process is one process, and several are told what to set."""
+    from jax._src import clusters
+
+    if change == "gone":
+        monkeypatch.delattr(clusters, "ClusterEnv")
+    else:
+        found = (lambda address: None) if change == "other arguments" else lambda *_: (None, None)
+        monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", found)
+    assert party({}) is None and party({"SLURM_NTASKS": "1"}) is None
+    for said in ({"SLURM_NTASKS": "4"}, {"JAX_COORDINATOR_ADDRESS": "host:1"}):
+        [(name, value)] = said.items()
+        with pytest.raises(ValueError, match=rf"{name}={value} speaks of several processes, .* set JAX_COORDINATOR_ADDRESS, "):
+            party(said)
+    ranks = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert party(ranks) == Party("host:1", 4, 3)  # what is said is not asked for
+
+
 def test_one_merge_of_two_processes(port, tmp_path):
     """Each has a part; the first one tells."""
     rng = np.random.default_rng(0)
