@@ -161,6 +161,7 @@ def _not_understood(argv: list[str]) -> list[str]:
     known = [*verbs.VERBS, *OWN]
     if argv and argv[0] not in known:
         here = near(argv[0], known) if close(argv[0], known) else f"; there are {', '.join(known)}."
+        here = "; write jaxmerge merge RECIPE.yml OUT." if argv[0].startswith("mergekit") else here
         return [f"jaxmerge: error: there is no command {argv[0]!r}{here}"]
     if len(argv) > 1 and argv[0] in by_method.VERBS:
         told = near(argv[1], METHODS) if close(argv[1], METHODS) else "; `jaxmerge --help` lists the methods."

@@ -172,6 +172,9 @@ def test_errors_are_one_message_and_exit_code_2(saved, tmp_path, capsys):
         (["merg", "ties"], "there is no command 'merg'; did you mean 'merge'?"),
         (["inspect", str(root / "a"), "--leaves", "("], "--leaves: '(' is no regular expression: missing )"),
         (["frobnicate"], "there is no command 'frobnicate'; there are plan, merge, "),
+        (["mergekit-yaml", "r.yml", "out"], "there is no command 'mergekit-yaml'; write jaxmerge merge RECIPE.yml OUT."),
+        (["merge", "r.yml", "out", "--cuda"], "--cuda is a flag of mergekit; leave it out."),
+        (["merge", "r.yml", "out", "--out-shard-size=1B"], "--out-shard-size is a flag of mergekit; write --max-shard-bytes."),
         (["merge", "linear", *models, "--out", "/proc/x"], "/proc/x.merging: No such file or directory"),
         ([], "usage: jaxmerge {plan|merge} METHOD"),
     ):

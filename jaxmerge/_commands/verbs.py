@@ -14,6 +14,20 @@ from jaxmerge._commands.recipes import Merge, Plan, merge, plan
 from jaxmerge._commands.verify import Verify, verify
 from jaxmerge._commands.words import told
 
+MERGEKIT = {
+    "--out-shard-size": "write --max-shard-bytes",
+    "--random-seed": "write seed: into the recipe",
+    "--transformers-cache": "set HF_HUB_CACHE",
+    "--lora-merge-cache": "leave it out, adapters are added as they are read",
+    "--copy-tokenizer": "leave it out, the base's tokenizer is copied",
+} | dict.fromkeys(
+    (
+        "--allow-crimes", "--async-write", "--clone-tensors", "--cuda", "--gpu-rich", "--lazy-unpickle", "--low-cpu-memory",
+        "--multi-gpu", "--num-threads", "--read-to-gpu", "--safe-serialization", "--trust-remote-code", "--write-model-card",
+    ),
+    "leave it out",
+)  # fmt: skip
+"""Flags of mergekit's, and what is to be done instead."""
 RECIPES = (".yml", ".yaml")
 VERBS: dict[str, tuple[Callable[[Any, Any], int | None], type, dict[str, str], int]] = {
     "plan": (plan, Plan, {"recipe": "A YAML file."}, 1),
@@ -54,6 +68,10 @@ def main(argv: Sequence[str]) -> int:
     if needed <= len(named) <= len(names) and not any(word.startswith("-") and word != "-" for word in named):
         plain = dict(itertools.zip_longest(names, named))  # nothing to parse: tyro takes a tenth of a second to begin
         return _run(run, types.SimpleNamespace(**plain), kind())
+    flags = [word.partition("=")[0] for word in named if verb in ("plan", "merge")]
+    if flag := next((f for f in flags if f in MERGEKIT), None):
+        print(f"jaxmerge: error: {flag} is a flag of mergekit; {MERGEKIT[flag]}.", file=sys.stderr)
+        return 2
     import tyro
 
     fields: list[Any] = []

@@ -49,10 +49,14 @@ def open(path: Any) -> Source:
             raise ValueError(f"{path / quantised[0]} {GGUF}")
         torch = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if torch:
-            raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; convert it to safetensors.")
+            how = "load it where you trust it and save it with save_pretrained (Transformers, PEFT), which writes safetensors"
+            raise ValueError(f"{path} holds PyTorch pickles ({torch[0]}), which run code when read; {how}.")
         if deeper := _below(path):
             text = f"holds no checkpoint itself, there are {_hub.shown(deeper)} in it; name one of them"
             raise ValueError(f"{path} {text}.")
+        if isinstance(path, epath.Path) and not any(n == "_METADATA" or (path / n).is_dir() for n in found):
+            has = f"it has {_hub.shown(found)}" if found else "it is empty"
+            raise ValueError(f"{path} holds no weights: {has}; safetensors are read, and what Orbax saved. Fetch it again.")
         from jaxmerge.checkpoint import _orbax  # who merges safetensors need not wait for it
 
         local = str(path).startswith("file://")

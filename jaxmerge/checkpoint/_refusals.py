@@ -16,7 +16,7 @@ def strange(bad: dict[str, list[int]], headers: CheckpointPlan) -> MergeError:
     return MergeError(
         "values that are not finite (NaN or inf); nothing was written:\n"
         + "\n".join(lines)
-        + '\nrepair the checkpoint, or pass nonfinite="allow" (--nonfinite allow).'
+        + '\nrepair the checkpoint, or pass nonfinite="allow" (--nonfinite allow; in a recipe, nonfinite: allow).'
     )
 
 
@@ -24,5 +24,5 @@ def differing(names: Sequence[str]) -> MergeError:
     """The refusal of integers that differ."""
     return MergeError(
         f"leaves that are not floating point differ between the checkpoints and have no mean: {sorted(names)}; "
-        'pass integers="base" (--integers base) to take the base\'s.'
+        'pass integers="base" (--integers base; in a recipe, integers: base) to take the base\'s.'
     )

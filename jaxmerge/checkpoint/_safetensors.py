@@ -48,6 +48,7 @@ DTYPES: dict[str, np.dtype] = {
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Dtypes that numpy has not, packed; these, and those that are not known yet, are bytes here (`Leaf.stored`)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+POINTER = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -69,12 +70,11 @@ def read_header(path: Place) -> Header:
     """
     size, changed = _remote.stat(path)
     if size < 8:
-        raise ValueError(
-            f"{path} is not a safetensors file: it has {size} bytes, fewer than the 8 that say how long the header is."
-        )
+        few = f"it has {size} bytes, fewer than the 8 that say how long the header is"
+        raise ValueError(f"{path} is not a safetensors file: {few}; fetch it again.")
     length = int.from_bytes(_remote.read(path, 0, 8), "little")
     if length > LONGEST_HEADER or length < 2:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: its header would have {length} bytes.")
+        raise ValueError(f"{path} {_instead(_remote.read(path, 0, min(size, 64)), length)}")
     if 8 + length > size:
         raise ValueError(f"{path} is cut short: its header ends at byte {8 + length}, the file at {size}; fetch it again.")
 
@@ -101,13 +101,22 @@ def read_header(path: Place) -> Header:
         e = extents[name]
         if e.offset != end:
             kind = "overlap" if e.offset < end else f"leave {e.offset - end} bytes between them"
-            raise ValueError(f"{path} is damaged: {before} and {name} {kind}.")
+            raise ValueError(f"{path} is damaged: {before} and {name} {kind}; fetch it again.")
         end, before = e.offset + e.bytes, name
     if end > size:
         raise ValueError(f"{path} is cut short: its tensors end at byte {end}, the file at {size}; fetch it again.")
     if end < size:
-        raise ValueError(f"{path} is damaged: its tensors end at byte {end}, the file at {size}.")
+        raise ValueError(f"{path} is damaged: its tensors end at byte {end}, the file at {size}; fetch it again.")
     return Header({n: leaves[n] for n in ordered}, extents, {str(k): str(v) for k, v in metadata.items()}, (size, changed))
+
+
+def _instead(begins: bytes, length: int) -> str:
+    """What a file is that is no safetensors, and what helps."""
+    if begins.startswith(POINTER):
+        return "is a pointer of Git LFS and not the file itself; run git lfs pull there, or fetch it with hf download."
+    if begins.lstrip()[:1] == b"<":
+        return "is a web page and not a safetensors file; look at the address it came from, and fetch it again."
+    return f"is not a safetensors file, or is damaged: its header would have {length} bytes; fetch it again."
 
 
 def _entry(path: Place, name: str, entry: Any) -> tuple[Leaf, tuple[int, int]]:
@@ -219,7 +228,7 @@ def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
     missing = [n for n in files if n not in found and not (_remote.on_web(path) and (path / n).exists())]
     if missing:
         raise ValueError(
-            f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}."
+            f"{path} lacks {len(missing)} of the {len(files)} files that its index names: {', '.join(missing[:5])}; fetch them."
         )
     headers = _headers(path, files)
     _no_name_twice(path, headers)
@@ -228,7 +237,7 @@ def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
     wrong += [f"{n}, in {held[n]}, is not in the index" for n in sorted(held.keys() - where.keys())]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path / index} and the files disagree: {'; '.join(wrong[:5])}{more}.")
+        raise ValueError(f"{path / index} and the files disagree: {'; '.join(wrong[:5])}{more}; fetch both again.")
     return Safetensors(path, headers)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from jaxmerge.checkpoint import Derived, Leaf, Source
 from jaxmerge.checkpoint._source import Extent, Format, Index, derived, digest, place, renamed
-from jaxmerge.recipe._tokenizer import side_json
+from jaxmerge.recipe._tokenizer import Unfit, side_json
 
 FACTOR = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.\w+)?(?:\.weight)?$"
@@ -48,11 +48,14 @@ def updates(adapter: Source) -> dict[str, Update]:
       ValueError: half a pair of factors; a kind of adapter that is more than B A.
     """
     config = side_json(adapter, "adapter_config.json")
+    if "lora_alpha" not in config:
+        raise Unfit(
+            adapter, f"{adapter.name} has no adapter_config.json with lora_alpha, which scales its updates; fetch it too."
+        )
     strange = [n for n in adapter.leaves if "lora_magnitude_vector" in n] or (["use_dora"] if config.get("use_dora") else [])
     if strange:
-        raise ValueError(
-            f"{adapter.name} is a DoRA adapter ({strange[0]}), whose update is no product; merge it into its base first."
-        )
+        text = f"{adapter.name} is a DoRA adapter ({strange[0]}), whose update is no product; merge it into its base first."
+        raise Unfit(adapter, text)
     found: dict[str, dict[str, tuple[str, bool]]] = {}
     for name in adapter.leaves:
         match = FACTOR.match(name)
@@ -60,12 +63,12 @@ def updates(adapter: Source) -> dict[str, Update]:
             found.setdefault(match["module"], {})[match["which"]] = (name, bool(match["embedding"]))
     half = sorted(m for m, pair in found.items() if len(pair) != 2)
     if half:
-        raise ValueError(f"{adapter.name} has only one factor of {half[0]}; fetch it again.")
+        raise Unfit(adapter, f"{adapter.name} has only one factor of {half[0]}; fetch it again.")
     result = {}
     for module, pair in found.items():
         (a, embedding), (b, _) = pair["A"], pair["B"]
         rank = adapter.leaves[a].shape[0]
-        alpha = _of(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         turned = embedding or bool(config.get("fan_in_fan_out"))
         result[f"{module}.weight"] = Update(a, b, rank, scale, turned)
@@ -83,6 +86,11 @@ def adapted(base: Source, adapter: Source) -> Source:
     Raises:
       ValueError: the adapter does not fit the model.
     """
+    if is_adapter(base) or not is_adapter(adapter):
+        swapped = is_adapter(base) and not is_adapter(adapter)
+        remedy = f"write {adapter.name}+{base.name}" if swapped else "write model+adapter"
+        which = f"{base.name} is an adapter" if is_adapter(base) else f"{adapter.name} is no adapter (LoRA)"
+        raise ValueError(f"{which}; {remedy}.")
     low = updates(adapter)
     whole = {_plain(n): n for n in adapter.leaves if not FACTOR.match(n)}
     strangers = [n for n in (*low, *whole) if n not in base.leaves]
@@ -94,7 +102,8 @@ def adapted(base: Source, adapter: Source) -> Source:
         (out, _), (_, into) = adapter.leaves[u.b].shape, adapter.leaves[u.a].shape
         shape = (into, out) if u.turned else (out, into)
         if base.leaves[n].shape != shape:
-            raise ValueError(f"{adapter.name} updates {n} as {list(shape)}, {base.name} has {list(base.leaves[n].shape)}.")
+            text = f"{adapter.name} updates {n} as {list(shape)}, {base.name} has {list(base.leaves[n].shape)}"
+            raise ValueError(f"{text}; name the model it was trained on.")
     view = derived(base, {n: _whole(adapter, there, base.leaves[n]) for n, there in whole.items()}) if whole else base
     return Adapted(view, adapter, low)
 
@@ -158,13 +167,13 @@ def as_weights(adapters: Mapping[Any, Source]) -> dict[Any, Source]:
     for adapter in adapters.values():
         whole = next((n for n in adapter.leaves if not FACTOR.match(n)), None)
         if whole is not None:
-            raise ValueError(f"{adapter.name} has {whole} as a whole, which is no update; merge model+adapter instead.")
+            raise Unfit(adapter, f"{adapter.name} has {whole} as a whole, which is no update; merge model+adapter instead.")
         for n, u in updates(adapter).items():
             shape = (adapter.leaves[u.b].shape[0], adapter.leaves[u.a].shape[1])
             shapes.setdefault(n, Leaf(shape[::-1] if u.turned else shape, np.dtype(np.float32)))
             if shapes[n].shape != (shape[::-1] if u.turned else shape):
                 text = f"{adapter.name} updates {n} as {list(shape)}, another adapter as {list(shapes[n].shape)}"
-                raise ValueError(f"{text}; merge adapters of one model.")
+                raise Unfit(adapter, f"{text}; merge adapters of one model.")
     found = {}
     for key, adapter in adapters.items():
         zero = lambda leaf: lambda: np.zeros(leaf.shape, leaf.dtype)

@@ -83,6 +83,8 @@ def plan_document(
         sources, layout = in_one_layout(sources, first, recipe.own.get("layout"))
     except ValueError as e:
         return None, [Mistake(recipe.marks.get("layout", recipe.references()[first]), str(e))]
+    if "rank" in recipe.own:
+        state.append(Mistake(recipe.marks["rank"], "rank has no effect: it is of a merge of adapters alone."))
     one_array = layout != "hf" and LAYOUTS[layout].axis is not None
     mistakes, notes = stacked(recipe) if one_array else ([], [])
     rows, wrong, more = resolve(recipe, sources)

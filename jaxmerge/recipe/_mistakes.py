@@ -9,7 +9,7 @@ from jaxmerge.checkpoint._problem import about
 from jaxmerge.recipe._names import vocabulary_axis
 from jaxmerge.recipe._resolve import Row
 from jaxmerge.recipe._schema import Recipe, Reference
-from jaxmerge.recipe._tokenizer import Damaged
+from jaxmerge.recipe._tokenizer import Unfit
 from jaxmerge.recipe._vocabulary import Vocabulary
 from jaxmerge.recipe._yaml import Mark, Mistake, Wrong
 
@@ -88,7 +88,7 @@ def blamed(error: ValueError, recipe: Recipe, rows: Sequence[Row], sources: Mapp
     """Where what an error is about stands."""
     if isinstance(error, Wrong):
         return error.mark
-    if isinstance(error, Damaged):
+    if isinstance(error, Unfit):
         return next((mark for m, mark in recipe.references().items() if sources.get(m) is error.source), None)
     return of_method(recipe, rows, str(error))
 

@@ -40,6 +40,8 @@ def locate(path: Path) -> str:
     near = difflib.get_close_matches(parent.name, _names(parent.parent), n=1)
     other = "" if "/" in path.path else ", and no document of the recipe has this name"
     hint = f"; did you mean {str(parent.parent / near[0])!r}?" if near else f"; paths are relative to where you are{other}."
+    if (filled := os.path.expandvars(path.path)) != path.path:
+        hint = f"; variables are not filled in here, write {filled!r}."
     raise Absent(f"there is nothing at {path.path!r}{hint}")
 
 

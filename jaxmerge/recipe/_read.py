@@ -16,6 +16,10 @@ FLAGS = {"random_seed": "write seed", "out_shard_size": "pass --max-shard-bytes"
     ("allow_crimes", "copy_tokenizer", "cuda", "lazy_unpickle", "low_cpu_memory", "trust_remote_code"), "leave it out"
 )
 DTYPES = ("float32", "float16", "bfloat16")
+FLAGS["embed_slerp"] = "write t, or weight, as a condition: {part: embeddings, value: 0.5}"
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+PROGRAMS = dict.fromkeys(("experts", "gate_mode", "experts_per_token"), "mergekit-moe") | {"genome": "mergekit-evolve"}
+"""Keys of recipes that other programs read."""
 OURS = ("seed", "format", "layout", "memory", "sharding", "integers", "nonfinite", "rank", "state", "dequantize")
 TOP = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -69,7 +73,7 @@ class _Reader:
         if not isinstance(node.value, dict):
             self.wrong(node.mark, f"a recipe is a mapping of keys to values, got {node.plain!r}.")
             return None
-        for key, program in (("experts", "mergekit-moe"), ("gate_mode", "mergekit-moe"), ("genome", "mergekit-evolve")):
+        for key, program in PROGRAMS.items():
             if key in node.value:
                 text = f"{key!r} makes this a recipe of {program}, which builds something else than a merge of weights"
                 self.wrong(node.keys[key], f"{text}; write merge_method and models.")
@@ -87,7 +91,10 @@ class _Reader:
         self.lenient = known not in METHODS  # parameters cannot be judged without a method
 
         given = [k for k in ("models", "slices", "modules") if k in fields and fields[k].value]
-        if len(given) != 1:
+        empty = next((k for k in ("models", "slices", "modules") if k in fields), None)
+        if not given and empty is not None:
+            self.wrong(marks[empty], f"{empty} is empty; name one or more.")
+        elif len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none of models, slices and modules is given"
             self.wrong(node.keys[given[1]] if given else node.mark, f"{what}; a recipe has exactly one of them.")
         modules: tuple[Module, ...] = ()
@@ -217,7 +224,7 @@ class _Reader:
         if not isinstance(node.value, str) or not node.value.strip():
             self.wrong(node.mark, f"a model is named by its path, or its name on the Hub; got {node.plain!r}.")
             return None
-        parts = node.value.split("+")
+        parts = [part.strip() for part in node.value.split("+")]
         if len(parts) > 2 or not all(parts):
             self.wrong(node.mark, f"{node.value!r} is not model+adapter; merge several adapters in documents of their own.")
             return None
@@ -383,10 +390,11 @@ class _Reader:
             if key in PARAMETERS and meant:
                 beside = ", ".join(k for k in node.keys if k in known)
                 self.wrong(mark, f"{key!r} stands beside {beside}; it belongs under parameters.")
-            elif key == "models" and "sources" in known:
+            elif key in ("model", "models", "layer_range") and "sources" in known:
                 self.wrong(mark, f"{what} lists its models under sources, each with model and layer_range.")
             elif key in FLAGS:
-                self.wrong(mark, f"{key!r} is a flag of mergekit's command line, not a key; {FLAGS[key]}.")
+                what = "a key that mergekit dropped" if key == "embed_slerp" else "a flag of mergekit's command line, not a key"
+                self.wrong(mark, f"{key!r} is {what}; {FLAGS[key]}.")
             elif key in TOP and "parameters" in known:
                 self.wrong(mark, f"{key!r} is a key of the recipe, not of {what}; move it to the top level.")
             elif meant:
@@ -417,6 +425,7 @@ class _Reader:
         if self.there(fields, key) and str(fields[key].value).removeprefix("torch.") not in words:
             value = fields[key].plain
             more = "; float64 cannot be merged exactly in float32" if value == "float64" else ""
-            near = nearest(str(value), words)
+            near = SHORT.get(str(value)) if words == DTYPES else None
+            near = near or nearest(str(value), words)
             hint = f"; did you mean {near!r}?" if near else "."
             self.wrong(fields[key].mark, f"{key} must be one of {', '.join(words)}, got {value!r}{more}{hint}")

@@ -3,6 +3,8 @@
 The result is a table. A gradient, a filter or a slice is nothing but what it says in the rows.
 """
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -341,6 +343,9 @@ class _Resolver:
         import difflib
 
         any_source = next(iter(self.sources.values()))
+        with contextlib.suppress(re.error):
+            if any(re.search(what, name) for name in any_source.leaves):
+                return "; a filter is a part of a name as it is, for a regular expression write regex in its place."
         words = {w for name in any_source.leaves for w in name.replace("/", ".").split(".") if not w.isdigit()}
         close = difflib.get_close_matches(what, words, n=2, cutoff=0.5)
         return (

@@ -105,7 +105,7 @@ def read_setting(node: Node, name: str, p: Parameter, method: str, mistakes: lis
                 continue
         values = _values(entry.value["value"], name, p, method, mistakes)
         condition = Condition(values, fields.get("filter"), regex, fields.get("part"), entry.mark)
-        if condition.always and i + 1 < len(entries):
+        if condition.always and i + 1 < len(entries) and all(key in CONDITION for key in entry.keys):
             text = f"{name}: this condition fits every tensor, so those below never count; put it last."
             mistakes.append(Mistake(entry.mark, text))
         found.append(condition)

@@ -18,16 +18,23 @@ FILES = (
 """What goes from the base to the output as it is."""
 
 
-class Damaged(ValueError):
-    """A file beside a checkpoint's tensors is not what it should be.
+class Unfit(ValueError):
+    """A checkpoint cannot be used, in words.
 
     Attributes:
-      source: the checkpoint.
+      source: which.
     """
 
     def __init__(self, source: Source, text: str):
-        super().__init__(f"{source.name}: {text}; fetch it again.")
+        super().__init__(text)
         self.source = source
+
+
+class Damaged(Unfit):
+    """A file beside a checkpoint's tensors is not what it should be."""
+
+    def __init__(self, source: Source, text: str):
+        super().__init__(source, f"{source.name}: {text}; fetch it again.")
 
 
 def side_file(source: Source, name: str) -> bytes | None:

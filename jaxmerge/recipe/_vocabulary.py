@@ -101,7 +101,9 @@ def vocabulary(recipe: Recipe, sources: Mapping[Reference, Source]) -> tuple[Voc
     else:
         whose = wanted.source if isinstance(wanted.source, Reference) else base
         if whose not in found:
-            text = f"the vocabulary is to be that of {whose}, which is no model of this recipe; list it, or name one that is."
+            named = str(whose).removeprefix("model:")
+            remedy = f"write {named}" if named in map(str, found) else "list it, or name one that is"
+            text = f"the vocabulary is to be that of {whose}, which is no model of this recipe; {remedy}."
             return None, [Mistake(wanted.mark, text)], notes
         tokens = union(found[whose], [], list(wanted.tokens))
     decrees: dict[str, tuple[Reference, int] | None] = {}

@@ -86,6 +86,7 @@ def documents(text: str, name: str) -> Iterator[Node]:
         place = None if mark is None else Mark(mark.line + 1, mark.column + 1)
         why = " ".join(str(part) for part in (e.context, e.problem) if part)
         check = "indent with spaces, not with tabs" if "'\\t'" in why else "check indentation, colons and quotes"
+        check = "take the lines ``` around it away" if "'`'" in why else check
         raise RecipeError([Mistake(place, f"not YAML: {why}; {check}.")], name) from None
     except RecursionError:
         raise RecipeError([Mistake(None, "an anchor contains itself; write the values out.")], name) from None

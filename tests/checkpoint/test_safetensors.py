@@ -116,9 +116,24 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.open(tmp_path / "nothing")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"PyTorch pickles.*convert it to safetensors"):
+    with pytest.raises(ValueError, match=r"PyTorch pickles.*save it with save_pretrained"):
         checkpoint.open(tmp_path)
-    with pytest.raises(ValueError, match=r"local paths, https://, gs:// and s3://; download it first"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no weights: it is empty; safetensors are read, and what Orbax saved"):
+        checkpoint.open(tmp_path / "empty")
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no weights: it has config\.json; .* Fetch it again"):
+        checkpoint.open(tmp_path / "empty")
+    for begins, message in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS .* git lfs pull"),
+        ("<!DOCTYPE html><html></html>", "is a web page and not a safetensors file"),
+        ("nothing of the kind", "or is damaged: its header would have [0-9]+ bytes; fetch it again"),
+        ("", "it has 0 bytes, .*; fetch it again"),
+    ):
+        (tmp_path / "model.safetensors").write_text(begins)
+        with pytest.raises(ValueError, match=message):
+            checkpoint.open(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"local paths, the Hub .org/name., https://, gs:// and s3://; download it first"):
         checkpoint.open("ftp://example.org/model.safetensors")
     with pytest.raises(ValueError, match=r"name an Orbax directory, a \.safetensors file"):
         checkpoint.open(tmp_path / "pytorch_model.bin")

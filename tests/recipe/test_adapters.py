@@ -174,6 +174,31 @@ def test_adapters_beside_the_model_they_were_trained_on(models, tmp_path):
         recipe.plan(text.replace("/two", "/more"))
 
 
+def test_mistakes_with_adapters_name_their_lines(models, tmp_path):
+    lora(tmp_path / "one", 0)
+    lora(tmp_path / "two", 1, rank=3)
+    (tmp_path / "two/adapter_config.json").write_text('{"r": 3}')
+    wide = {
+        f"base_model.model.{MODULES[0]}.lora_{n}.weight": np.ones(s, np.float32) for n, s in {"A": (2, 9), "B": (8, 2)}.items()
+    }
+    lora(tmp_path / "wide", 2, modules=[], tensors=wide)
+    base, one, two, wide = f"{models}/base", *(str(tmp_path / n) for n in ("one", "two", "wide"))
+    form = "merge_method: linear\nmodels:\n  - model: {}\n  - model: {}\nparameters: {{weight: 1}}\n"
+    recipe.plan(form.format(f"{base} + {one}", base))  # as people write sums
+    for first, second, message in (
+        (base, f"{one}+{base}", "recipe:4:12: one is an adapter; write base\\+one\\."),
+        (base, f"{base}+{models}/a", "recipe:4:12: a is no adapter \\(LoRA\\); write model\\+adapter\\."),
+        (base, f"{base}+{two}", "recipe:4:12: two has no adapter_config.json with lora_alpha, which scales its updates"),
+        (one, two, "recipe:4:12: two has no adapter_config.json with lora_alpha, which scales its updates"),
+        (base, f"{base}+{wide}", "recipe:4:12: wide updates .* as .8, 9., base has .8, 8.; name the model it was trained on"),
+        (one, wide, "recipe:4:12: wide updates .* as .8, 9., another adapter as .8, 8.; merge adapters of one model"),
+    ):
+        with pytest.raises(recipe.RecipeError, match=message):
+            recipe.plan(form.format(first, second))
+    [plan] = recipe.plan(form.format(base, f"{base}+{one}") + "rank: 2\n")
+    assert [note.text for note in plan.notes] == ["rank has no effect: it is of a merge of adapters alone."]
+
+
 def test_extraction_keeps_what_it_says(models, tmp_path, capsys):
     """Of a change of rank 2 all; of one of full rank no more is lost than the bound says, at the smallest rank that does it."""
     lora(tmp_path / "one", 0)
