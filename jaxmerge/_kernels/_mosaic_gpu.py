@@ -8,7 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxmerge._kernels._dispatch import target
 
@@ -161,3 +165,49 @@ def columns(ref: Any) -> Array:
 def iota(shape: tuple[int, ...], axis: int) -> Array:
     """The row's or column's number in an accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def line(v: Array) -> Array:
+    """An array of whole numbers of lanes, of which lane i has every entry whose position is i modulo their number."""
+    return plgpu.layout_cast(v, line_layout(v.shape))
+
+
+def line_layout(shape: tuple[int, ...]) -> Any:
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+
+
+def line_iota() -> Array:
+    """Each lane's number."""
+    return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=line_layout((LANES,)))
+
+
+def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
+    """ref[at] = how(ref[at], value) for every entry of two lines, in any order and each at once; where `at` < 0, nothing.
+
+    Args:
+      how: "min" or "max" of int32, "add" or "or".
+      ref: int32, one axis, in shared memory.
+    """
+    kind = {"min": "s32", "max": "s32", "add": "u32", "or": "b32"}[how]
+    asm = f"{{ .reg .pred p; setp.ge.s32 p, $1, 0; @p red.shared.{how}.{kind} [$0], $2; }}"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), line_layout(at.shape), line_layout(value.shape)))
+    def each(_, ref, at, value):
+        i32, void = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
+        start = llvm.ptrtoint(i32, memref_ptr(ref))
+        for i, v in zip(at.registers.flat, value.registers.flat, strict=True):
+            i, v = (vector.extract(r, [], [0]) if isinstance(r.type, ir.VectorType) else r for r in (i, v))
+            there = arith.addi(start, arith.muli(i, mosaic.c(4, i32)))
+            llvm.inline_asm(void, [there, i, v], asm, "r,r,r,~{memory}", has_side_effects=True)
+
+    each(ref, line(at), line(value))
+
+
+def together() -> None:
+    """All lanes of a thread have come here, and see what each has written to shared memory."""
+
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        mosaic.warpgroup_barrier()
+
+    barrier()
