@@ -167,31 +167,31 @@ def iota(shape: tuple[int, ...], axis: int) -> Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def line(v: Array) -> Array:
-    """An array of whole numbers of lanes, of which lane i has every entry whose position is i modulo their number."""
-    return plgpu.layout_cast(v, line_layout(v.shape))
-
-
-def line_layout(shape: tuple[int, ...]) -> Any:
+def _line(shape: tuple[int, ...]) -> Any:
     return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
 
-def line_iota() -> Array:
+def line(v: Array) -> Array:
+    """An array of one axis, of which each lane has every 128th entry."""
+    return plgpu.layout_cast(v, _line(v.shape))
+
+
+def lane() -> Array:
     """Each lane's number."""
-    return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=line_layout((LANES,)))
+    return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_line((LANES,)))
 
 
 def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
-    """ref[at] = how(ref[at], value) for every entry of two lines, in any order and each at once; where `at` < 0, nothing.
+    """ref[at] = how(ref[at], value) for every entry of two lines, in any order, each at once; where `at` < 0, nothing.
 
     Args:
-      how: "min" or "max" of int32, "add" or "or".
+      how: "min", "max", "add" or "or".
       ref: int32, one axis, in shared memory.
     """
     kind = {"min": "s32", "max": "s32", "add": "u32", "or": "b32"}[how]
     asm = f"{{ .reg .pred p; setp.ge.s32 p, $1, 0; @p red.shared.{how}.{kind} [$0], $2; }}"
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), line_layout(at.shape), line_layout(value.shape)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _line(at.shape), _line(at.shape)))
     def each(_, ref, at, value):
         i32, void = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
         start = llvm.ptrtoint(i32, memref_ptr(ref))
