@@ -43,6 +43,17 @@ def plan(rng, batch: int, n: int, m: int, *, ordered: bool) -> jnp.ndarray:
     return jnp.asarray(np.sort(ids, axis=1) if ordered else ids, jnp.int32)
 
 
+def merging(rng, spec: Tokens) -> jnp.ndarray:
+    """Ids (1, n) as a model has them: r even positions join odd ones, the others stay in order; of bytes, runs."""
+    if spec in BYTES:
+        return jnp.asarray(np.sort(rng.integers(0, spec.n - spec.r, (1, spec.n))), jnp.int32)
+    leave = 2 * rng.choice(spec.n // 2, spec.r, replace=False)
+    stay = ~np.isin(np.arange(spec.n), leave)
+    ids = np.cumsum(stay) - 1
+    ids[leave] = ids[2 * rng.integers(0, spec.n // 2, spec.r) + 1]
+    return jnp.asarray(ids[None], jnp.int32)
+
+
 def close(found, wanted, *, terms: int, largest: float) -> None:
     """Equal within what rounding allows.
 

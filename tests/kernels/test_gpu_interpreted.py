@@ -7,8 +7,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxmerge as jm
-from jaxmerge._kernels import _mosaic_gpu as mgpu
-from jaxmerge._kernels._dispatch import aim
+from jaxmerge._kernels import _dispatch as dispatch, _mosaic_gpu as mgpu
+from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT
 from jaxmerge._kernels.attend import mosaic_gpu as attending, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
@@ -101,18 +101,95 @@ def test_nearest_k_where_distances_are_whole_numbers(interpret):
     assert (found[sound] == match_ref.nearest_k(x[:, sound], x[:, sound], count=3)[0]).all()
 
 
+@pytest.fixture
+def reductions(monkeypatch):
+    """What lanes do to shared memory each for itself, which the interpreter does not have."""
+
+    def scatter(how, ref, at, value):
+        before = ref[...]
+        at = before.at[jnp.where(at < 0, before.shape[0], at)]
+        ref[...] = getattr(at, "add" if how == "or" else how)(value, mode="drop")  # a bit that was set would be seen here
+
+    monkeypatch.setattr(mgpu, "scatter", scatter)
+    monkeypatch.setattr(mgpu, "together", lambda: None)
+
+
+FORMS = [{"find": "compare", "threads": 2}, {"find": "compare", "threads": 4}, {"find": "scatter", "tile": 16}]
+
+
 @both
-@pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
-def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
-    rng, n, m = np.random.default_rng(0), 150, 70
+@pytest.mark.parametrize(
+    "n, m, weighted, mean, options",
+    [
+        (150, 70, True, True, FORMS[0]),
+        (150, 70, False, True, FORMS[1]),
+        (150, 70, True, False, {}),
+        (150, 70, True, True, FORMS[2]),
+        (90, 9, True, False, {"find": "scatter", "tile": 16, "at_once": 2}),  # fewer ids than lanes
+        (1100, 40, False, True, {"find": "scatter"}),  # more than are asked for together; members far apart
+    ],
+    ids=str,
+)
+def test_merge_and_unmerge(interpret, reductions, dtype, n, m, weighted, mean, options):
+    rng = np.random.default_rng(0)
     ids, x = cases.plan(rng, 2, n, m, ordered=False), cases.tokens(rng, 2, n, 200, dtype)  # no multiple of 128
     weight = cases.sizes(rng, 2, n) if weighted else None
-    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, threads=threads, interpret=interpret)
+    y, mass = merging.merge(ids, x, weight, m=m, mean=mean, **options, interpret=interpret)
     y_ref, mass_ref = merge_ref.merge(ids, x, weight, m=m, mean=mean)
     assert (mass == mass_ref).all()
     cases.close(y, y_ref, terms=n, largest=333.0 * float(jnp.abs(x).max()))
     found = merging.unmerge(ids, y_ref, None, weight, interpret=interpret)
     cases.close(found, merge_ref.unmerge(ids, y_ref, None, weight), terms=1, largest=333.0 * float(jnp.abs(y_ref).max()))
+
+
+def measured(monkeypatch, **options):
+    """As if a table of this kind of device said that this was fastest."""
+    monkeypatch.setattr(dispatch, "_table", lambda kind: {"merge.mosaic_gpu": {"a case": {"us": 1.0, "xla_us": 2.0, **options}}})
+
+
+@both
+def test_merge_by_scattering_over_batch_axes_and_its_derivatives(monkeypatch, interpret, reductions, dtype):
+    """Forward, in both modes and under vmap; in x and, for float32, in the weights."""
+    measured(monkeypatch, find="scatter", tile=16)
+    rng, n, m = np.random.default_rng(0), 60, 20
+    plan = jm.Plan(cases.plan(rng, 4, n, m, ordered=False).reshape(2, 2, n), m)
+    x, weight = cases.tokens(rng, 4, n, 128, dtype).reshape(2, 2, n, 128), cases.sizes(rng, 4, n).reshape(2, 2, n) / 64
+
+    def everything(which):
+        def merge(ids, x, weight):
+            return jm.merge(jm.Plan(ids, m), x, weight=weight, implementation=which)
+
+        y, back = jax.vjp(jax.vmap(merge), plan.segment_ids, x, weight)
+        tangent = jax.jvp(lambda x, weight: merge(plan.segment_ids, x, weight), (x, weight), (x * 2, weight))[1]
+        return y, back(y)[1], tangent, back(y)[2]
+
+    with dispatch.aim("gpu", "NVIDIA H200", interpret=interpret):
+        found = everything("mosaic_gpu")
+    wanted = everything("xla")
+    largest = 6 * float(jnp.abs(x).max()) ** 2 * 128
+    for a, b in zip(found[:3], wanted[:3], strict=True):
+        cases.close(a, b, terms=n, largest=largest)
+    if dtype == jnp.float32:
+        cases.close(found[3], wanted[3], terms=n * 128, largest=largest)
+
+
+@pytest.mark.parametrize("spec", [VIT[2], VIT[3], LONG[0], LONG[1], BYTES[0]], ids=lambda s: s.name)
+def test_merge_by_scattering_at_real_sizes(monkeypatch, interpret, reductions, spec):
+    """A row of the batch each, ids as Token Merging makes them, or as words do: forward, and the gradient."""
+    measured(monkeypatch, find="scatter", tile=32)
+    m, rng = spec.n - spec.r, np.random.default_rng(0)
+    ids = cases.merging(rng, spec)
+    x, weight = cases.tokens(rng, 1, spec.n, spec.d, jnp.bfloat16), cases.sizes(rng, 1, spec.n)
+
+    def both_ways(which):
+        y, back = jax.vjp(lambda x: jm.merge(jm.Plan(ids, m), x, weight=weight, implementation=which), x)
+        return y, back(y)[0]
+
+    with dispatch.aim("gpu", "NVIDIA H200", interpret=interpret):
+        assert merging.settings("merge", ids, x, m=m, mean=True) == {"find": "scatter", "tile": 32}
+        found = both_ways("mosaic_gpu")
+    for a, b in zip(found, both_ways("xla"), strict=True):
+        cases.close(a, b, terms=spec.n, largest=333.0 * float(jnp.abs(x).max()))
 
 
 @both
@@ -139,7 +216,7 @@ def test_attention_over_batch_axes_and_its_gradient(interpret, products):
     def attention(packed, which):
         return jm.attention.packed_attention(packed, bias[0], offset=offset, length=length, implementation=which)
 
-    with aim("gpu", "NVIDIA H200", interpret=interpret):
+    with dispatch.aim("gpu", "NVIDIA H200", interpret=interpret):
         found = jax.jit(jax.vmap(lambda x: attention(x, "mosaic_gpu")))(packed)
         back = jax.grad(lambda x: attention(x, "mosaic_gpu").astype(jnp.float32).sum())(packed[0])
     wanted = jax.vmap(lambda x: attention(x, "xla"))(packed)

@@ -152,10 +152,9 @@ def scatter(
     at_once: int | None = None,
 ) -> Merged:
     """`ref.merge` of rows of at least 128 ids; `tile` segments of a block, a multiple of 16, `at_once` of them in a turn."""
-    (B, width), n = ids.shape, x.shape[1]
-    chunks, words = -(-n // LANES), -(-n // WORD)
-    padded = -(-(words + AHEAD) // AHEAD) * AHEAD  # of zeros, so that AHEAD words can be read from any
-    of_tile = -(-tile // LANES) * LANES
+    B, width = ids.shape
+    chunks, words = -(-width // LANES), -(-width // WORD) | 1  # an odd number: those of consecutive segments are in different banks
+    whole = lambda size: plgpu.SMEM((-(-size // LANES) * LANES,), jnp.int32)
     at_once = at_once or _at_once(x, ROWS // 2)
 
     def merge_rows(ids, x, weight, y, mass, first, last, count, bits):
@@ -176,7 +175,7 @@ def scatter(
                 mgpu.scatter("min", first, slot, position)
                 mgpu.scatter("max", last, slot, position)
                 mgpu.scatter("add", count, slot, jnp.ones_like(slot))
-                mgpu.scatter("or", bits, slot * padded + (position >> 5), jnp.left_shift(1, position & 31))
+                mgpu.scatter("or", bits, slot * words + (position >> 5), jnp.left_shift(1, position & 31))
 
         mgpu.together()
 
@@ -187,12 +186,12 @@ def scatter(
                 at, _, _ = state
                 where, what = at, jnp.int32(0)
                 for u in reversed(range(AHEAD)):
-                    word = bits[s * padded + at + u]
+                    word = bits[s * words + at + u]
                     where, what = jnp.where(word != 0, at + u, where), jnp.where(word != 0, word, what)
                 return at + AHEAD, where, what
 
             word = p >> 5
-            rest = bits[s * padded + word] & jnp.left_shift(-2, p & 31)
+            rest = bits[s * words + word] & jnp.left_shift(-2, p & 31)
             found = jnp.where(is_last, 1, rest)
             _, where, what = lax.while_loop(lambda state: state[2] == 0, look, (word + 1, word, found))
             return jnp.where(is_last, last[s], where * WORD + 31 - lax.clz(what & -what))
@@ -202,8 +201,8 @@ def scatter(
         _move(x, weight, y, mass, members, slots, tile // at_once, b=b, start=start, m=m, mean=mean, peeled=True)
 
     scratch = dict(
-        **{name: plgpu.SMEM((of_tile,), jnp.int32) for name in ("first", "last", "count")},
-        bits=plgpu.SMEM((tile * padded,), jnp.int32),
+        **{name: whole(tile) for name in ("first", "last", "count")},
+        bits=whole(tile * words + AHEAD),  # where the last segment's are read a few at a time, there is something
     )
     return mgpu.kernel(
         merge_rows, (ids, x, weight), scratch,
