@@ -176,9 +176,9 @@ def line(v: Array) -> Array:
     return plgpu.layout_cast(v, _line(v.shape))
 
 
-def lane() -> Array:
-    """Each lane's number."""
-    return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_line((LANES,)))
+def line_iota(size: int) -> Array:
+    """The positions in such an array."""
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_line((size,)))
 
 
 def scatter(how: str, ref: Any, at: Array, value: Array) -> None:

@@ -15,11 +15,15 @@ H200 = "NVIDIA H200"
 LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
 
 
-def lowered(f, *shapes) -> int:
-    """How many kernels the program for CUDA launches."""
+def program(f, *shapes) -> str:
+    """The program for CUDA."""
     with dispatch.aim("gpu", H200):
-        text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("@mosaic_gpu")
+        return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def lowered(f, *shapes) -> int:
+    """How many kernels it launches."""
+    return program(f, *shapes).count("@mosaic_gpu")
 
 
 def shape(*axes, dtype=jnp.bfloat16):
@@ -73,14 +77,18 @@ def test_reasons_against_the_nearest():
 
 
 @pytest.mark.parametrize("spec", [BYTES[1], LONG[1]], ids=lambda s: s.name)  # neither width is a multiple of 128
-def test_merge_and_its_gradient_are_one_launch_each(spec):
+@pytest.mark.parametrize("options", [{}, {"find": "scatter", "tile": 16}], ids=["compare", "scatter"])
+def test_merge_and_its_gradient_are_one_launch_each(monkeypatch, spec, options):
+    """However the members are found: what a table of measurements says is used, here and at shapes that it does not have."""
     n, m, d = spec.n, spec.n - spec.r, spec.d
+    monkeypatch.setattr(dispatch, "_table", lambda kind: {"merge.mosaic_gpu": {"": {"us": 1.0, "xla_us": 2.0, **options}}})
 
     def loss(x, ids, weight):
         return jm.merge(jm.Plan(ids, m), x, weight=weight, implementation="mosaic_gpu").astype(jnp.float32).sum()
 
     shapes = shape(2, n, d), shape(2, n, dtype=jnp.int32), shape(2, n, dtype=jnp.float32)
-    assert lowered(jax.value_and_grad(loss), *shapes) == 2
+    text = program(jax.value_and_grad(loss), *shapes)
+    assert text.count("@mosaic_gpu") == 2 and ("red.shared" in text) == bool(options)
 
 
 def test_packing_and_its_gradient_are_one_launch_each():

@@ -153,9 +153,11 @@ def scatter(
 ) -> Merged:
     """`ref.merge` of rows of at least 128 ids; `tile` segments of a block, a multiple of 16, `at_once` of them in a turn."""
     B, width = ids.shape
-    chunks, words = -(-width // LANES), -(-width // WORD) | 1  # an odd number: those of consecutive segments are in different banks
+    span = LANES * min(AT_ONCE, width // LANES)
+    unrolled = min(2, -(-width // span))
+    words = -(-width // WORD) | 1  # an odd number: those of consecutive segments are in different banks
     whole = lambda size: plgpu.SMEM((-(-size // LANES) * LANES,), jnp.int32)
-    at_once = at_once or _at_once(x, ROWS // 2)
+    at_once = at_once or min(4, _at_once(x, ROWS // 2))
 
     def merge_rows(ids, x, weight, y, mass, first, last, count, bits):
         b, start = lax.axis_index("row"), lax.axis_index("tile") * tile
@@ -164,13 +166,13 @@ def scatter(
 
         mgpu.together()
 
-        @pl.loop(0, -(-chunks // AT_ONCE))
+        @pl.loop(0, -(-width // (unrolled * span)))
         def _(i):
-            at = [(i * AT_ONCE + u) * LANES for u in range(min(AT_ONCE, chunks))]
-            inside = [jnp.minimum(p, width - LANES) for p in at]
-            asked = [mgpu.line(mgpu.load(ids.at[b, pl.ds(p, LANES)])) for p in inside]
+            at = [(i * unrolled + u) * span for u in range(unrolled)]
+            inside = [jnp.minimum(p, width - span) for p in at]
+            asked = [mgpu.line(mgpu.load(ids.at[b, pl.ds(p, span)])) for p in inside]
             for p, q, id in zip(at, inside, asked, strict=True):
-                position, slot = mgpu.lane() + q, id - start
+                position, slot = mgpu.line_iota(span) + q, id - start
                 slot = jnp.where((slot >= 0) & (slot < tile) & (position >= p), slot, -1)  # what overlaps counts once
                 mgpu.scatter("min", first, slot, position)
                 mgpu.scatter("max", last, slot, position)

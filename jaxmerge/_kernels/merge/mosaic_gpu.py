@@ -20,13 +20,7 @@ from jaxmerge._kernels.merge._gpu_merge import LANES, THREADS, compare, or_zero,
 
 FORMS = {"merge": ({"find": "compare"}, {"find": "scatter"})}
 """Ways that differ in more than sizes; the first is used until a measurement says otherwise."""
-CANDIDATES = {
-    "merge": (
-        {"find": "compare"},
-        *({"find": "scatter", "tile": tile} for tile in (32, 16, 64)),
-        {"find": "scatter", "tile": 32, "at_once": 8},
-    )
-}
+CANDIDATES = {"merge": ({"find": "compare"}, *({"find": "scatter", "tile": tile} for tile in (16, 32, 64)))}
 MOST_POSITIONS = 8192
 
 
@@ -55,7 +49,7 @@ def settings(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: 
         return {}
     kind, weight = target().kind, jax.ShapeDtypeStruct(ids.shape, jnp.float32)
     found = tuned(op, "mosaic_gpu", kind, (ids, x, weight), m=m, mean=True) or usual(op, "mosaic_gpu", kind)
-    return FORMS[op][0] | {name: found[name] for name in ("find", "tile", "at_once") if name in found}
+    return FORMS[op][0] | {name: found[name] for name in ("find", "tile") if name in found}
 
 
 def unmerge(
