@@ -4,10 +4,12 @@
     python -m scripts.tune --ops step --layers "ViT-B/16@224"
     python -m scripts.tune --quick --layers "ViT-B/16@224" "SD 64x64"
 
-For each operation and layer: XLA's time, and the kernel's for every setting that its module names in CANDIDATES. The table
+For each operation and layer: XLA's time, and the kernel's for every setting that its module names in CANDIDATES: sizes of
+blocks, ways to do it (FORMS). One of several ways whose result is not XLA's is named and passed over. The table
 `jaxmerge/_kernels/tuned/<device kind>.json` then says which settings are used, and whether the kernel runs by default.
 """
 
+import fcntl
 import itertools
 import json
 from collections.abc import Callable
@@ -77,12 +79,33 @@ def tune(op: str, name: str, arrays: list, static: dict) -> dict:
             print(f"{op} with {options or 'its only setting'} does not fit: {device.first_line(e)}")
     xla = program(lambda *a: getattr(reference, op)(*a, **static), arrays)
     device.compile_all([*programs.values(), xla])
+    wanted = results(xla, arrays) if op in getattr(module, "FORMS", {}) else None
     for i, one in programs.items():
         try:
+            if wanted is not None and (apart := difference(results(one, arrays), wanted)):
+                print(f"{op} with {settings[i]} is passed over: its result is not XLA's, but {apart}")
+                continue
             best = min(best, {"us": round(one.seconds() * 1e6, 2), **settings[i]}, key=lambda found: found["us"])
         except refused as e:
             print(f"{op} with {settings[i] or 'its only setting'} does not fit: {device.first_line(e)}")
     return best | {"xla_us": round(xla.seconds() * 1e6, 2)}
+
+
+def results(one: device.Program, arrays: list) -> list[np.ndarray]:
+    """What a program makes of these arguments."""
+    given = tuple(a for a in arrays if a is not None)
+    with device.turn(fcntl.LOCK_EX):
+        return [np.asarray(y) for y in jax.tree.leaves(one.compiled(*[given] * one.copies)[0])]
+
+
+def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> str:
+    """In words, if some number is off by more than 2^-6 of the largest there is, twice what bfloat16 rounds off."""
+    for a, b in zip(found, wanted, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        off, largest = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
+        if not off <= 2.0**-6 * largest:
+            return f"{off:.3g} off, where the largest is {largest:.3g}"
+    return ""
 
 
 def program(call: Callable, arrays: list) -> device.Program:

@@ -261,6 +261,11 @@ def shape_key(shapes: Sequence[Any], **static: Any) -> str:
     return " ".join(arrays + [f"{k}={v}" for k, v in sorted(static.items()) if isinstance(v, int | float | str)])
 
 
+def spelled(options: dict[str, Any]) -> str:
+    """Settings in words: what doctor and the benches call them."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
 def table_path(kind: str) -> pathlib.Path:
     """Where what was measured on a kind of device is kept."""
     return pathlib.Path(__file__).parent / "tuned" / f"{kind.replace(' ', '_').lower()}.json"

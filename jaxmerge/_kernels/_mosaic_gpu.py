@@ -191,7 +191,6 @@ def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
     kind = {"min": "s32", "max": "s32", "add": "u32", "or": "b32"}[how]
     asm = f"{{ .reg .pred p; setp.ge.s32 p, $1, 0; @p red.shared.{how}.{kind} [$0], $2; }}"
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _line(at.shape), _line(at.shape)))
     def each(_, ref, at, value):
         i32, void = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
         start = llvm.ptrtoint(i32, memref_ptr(ref))
@@ -200,14 +199,11 @@ def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
             there = arith.addi(start, arith.muli(i, mosaic.c(4, i32)))
             llvm.inline_asm(void, [there, i, v], asm, "r,r,r,~{memory}", has_side_effects=True)
 
-    each(ref, line(at), line(value))
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _line(at.shape), _line(at.shape)))(each)
+    inlined(ref, line(at), line(value))
 
 
 def together() -> None:
     """All lanes of a thread have come here, and see what each has written to shared memory."""
-
-    @plgpu.inline_mgpu()
-    def barrier(_):
-        mosaic.warpgroup_barrier()
-
+    barrier: Any = plgpu.inline_mgpu()(lambda _: mosaic.warpgroup_barrier())
     barrier()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
+from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
+from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
 from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -110,6 +112,21 @@ def test_merge_and_unmerge(dtype, ordered, d, reduce):
         return y, back(y)[0], jm.unmerge(plan, y, implementation=which)
 
     same(both_ways, ids, weight, x)
+
+
+@both
+@pytest.mark.parametrize("options", [*merging.FORMS["merge"], {"find": "scatter", "tile": 16}], ids=dispatch.spelled)
+@pytest.mark.parametrize("spec", [VIT[3], LONG[1], BYTES[0], Tokens("short", 50, 8, 128, 42)], ids=lambda s: s.name)
+def test_merge_however_members_are_found(dtype, options, spec):
+    """As models have their ids, and with some dropped, some beyond and empty segments: in every form."""
+    rng, m = np.random.default_rng(0), spec.n - spec.r
+    ids = jnp.concatenate([cases.merging(rng, spec), cases.plan(rng, 2, spec.n, m, ordered=False)])
+    x, weight = cases.tokens(rng, 3, spec.n, spec.d, dtype), cases.sizes(rng, 3, spec.n) / 512
+    for mean in (True, False):
+        found = jax.jit(lambda *a, mean=mean: merging.merge(*a, m=m, mean=mean, **options))(ids, x, weight)
+        wanted = jax.jit(lambda *a, mean=mean: merge_ref.merge(*a, m=m, mean=mean))(ids, x, weight)
+        for a, b in zip(found, wanted, strict=True):
+            cases.close(a, b, terms=spec.n, largest=float(jnp.abs(x).max()))
 
 
 @both

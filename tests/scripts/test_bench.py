@@ -2,15 +2,17 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from jaxmerge._kernels.arg_specs import VIT, cases
+from jaxmerge._kernels.merge import ref
 from models.vit import ViTConfig
 from scripts import tune
-from scripts.bench import engine, kernels_aot, meter, opentome, tome, vit
+from scripts.bench import device, engine, kernels, kernels_aot, meter, opentome, tome, vit
 
 TINY = ViTConfig(width=16, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=4)
 
@@ -87,6 +89,35 @@ def test_kernels_ahead_of_time_know_the_floor():
 def test_tune_needs_an_accelerator():
     with pytest.raises(ValueError, match="no kernels for cpu"):
         tune.main()
+
+
+def test_what_is_tuned_is_equal_and_fastest(monkeypatch, capsys):
+    """Of three ways the fastest is wrong: it is named, and the next is written."""
+    scales = {"wrong": 1.1, "slow": 1.0, "fast": 1.0}
+
+    def merge(ids, x, weight, *, m, mean, find):
+        return tuple(y * scales[find] for y in ref.merge(ids, x, weight, m=m, mean=mean))
+
+    forms = {"merge": tuple({"find": find} for find in scales)}
+    module = types.SimpleNamespace(merge=merge, FORMS=forms, CANDIDATES=forms)
+    monkeypatch.setattr(tune.dispatch, "implementation", lambda op, name: ref if name == "ref" else module)
+    seconds = iter([3e-6, 2e-6, 4e-6])  # slow, fast, XLA
+    monkeypatch.setattr(device.Program, "seconds", lambda self: next(seconds))
+    shapes, static = cases(VIT[0]._replace(n=40, d=16, r=8), 2, np.dtype("float32"))["merge"]
+    arrays = [tune.filled(i, s, 32) for i, s in enumerate(shapes)]
+    assert tune.tune("merge", "a kernel", arrays, static) == {"us": 2.0, "xla_us": 4.0, "find": "fast"}
+    assert "{'find': 'wrong'} is passed over: its result is not XLA's, but" in capsys.readouterr().out
+
+
+def test_every_form_of_a_kernel_has_a_line():
+    shapes, static = cases(VIT[2], 64, np.dtype("float32"))["merge"]
+    taken = {"xla": 9e-6, "kernel": 4e-6, "find=compare": 4e-6, "find=scatter": 3e-6}
+    ways = {name: types.SimpleNamespace(seconds=lambda t=t: t) for name, t in taken.items()}
+    chip = device.Ceilings(bandwidth=kernels.work("merge", shapes, static)[0] / 2e-6, rate=1.0)
+    row = kernels.measure("merge", VIT[2], shapes, static, chip=chip, ways=ways, why="")
+    lines = kernels.described(row)
+    assert [line[0] for line in lines] == ["merge", "  find=compare", "  find=scatter"]
+    assert [line[6] for line in lines] == ["50%", "50%", "67%"] and lines[2][3:6] == ["3.0", "", "3.0"]
 
 
 @pytest.mark.slow

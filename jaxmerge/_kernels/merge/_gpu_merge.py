@@ -1,18 +1,20 @@
-"""Two ways to find the members of segments on Hopper, one launch each, and the rows' way from there.
+"""Two ways to find the members of segments on Hopper, and from there one way to move the rows: one launch in either case.
 
-compare: a block of 64 segments compares all ids of its row with all 64, seven operations a pair, B m n pairs, between barriers.
-What was measured on an H200 is this: 54 % of a copy's bandwidth at 197 tokens of 768 bfloat16 features, 57 % at 577. Its 109 to
-113 registers let two blocks of 256 lanes be on a multiprocessor, so that the 576 blocks of 577 tokens (64 rows) run in 2.2
-waves, each of which starts with the search; and rows are stored between barriers (54 in the program).
+compare: a block of 64 segments compares all ids of its row of the batch with all 64, seven operations a pair, between barriers;
+rows are stored between barriers too, 54 in the program. It was measured on an H200: 54 % of a copy's bandwidth at 197 tokens of
+768 bfloat16 features, 57 % at 577, a batch of 64. Of its blocks (256 lanes, 109 registers) two are on a multiprocessor at a
+time. So the 576 of 577 tokens come in 2.2 waves, and each begins with a search in which no row is moved.
 
-scatter: a block is one thread, of 16 to 64 segments. Its lanes read the row's ids once, and each puts its positions where their
-segments are, by reductions in shared memory: min, max and a count, and a bit per position, from which the members between the
-first and the last are read in order, 32 positions a word. That is O(n) and not O(n tile), and two barriers of one thread are
-all. Not measured; on paper, in units of a copy: at 577 tokens a block of 32 moves 96 KiB of rows and reads 2.3 KB of ids from
-L2, four blocks run on a multiprocessor, 2.1 short waves, and what comes before the rows is a load longer than in `unmerge`,
-which reaches 88 %: 83 to 86 are to be expected, and at 197 tokens 70 to 73, where `unmerge` reaches 76. A first launch that
-writes first, last and count for a second one that moves rows saves the same search, moves 12 m + 4 n bytes a row of the batch
-more (less than 1 %), and costs a launch, 2.5 to 3 microseconds: 81 % at 577 tokens (34 of 27), 63 at 197 (15 of 9.3).
+scatter: a block is one thread, 128 lanes, and has 16 to 64 segments. Each lane reads every 128th id, and puts its position
+where the segment's members are noted, by reductions in shared memory: the first, the last, how many, and a bit for each, from
+which those between are read in order, 32 positions a word. That is n steps, not 64 n, with two barriers in all, and 64 to 79
+registers leave room for six to eight blocks. It was never timed. On paper: at 577 tokens a block of 32 reads 2.3 KB of ids from
+L2 for the 96 KiB of rows that it moves, and begins to move them one load and some 150 cycles later than `unmerge` does, which
+reaches 76 and 88 % of a copy's bandwidth there. With half a microsecond to one more, at 4 TB/s, that is 70 to 73 % at 197
+tokens, where a copy takes 9.3 us, and 83 to 86 % at 577, where it takes 27.
+
+A launch of its own that writes first, last and count for a second one to move rows would read 4 n and write 12 m bytes a row
+of the batch, less than 1 % of what is moved, but it takes 2.5 to 3 us before the other starts: 62 and 81 %.
 """
 
 import functools
@@ -48,7 +50,7 @@ class Members(NamedTuple):
     count: Callable[[Any], Array]
     first: Callable[[Any], Array]
     last: Callable[[Any], Array]
-    after: Callable[[Any, Array, Array], Array]
+    after: Callable[[Any, Array, Array], Any]
     """Of a slot, a member and whether the next is the last: the next."""
 
 

@@ -33,16 +33,16 @@ def merge(
     mean: bool,
     find: Literal["compare", "scatter"] | None = None,
     interpret: Any = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> tuple[Float[Array, "B m d"], Float[Array, "B m"]]:
     """`ref.merge`; `find` and the sizes of `_gpu_merge.compare` or `scatter` as measured, where no `find` is given."""
-    sizes = settings("merge", ids, x, weight, m=m, mean=mean) | sizes if find is None else {"find": find, **sizes}
-    form = {"compare": compare, "scatter": scatter}[sizes.pop("find")]
+    how = settings("merge", ids, x, m=m) if find is None else {"find": find}
+    form: Any = {"compare": compare, "scatter": scatter}[how.pop("find")]
     ids = jnp.pad(ids, ((0, 0), (0, max(0, LANES - ids.shape[1]))), constant_values=-1)
-    return form(ids, x, weight, m=m, mean=mean, interpret=interpret, **sizes)
+    return form(ids, x, weight, m=m, mean=mean, interpret=interpret, **how | sizes)
 
 
-def settings(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = True) -> dict[str, Any]:
+def settings(op: str, ids: Any, x: Any, *rest: Any, m: int | None = None, mean: bool = False) -> dict[str, Any]:
     """How a merge is run on the target: as was fastest there for such rows, with weights or without; where they were never
     measured, as was fastest most often; where nothing was, by the first of FORMS."""
     if op not in FORMS:
