@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
 from jaxmerge._kernels._dispatch import target
 
@@ -188,6 +188,8 @@ def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
       how: "min", "max", "add" or "or".
       ref: int32, one axis, in shared memory.
     """
+    from jaxlib.mlir.dialects import llvm  # which jax.extend does not have
+
     kind = {"min": "s32", "max": "s32", "add": "u32", "or": "b32"}[how]
     asm = f"{{ .reg .pred p; setp.ge.s32 p, $1, 0; @p red.shared.{how}.{kind} [$0], $2; }}"
 
