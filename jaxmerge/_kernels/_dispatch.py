@@ -27,6 +27,7 @@ FOLDERS = {
     "match": "match",
     "energy": "match",
     "nearest_k": "match",
+    "nearest_ahead": "match",
     "merge": "merge",
     "unmerge": "merge",
     "step": "step",

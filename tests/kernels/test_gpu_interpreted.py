@@ -102,6 +102,18 @@ def test_nearest_k_where_distances_are_whole_numbers(interpret):
 
 
 @both
+@pytest.mark.parametrize("given", ["nothing", "places", "mask", "both"])
+def test_nearest_ahead_where_distances_are_whole_numbers(interpret, dtype, given):
+    rng, n, m = np.random.default_rng(0), 130, 200
+    a, b = cases.whole(rng, 2, n, 64, dtype), cases.whole(rng, 2, m, 64, dtype)
+    places = [jnp.asarray(rng.integers(0, 9, (2, rows)), jnp.int32) for rows in (n, m)] if given in ("places", "both") else ()
+    ok = jnp.asarray(rng.random((2, m)) < 0.6).at[0].set(False) if given in ("mask", "both") else None
+    more = (*(places or (None, None)), ok)
+    found, wanted = matching.nearest_ahead(a, b, *more, interpret=interpret), match_ref.nearest_ahead(a, b, *more)
+    assert all((one == other).all() and one.dtype == other.dtype for one, other in zip(found, wanted, strict=True))
+
+
+@both
 @pytest.mark.parametrize("weighted, mean, threads", [(True, True, 2), (False, True, 4), (True, False, None)])
 def test_merge_and_unmerge(interpret, dtype, weighted, mean, threads):
     rng, n, m = np.random.default_rng(0), 150, 70

@@ -40,6 +40,7 @@ CANDIDATES = {
     "match": tuple({"slots": slots} for slots in (32, 16, 64)),
     "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
     "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
+    "nearest_ahead": tuple({"slots": slots} for slots in (32, 16, 64)),
 }
 """Of more columns each has fewer scores to walk through, and there is more to reduce at the end."""
 
@@ -103,6 +104,28 @@ def nearest_k(
     queries, keys = prepare((a, b), scaled=False, interpret=interpret)
     least = sweep(queries, keys, opened(b, b_ok), None, _Least(count), slots, stages, interpret)
     return jnp.stack(least, axis=-1)[:, : a.shape[1]]
+
+
+def nearest_ahead(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    a_place: Int[Array, "B n"] | None = None,
+    b_place: Int[Array, "B m"] | None = None,
+    b_ok: Bool[Array, "B m"] | None = None,
+    *,
+    slots: int | None = None,
+    stages: int | None = None,
+    interpret=None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
+    """`ref.nearest_ahead`."""
+    slots = slots or _slots("nearest_ahead", (a, b), 32)
+    places = tuple(
+        None if place is None else jnp.pad(place.astype(jnp.float32), ((0, 0), (0, -place.shape[1] % KEYS)))
+        for place in (a_place, b_place)
+    )
+    queries, keys = prepare((a, b), scaled=False, interpret=interpret)
+    found = sweep(queries, keys, opened(b, b_ok), None, _Ahead(), slots, stages, interpret, places=places)
+    return tuple(one[:, : a.shape[1]] for one in found)
 
 
 def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
@@ -246,8 +269,33 @@ class _Least(NamedTuple):
         return tuple(least)
 
 
-def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
-    """What is collected over the keys for each query, (B, n') each."""
+class _Ahead(NamedTuple):
+    """The nearest key ahead of a query: its squared distance and its position; and the largest distance of all."""
+
+    outputs: tuple[Any, ...] = (jnp.float32, jnp.int32, jnp.float32)
+    start: tuple[Any, ...] = ((jnp.inf, jnp.float32), (0, jnp.int32), (-jnp.inf, jnp.float32))
+
+    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
+        least, at, most = found
+        away = _along(of_key, dot.shape) - 2 * dot
+        bias = None if add is None else _along(add, dot.shape)
+        most = jnp.maximum(most, away if bias is None else away + bias)
+        away = away if bias is None else away - bias
+        away = away if near is None else jnp.where(near, away, jnp.inf)
+        nearer = away < least
+        return jnp.where(nearer, away, least), jnp.where(nearer, group, at), most
+
+    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+        least, group, most = found
+        low, high, slots = jnp.min(least, axis=1), jnp.max(most, axis=1), least.shape[1]
+        key = group * slots + mgpu.iota(least.shape, 1)
+        key = jnp.min(jnp.where(least == _across(low, least.shape), key, NONE), axis=1)
+        most = jnp.where(high > -jnp.inf, jnp.maximum(high + of_query, 0.0), high)
+        return jnp.maximum(low + of_query, 0.0), jnp.where(low < jnp.inf, key, 0), most
+
+
+def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places=(None, None)):
+    """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it."""
     (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
@@ -259,7 +307,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
     stages = stages or min(8, ring // (KEYS * wide * 2))
     groups = KEYS // slots
 
-    def body(a, b, inverse_a, inverse_b, bias, *outputs, queries, keys, ready, full, free):
+    def body(a, b, inverse_a, inverse_b, bias, place_a, place_b, *outputs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
         if window is None:
             low, high = jnp.int32(0), jnp.int32(tiles)
@@ -277,11 +325,13 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
 
             of_query = lambda: mgpu.rows(inverse_a.at[row, here])
             each_query = _across(of_query(), (TILE, slots)) if isinstance(collect, _Sums) else None
+            place = None if place_a is None else _across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
 
             def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
                 scale = mgpu.columns(inverse_b.at[row, at])
                 add = None if bias is None else mgpu.columns(bias.at[row if bias.shape[0] > 1 else 0, at])
+                places = None if place_b is None else mgpu.columns(place_b.at[row, at])
 
                 def product(acc):
                     step = (i - low) * steps
@@ -305,6 +355,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
                         away = mgpu.iota((TILE, slots), 0) + (block * QUERIES + t * TILE) - (i * KEYS + g * slots)
                         away = away - mgpu.iota((TILE, slots), 1)
                         near = (away <= window) & (away >= -window)
+                    if places is not None:
+                        near = _along(places[cut], (TILE, slots)) < place
                     found = collect.fold(
                         found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
                     )
@@ -349,7 +401,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
         free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
     return mgpu.kernel(
-        body, (a, b, inverse_a, inverse_b, bias), scratch,
+        body, (a, b, inverse_a, inverse_b, bias, *places), scratch,
         out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in collect.outputs],
         grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
     )  # fmt: skip

@@ -57,12 +57,30 @@ def nearest_k(
 
     |a_i|² + |b_j|² - 2 a_i·b_j, at least 0: centre the rows first, because the cancellation grows with their length.
     """
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    length = lambda x: jnp.sum(x * x, axis=-1)
-    squared = length(a)[:, :, None] + length(b)[:, None, :] - 2 * segments.matmul(a, jnp.swapaxes(b, 1, 2))
-    squared = jnp.maximum(squared, 0)
+    squared = _squared(a, b)
     squared = squared if b_ok is None else jnp.where(b_ok[:, None, :], squared, jnp.inf)
     return smallest(squared, count)
+
+
+def nearest_ahead(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    a_place: Int[Array, "B n"] | None = None,
+    b_place: Int[Array, "B m"] | None = None,
+    b_ok: Bool[Array, "B m"] | None = None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
+    """Of each query the least squared distance to an allowed key ahead of it, inf where there is none; the first key that has
+    it, or else 0; and the largest squared distance to any allowed key, -inf where there is none. Rows must be finite.
+
+    Key j is ahead of query i where b_place[j] < a_place[i], places being below 2^24; all are where no places are given.
+    """
+    squared = _squared(a, b)
+    allowed = jnp.ones((1, 1, b.shape[1]), bool) if b_ok is None else b_ok[:, None, :]
+    farthest = jnp.max(jnp.where(allowed, squared, -jnp.inf), axis=-1)
+    if a_place is not None and b_place is not None:
+        allowed = allowed & (b_place[:, None, :] < a_place[:, :, None])
+    squared = jnp.where(allowed, squared, jnp.inf)
+    return jnp.min(squared, axis=-1), jnp.argmin(squared, axis=-1).astype(jnp.int32), farthest
 
 
 def resemblance(
@@ -113,6 +131,14 @@ def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
     sound = (peak > 0) & jnp.isfinite(peak)
     x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
     return x / jnp.sqrt(jnp.where(sound, jnp.sum(x * x, axis=-1, keepdims=True), 1))  # the root of 0 has no gradient
+
+
+def _squared(a: Float[Array, "B n k"], b: Float[Array, "B m k"]) -> Float[Array, "B n m"]:
+    """All squared distances."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    length = lambda x: jnp.sum(x * x, axis=-1)
+    squared = length(a)[:, :, None] + length(b)[:, None, :] - 2 * segments.matmul(a, jnp.swapaxes(b, 1, 2))
+    return jnp.maximum(squared, 0)
 
 
 def smallest(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
