@@ -28,6 +28,7 @@ FOLDERS = {
     "energy": "match",
     "nearest_k": "match",
     "nearest_ahead": "match",
+    "peaks": "match",
     "merge": "merge",
     "unmerge": "merge",
     "step": "step",

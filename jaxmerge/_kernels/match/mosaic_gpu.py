@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.match._peaks import by_sweeps
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 TILE = 64
@@ -126,6 +127,9 @@ def nearest_ahead(
     queries, keys = prepare((a, b), scaled=False, interpret=interpret)
     found = sweep(queries, keys, opened(b, b_ok), None, _Ahead(), slots, stages, interpret, places=places)
     return tuple(one[:, : a.shape[1]] for one in found)
+
+
+peaks = by_sweeps(nearest_k, nearest_ahead)
 
 
 def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
@@ -355,7 +359,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                         away = mgpu.iota((TILE, slots), 0) + (block * QUERIES + t * TILE) - (i * KEYS + g * slots)
                         away = away - mgpu.iota((TILE, slots), 1)
                         near = (away <= window) & (away >= -window)
-                    if places is not None:
+                    if places is not None and place is not None:
                         near = _along(places[cut], (TILE, slots)) < place
                     found = collect.fold(
                         found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
@@ -422,7 +426,7 @@ device_refusals = mgpu.device_refusals
 
 def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = []
+    why, b = [], a if op == "peaks" else b
     if static.get("count", 1) > MOST_NEIGHBORS:
         why.append(f"{static['count']} neighbours: at most {MOST_NEIGHBORS}, which are held in registers")
     if any(not isinstance(static.get(name, 0.0), int | float) for name in ("margin", "alpha")):
@@ -444,7 +448,7 @@ def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **stat
 
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where scores are many: XLA takes them to memory and back."""
-    return a.shape[1] * b.shape[1] >= 2**16
+    return a.shape[1] * (a if op == "peaks" else b).shape[1] >= 2**16
 
 
 def _features(k: int) -> int:

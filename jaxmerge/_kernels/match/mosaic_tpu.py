@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.match._peaks import by_sweeps
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 QUERIES, KEYS = 1024, 512
@@ -138,16 +139,19 @@ def nearest_ahead(
         return tpu.row(low), tpu.row(jnp.where(low < jnp.inf, index, 0.0)), tpu.row(jnp.max(most, axis=1, keepdims=True))
 
     sweep = _Sweep(fold, finish, (jnp.inf, jnp.inf, -jnp.inf), 3, score, (jnp.inf, -jnp.inf))
-    of_queries, of_keys = ([], []) if a_place is None else ([a_place], [b_place])
+    of_queries, of_keys = ([], []) if a_place is None or b_place is None else ([a_place], [b_place])
     call = partial(_call, sweep, "nearest_ahead", a, b, of_queries, [_squared(b), *of_keys], b_ok)
     least, index, most = (found[:, 0] for found in call(block=block, interpret=interpret))
     far = lambda x: jnp.where(jnp.isfinite(x), jnp.maximum(x + _squared(a), 0), x)
     return far(least), index.astype(jnp.int32), far(most)
 
 
+peaks = by_sweeps(nearest_k, nearest_ahead)
+
+
 def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = []
+    why, b = [], a if op == "peaks" else b
     for name, x in (("queries", a), ("keys", b)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             why.append(f"{name} are {x.dtype}: bfloat16 or float32")
@@ -167,6 +171,10 @@ def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
 
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where the scores are more than the operands, by far: XLA takes them to memory and back, and float32 in six passes."""
+    b = a if op == "peaks" else b
+    if op == "peaks" and a.dtype == jnp.float32:  # two products where XLA takes one, and its passes over all distances
+        (rate, bandwidth), count = tpu.chip(kind), static["count"]
+        return a.shape[1] ** 2 >= 2**16 and 6 * 2 * a.shape[2] / rate < 4 * (2 * count + 4) / bandwidth
     return a.shape[1] * b.shape[1] >= 2**16
 
 

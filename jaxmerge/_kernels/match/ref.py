@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -10,6 +11,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match._distances import distances
+from jaxmerge._rank import ranks
 
 AT_ONCE = 256
 """Queries whose scores stand in memory at the same time: few enough for a cache, many enough for the matrix unit."""
@@ -81,6 +84,39 @@ def nearest_ahead(
         allowed = allowed & (b_place[:, None, :] < a_place[:, :, None])
     squared = jnp.where(allowed, squared, jnp.inf)
     return jnp.min(squared, axis=-1), jnp.argmin(squared, axis=-1).astype(jnp.int32), farthest
+
+
+def peaks(
+    x: Float[Array, "B n k"], ok: Bool[Array, "B n"] | None = None, near: Int[Array, "B"] | None = None, *, count: int
+) -> Float[Array, "B n"]:
+    """log(rho delta) of each allowed row, up to one constant for all of them: see `tokens.density_centers`.
+
+    Densities look at the `near` nearest rows, at most `count`, which is also what None means. -inf for the second of twins.
+    """
+    return jax.vmap(partial(peak_scores, count=count))(x, ok, near)
+
+
+def peak_scores(x: Float[Array, "n k"], ok: Bool[Array, "n"] | None, near: Int[Array, ""] | None, *, count: int) -> Array:
+    """`peaks` of one row of the batch, by all its distances."""
+    squared, scale = distances(x)
+    squared = squared if ok is None else jnp.where(ok[None, :] & ok[:, None], squared, jnp.inf)
+    log_rho = log_density(smallest(squared, count), near, scale, x.shape[-1])
+    place = ranks(log_rho)
+    denser = place[None, :] < place[:, None]
+    farthest = jnp.max(jnp.where(jnp.isfinite(squared), squared, 0))
+    delta = jnp.minimum(jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1), farthest)
+    return log_rho + 0.5 * jnp.log(delta)
+
+
+def log_density(
+    nearest: Float[Array, "*batch n count"], near: Int[Array, "*batch"] | None, scale: Float[Array, "*batch"], k: int
+) -> Float[Array, "*batch n"]:
+    """Of the nearest squared distances, in order, the log density of rows with k features; -inf where all are inf."""
+    used = jnp.isfinite(nearest)
+    if near is not None:
+        used &= lax.broadcasted_iota(jnp.int32, nearest.shape, nearest.ndim - 1) < near[..., None, None]
+    mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1).astype(nearest.dtype)
+    return jnp.where(used.any(axis=-1), -((scale[..., None] * jnp.sqrt(mean / k)) ** 2), -jnp.inf)
 
 
 def resemblance(
