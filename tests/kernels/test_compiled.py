@@ -40,6 +40,7 @@ def on_every_chip(topology, dtype, spec, ops=None):
         "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
         "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend,
         "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
+        "nearest_ahead": match_tpu.nearest_ahead, "peaks": match_tpu.peaks,
     }  # fmt: skip
     at = cases(spec, mesh.size, dtype)
     with dispatch.aim("tpu", CHIPS[topology]):

@@ -5,7 +5,8 @@ numbers, exact in float32; the inverse norms are applied to the sums, so one pas
 cut into three bfloat16 parts, high to low, and the six products that matter are added. For distances rows stay as they are,
 and their squared lengths take the place of inverse norms.
 
-A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
+A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. Queries
+too wide to stay on chip pass through the ring too, a chunk of features beside the keys' same chunk. A
 compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
 from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
 first of equals win. For the energy it holds sums there instead; for the nearest a list, in order, of the least that each
@@ -13,7 +14,7 @@ column has seen, into which a score is inserted by a minimum and a maximum for e
 the heads of its columns' lists, one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +153,7 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite. Where
     rows are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
     """
-    B, _, k = xs[0].shape
+    given, (B, _, k) = xs, xs[0].shape
     parts = 3 if xs[0].dtype == jnp.float32 else 1
     kp = _features(k)
     rows = [x.shape[1] for x in xs]
@@ -160,6 +161,8 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     flat = [x.reshape(-1, k) for x in xs]
     xs = tuple(jnp.pad(x, ((0, max(0, TILE - len(x))), (0, kp - k))) for x in flat)
     counts = [length // TILE for length in lengths]
+    if not _resident(parts, kp):
+        return [_cut(x, (length, kp), parts, scaled) for x, length in zip(given, lengths, strict=True)]
 
     def body(*refs):
         xs_refs, outs, scratch = refs[: len(xs)], refs[len(xs) : 3 * len(xs)], refs[3 * len(xs) :]
@@ -198,6 +201,17 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     )
     found = mgpu.kernel(body, xs, scratch, out=out, grid=dict(row=B, tile=sum(counts)), threads=1, interpret=interpret)
     return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[Array, Array]:
+    """What `prepare` makes of one x, by XLA: for rows that do not fit on chip, of which a sweep costs far more than this."""
+    x = jnp.pad(x, ((0, 0), *((0, whole - size) for whole, size in zip(padded, x.shape[1:], strict=True))))
+    rest, inverse = jax.vmap(mgpu.unit if scaled else mgpu.squared)(x.astype(jnp.float32))
+    found = []
+    for _ in range(parts):
+        found.append(rest.astype(jnp.bfloat16))
+        rest = rest - lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)  # a cast there and back may be left out
+    return jnp.stack(found), inverse
 
 
 class _Best(NamedTuple):
@@ -303,13 +317,23 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
     (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
-    wide = 64 if k % 64 == 0 else k  # features of a chunk
+    stay = _resident(parts, k)
+    wide = _chunk(k) if stay else 64 if parts == 1 else 32  # features of a chunk
     chunks = k // wide
     tiles, blocks = m // KEYS, n // QUERIES
-    steps = parts * chunks  # ring steps a tile
-    ring = mgpu.SHARED - QUERIES * parts * k * 2
-    stages = stages or min(8, ring // (KEYS * wide * 2))
+    steps, depth = (parts * chunks, 1) if stay else (chunks, parts)  # ring steps a tile, of so many parts of the keys' chunk
+    held, passing = (2 * parts * chunks, 0) if stay else (0, 2 * parts)  # chunks of queries: for good, and in a ring step
+    ring = mgpu.SHARED - held * TILE * wide * 2
+    stages = stages or min(8, ring // ((depth * KEYS + passing * TILE) * wide * 2))
     groups = KEYS // slots
+
+    def each_step(turn: Callable[[Any, Sequence[int], Any], None]) -> None:
+        """Call with the number of each ring step of a tile, its parts and its chunk: in a loop where there may be many."""
+        if stay:
+            for step in range(steps):
+                turn(step, (step // chunks,), step % chunks)
+        else:
+            pl.loop(0, chunks)(lambda c: turn(c, range(parts), c))
 
     def body(a, b, inverse_a, inverse_b, bias, place_a, place_b, *outputs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
@@ -325,7 +349,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
         def _():
             plgpu.set_max_registers(232, action="increase")
             here = pl.ds(block * QUERIES + t * TILE, TILE)
-            plgpu.barrier_wait(ready.at[t])
+            if stay:
+                plgpu.barrier_wait(ready.at[t])
 
             of_query = lambda: mgpu.rows(inverse_a.at[row, here])
             each_query = _across(of_query(), (TILE, slots)) if isinstance(collect, _Sums) else None
@@ -338,16 +363,21 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                 places = None if place_b is None else mgpu.columns(place_b.at[row, at])
 
                 def product(acc):
-                    step = (i - low) * steps
-                    for q in range(parts):
-                        for c in range(chunks):
-                            s = slot(step + q * chunks + c)
-                            plgpu.barrier_wait(full.at[s])
+                    first = (i - low) * steps
+
+                    @each_step
+                    def _(step, some, c):
+                        s = slot(first + step)
+                        plgpu.barrier_wait(full.at[s])
+                        for at, q in enumerate(some):
                             for p in range(parts - q):
-                                left = (t * parts + p) * chunks + c
-                                plgpu.wgmma(acc, queries.at[left], keys.at[s].transpose((1, 0)))
-                            if q or c:
-                                plgpu.barrier_arrive(free.at[slot(step + q * chunks + c - 1)])
+                                left = (t * parts + p) * chunks + c if stay else (s * 2 + t) * parts + p
+                                plgpu.wgmma(acc, queries.at[left], keys.at[s * depth + at].transpose((1, 0)))
+
+                        @pl.when(step > 0)
+                        def _():
+                            plgpu.barrier_arrive(free.at[slot(first + step - 1)])
+
                     return acc[...]
 
                 score = pl.run_scoped(product, plgpu.ACC((TILE, KEYS), jnp.float32))
@@ -374,34 +404,42 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
         @pl.when(t == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            for w in range(2):
-                for p in range(parts):
-                    for c in range(chunks):
-                        plgpu.copy_gmem_to_smem(
-                            a.at[p, row, pl.ds(block * QUERIES + w * TILE, TILE), pl.ds(c * wide, wide)],
-                            queries.at[(w * parts + p) * chunks + c],
-                            ready.at[w],
-                        )
+
+            def load_queries(c: Any, to: Callable[[int, int], Any], barrier: Callable[[int], Any]) -> None:
+                for w in range(2):
+                    rows = pl.ds(block * QUERIES + w * TILE, TILE)
+                    for p in range(parts):
+                        plgpu.copy_gmem_to_smem(a.at[p, row, rows, pl.ds(c * wide, wide)], queries.at[to(w, p)], barrier(w))
+
+            for c in range(chunks if stay else 0):
+                load_queries(c, lambda w, p, c=c: (w * parts + p) * chunks + c, lambda w: ready.at[w])
 
             @pl.loop(low, high)
             def _(i):
-                for q in range(parts):
-                    for c in range(chunks):
-                        step = (i - low) * steps + q * chunks + c
+                @each_step
+                def _(step, some, c):
+                    step += (i - low) * steps
+                    s = slot(step)
 
-                        @pl.when(step >= stages)
-                        def _(step=step):
-                            plgpu.barrier_wait(free.at[slot(step)])
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[s])
 
-                        plgpu.copy_gmem_to_smem(
-                            b.at[q, row, pl.ds(i * KEYS, KEYS), pl.ds(c * wide, wide)], keys.at[slot(step)], full.at[slot(step)]
-                        )
+                    for at, q in enumerate(some):
+                        tile = b.at[q, row, pl.ds(i * KEYS, KEYS), pl.ds(c * wide, wide)]
+                        plgpu.copy_gmem_to_smem(tile, keys.at[s * depth + at], full.at[s])
+                    if not stay:
+                        load_queries(c, lambda w, p: (s * 2 + w) * parts + p, lambda w: full.at[s])
+
+            @pl.loop(jnp.maximum((high - low) * steps - stages, 0), (high - low) * steps)
+            def _(step):  # leave when all has been read
+                plgpu.barrier_wait(free.at[slot(step)])
 
     scratch = dict(
-        queries=plgpu.SMEM((2 * parts * chunks, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        keys=plgpu.SMEM((stages, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2),
-        full=plgpu.Barrier(num_barriers=stages),
+        queries=plgpu.SMEM((held + stages * passing, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        keys=plgpu.SMEM((stages * depth, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2) if stay else None,
+        full=plgpu.Barrier(num_arrivals=depth + passing, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
     return mgpu.kernel(
@@ -437,12 +475,7 @@ def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **stat
     if a.dtype != b.dtype:
         why.append(f"queries are {a.dtype} and keys {b.dtype}: one dtype")
     if min(a.shape[1], b.shape[1], a.shape[2]) == 0:
-        return [*why, "there is nothing to compare"]
-    parts, k = (3 if a.dtype == jnp.float32 else 1), _features(a.shape[2])
-    wide = 64 if k % 64 == 0 else k
-    need = QUERIES * parts * k * 2 + 2 * KEYS * wide * 2
-    if need > mgpu.SHARED:
-        why.append(f"{QUERIES} queries of {a.shape[2]} features take {need >> 10} KiB of the {mgpu.SHARED >> 10} KiB on chip")
+        why.append("there is nothing to compare")
     return why
 
 
@@ -454,3 +487,13 @@ def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> boo
 def _features(k: int) -> int:
     """k padded to what chunks and swizzles hold."""
     return -(-k // 16) * 16 if k <= 128 else -(-k // 64) * 64
+
+
+def _chunk(k: int) -> int:
+    """Features of a chunk, if queries stay on chip."""
+    return 64 if k % 64 == 0 else k
+
+
+def _resident(parts: int, k: int) -> bool:
+    """Whether the queries of a block stay on chip, beside a ring of two key tiles."""
+    return QUERIES * parts * k * 2 + 2 * KEYS * _chunk(k) * 2 <= mgpu.SHARED
