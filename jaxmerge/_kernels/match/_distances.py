@@ -50,14 +50,16 @@ def moved(x: Float[Array, "n d"]) -> Moved:
     """
     dtype, info = x.dtype, jnp.finfo(x.dtype)
     x = x.astype(jnp.float32)
-    sound = jnp.isfinite(x).all(axis=-1)
-    x, far = _power_box(jnp.where(sound[:, None], x, 0))
-    mean = jnp.sum(x, axis=0, keepdims=True) / jnp.maximum(jnp.sum(sound), 1).astype(x.dtype)
+    sound = jnp.isfinite(x).all(axis=-1, keepdims=True)
+    count, some = jnp.maximum(jnp.sum(sound), 1).astype(x.dtype), sound.any()
+    low = jnp.where(some, jnp.min(jnp.where(sound, x, jnp.inf), axis=0, keepdims=True), 0)
+    high = jnp.where(some, jnp.max(jnp.where(sound, x, -jnp.inf), axis=0, keepdims=True), 0)
+    mean = jnp.sum(jnp.where(sound, x, 0) / count, axis=0, keepdims=True)
     mean = lax.reduce_precision(mean, info.nexp, info.nmant)  # a cast there and back may be left out
-    size, along = jnp.abs(mean), jnp.where(sound[:, None], x * jnp.sign(mean), jnp.abs(mean))
-    close = ((along >= size / 2) & (along <= size * 2)).all(axis=0, keepdims=True)
-    x, near = _power_box(jnp.where(sound[:, None], x - jnp.where(close, mean, 0), 0))
-    return Moved(x.astype(dtype), sound, far * near)
+    near = lambda end: (jnp.abs(end) >= jnp.abs(mean) / 2) & (jnp.abs(end) / 2 <= jnp.abs(mean)) & (end * jnp.sign(mean) >= 0)
+    mean = jnp.where(near(low) & near(high), mean, 0)
+    power, inverse = _power(jnp.max(jnp.maximum(high - mean, mean - low)))
+    return Moved((jnp.where(sound, x - mean, 0) * inverse).astype(dtype), sound[:, 0], power)
 
 
 def _unit_box(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
@@ -67,10 +69,8 @@ def _unit_box(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array,
     return x / peak, peak
 
 
-def _power_box(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-    """x over the power of two below its largest entry, and that power."""
-    peak = jnp.max(jnp.abs(x), initial=0)
+def _power(peak: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The power of two at a number or below it, and its inverse; 1 for 0."""
     _, exponent = jnp.frexp(jnp.where(peak > 0, peak, 1))
-    power = lambda e: jnp.ldexp(jnp.ones_like(peak), e)
     exponent = jnp.clip(exponent - 1, -126, 126)
-    return x * power(-exponent), power(exponent)
+    return jnp.ldexp(jnp.ones_like(peak), exponent), jnp.ldexp(jnp.ones_like(peak), -exponent)
