@@ -122,11 +122,16 @@ def test_where_a_kernel_is_chosen():
     """Where XLA's passes over all distances cost more than a second product; float32 rows are six products wide."""
     shape = lambda n, d, dtype: [jax.ShapeDtypeStruct((8, n, d), dtype), None, None]
     faster = partial(dispatch.faster, "peaks", "mosaic_tpu", kind="TPU v5 lite", count=5)
-    assert faster(shape(729, 1152, jnp.bfloat16)) and faster(shape(729, 256, jnp.float32))
-    assert not faster(shape(729, 4096, jnp.float32)) and not faster(shape(100, 64, jnp.bfloat16))
+    assert faster(shape(729, 1152, jnp.bfloat16)) and faster(shape(4096, 256, jnp.float32))
+    assert not faster(shape(100, 64, jnp.bfloat16))
+    assert not faster(shape(4096, 4096, jnp.float32)) and not faster(shape(729, 256, jnp.float32))  # these stay on chip
+    for platform, kind in (("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H200")):
+        with dispatch.aim(platform, kind):
+            found = {(row.op, row.implementation): row for row in rows()}
+        for op in ("peaks", "nearest_ahead"):
+            row = found[op, f"mosaic_{platform}"]
+            assert "SigLIP-SO400M@384" in row.chosen and "SD 128x128" in row.chosen and not row.why
     with dispatch.aim("tpu", "TPU v5 lite"):
-        found = {(row.op, row.implementation): row for row in rows()}
-        assert found["peaks", "mosaic_tpu"].chosen and not found["peaks", "mosaic_tpu"].why
         assert "17 neighbours" in dispatch.refusals("peaks", "mosaic_tpu", shape(729, 64, jnp.float32), count=17)[0]
     x = jnp.zeros((1, 20, 8), jnp.float16)
     with pytest.raises(ValueError, match=r"(?s)runs on cpu.*17 neighbours.*queries are float16"):

@@ -462,7 +462,7 @@ def _across(of_query: Array, shape: tuple[int, ...]) -> Array:
 device_refusals = mgpu.device_refusals
 
 
-def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
+def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
     why, b = [], a if op == "peaks" else b
     if static.get("count", 1) > MOST_NEIGHBORS:

@@ -171,10 +171,12 @@ def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
 
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where the scores are more than the operands, by far: XLA takes them to memory and back, and float32 in six passes."""
-    b = a if op == "peaks" else b
-    if op == "peaks" and a.dtype == jnp.float32:  # two products where XLA takes one, and its passes over all distances
-        (rate, bandwidth), count = tpu.chip(kind), static["count"]
-        return a.shape[1] ** 2 >= 2**16 and 6 * 2 * a.shape[2] / rate < 4 * (2 * count + 4) / bandwidth
+    if op == "peaks":
+        batch, n, k = a.shape
+        if a.dtype == jnp.bfloat16:  # two single passes of the matrix unit, where XLA takes six
+            return n * n >= 2**16
+        (rate, bandwidth), seen = tpu.chip(kind), 2 * static["count"] + 4  # twelve, where it takes six: if memory is slower
+        return 4 * batch * n * n > tpu.vmem(kind) and 6 * 2 * k / rate < 4 * seen / bandwidth
     return a.shape[1] * b.shape[1] >= 2**16
 
 

@@ -68,7 +68,7 @@ def density_peaks(
     """
     centers = density_centers(x, k, neighbors=neighbors, mask=mask, implementation=implementation)
     most = python_int("density_peaks", "k", k)
-    return _clusters(x, centers, k, mask=mask, order=order, implementation=implementation, most=most)
+    return clusters(x, centers, k, mask=mask, order=order, implementation=implementation, most=most)
 
 
 def density_centers(
@@ -169,17 +169,17 @@ def nearest_center(
       >>> jm.tokens.nearest_center(x, centers, 2, order="center").segment_ids.tolist()
       [1, 0, 1, 0]
     """
-    return _clusters(x, centers, k, mask=mask, order=order, implementation=implementation)
+    return clusters(x, centers, k, mask=mask, order=order, implementation=implementation)
 
 
-def _clusters(
+def clusters(
     x: Float[ArrayLike, "*batch n d"],
     centers: Bool[ArrayLike, "*batch n"],
     k: int,
     *,
     mask: Bool[ArrayLike, "*batch n"] | None,
-    order: Order,
-    implementation: Implementation | None,
+    order: Order = "first",
+    implementation: Implementation | None = None,
     most: int | None = None,
 ) -> Plan:
     """`nearest_center`, of at most so many centres, where that is known."""
