@@ -13,7 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels._doctor import rows
+from jaxmerge._kernels.match import ref
 from jaxmerge._kernels.match._distances import moved
+from jaxmerge._kernels.match._peaks import by_sweeps
 from tests.hlo import collectives
 
 B, N, D, K = 2, 75, 16, 9
@@ -82,6 +84,16 @@ def test_nothing_is_rounded_by_moving(dtype, what):
     x, y = (np.asarray(a[sound], np.float64) for a in (x, y))
     np.testing.assert_array_equal(float(scale) * (y[:, None] - y[None]), x[:, None] - x[None])
     assert np.abs(y).max() < 2 and (what != "shifted" or np.abs(y.mean(0)).max() < 0.6)
+
+
+def test_the_distance_between_twins_is_nothing_whatever_a_sweep_rounds():
+    def rounded(*arguments):
+        least, at, most = ref.nearest_ahead(*arguments)
+        return least + 1e-6, at, most
+
+    x = drawn("twins", jnp.float32)[0]
+    score = by_sweeps(ref.nearest_k, rounded)(x, count=5)
+    assert (score == -jnp.inf).sum() == B * (N // 2) and ((score == -jnp.inf) == (ref.peaks(x, count=5) == -jnp.inf)).all()
 
 
 def test_gradients_and_a_mapped_axis():
