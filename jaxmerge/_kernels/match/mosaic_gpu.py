@@ -1,4 +1,4 @@
-"""`match`, `energy` and `nearest_k` on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
+"""`match`, `energy` and the nearest on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
 
 Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
 numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
@@ -6,9 +6,9 @@ cut into three bfloat16 parts, high to low, and the six products that matter are
 and their squared lengths take the place of inverse norms.
 
 A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. Queries
-too wide to stay on chip pass through the ring too, a chunk of features beside the keys' same chunk. A
-compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
-from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
+too wide to stay on chip pass through the ring too, a chunk of features beside the keys' same chunk; XLA makes such rows ready.
+A compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it
+is from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
 first of equals win. For the energy it holds sums there instead; for the nearest a list, in order, of the least that each
 column has seen, into which a score is inserted by a minimum and a maximum for every place. A row's least are then taken from
 the heads of its columns' lists, one by one.

@@ -128,7 +128,7 @@ def density_centers(
         return jnp.zeros((*batch, 0), bool)
     everyone = _everyone(x)
     allowed = None if mask is None else jnp.asarray(mask) & everyone
-    near = None if count is None else jnp.clip(count, 1, neighbors) + jnp.sum(~everyone, axis=-1)
+    near = None if count is None else jnp.clip(count, 1, neighbors) + jnp.sum(~everyone, axis=-1, dtype=jnp.int32)
     xla = lambda: segments.batched(partial(peak_scores, count=neighbors), len(batch))(x, allowed, near)
     score = kernels.peaks(x, allowed, near, count=neighbors, implementation=implementation, xla=xla)
     valid = everyone if allowed is None else allowed
