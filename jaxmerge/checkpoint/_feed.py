@@ -20,6 +20,8 @@ ROOMS = 4
 """Units in memory at once, at most: one is read, two are prepared, one is worked on."""
 AHEAD = 1 << 27
 """Bytes of rooms that suffice for reading ahead, if they hold two units."""
+BESIDE = 1 << 26
+"""Bytes of rooms beside the largest unit: what is small is read while that one is waited for, or worked on."""
 PREPARERS = 2
 """Units that are prepared at once."""
 FLUSH = 1 << 22
@@ -111,7 +113,8 @@ def rooms_bytes(sizes: Sequence[int], limit: int) -> int:
     """
     ordered = np.sort(np.array([0, *sizes], np.int64))
     largest, typical = int(ordered[-1]), int(ordered[np.searchsorted(2 * np.cumsum(ordered), ordered.sum())])
-    return max(min(ROOMS * typical, max(AHEAD, 2 * typical), limit), largest)
+    most = max(min(ROOMS * typical, max(AHEAD, 2 * typical)), min(largest + min(BESIDE, typical), int(ordered.sum())))
+    return max(min(most, limit), largest)
 
 
 class _Threads(concurrent.futures.ThreadPoolExecutor):

@@ -6,6 +6,7 @@ and in memory) is a runtime value. A leaf that must be seen whole has a program 
 
 import concurrent.futures
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,11 @@ from jaxmerge.params.order._quantile import magnitude_bits
 
 SIZES = (1 << 21, 1 << 18, 1 << 12)
 """Entries of a block. All but the last piece of a leaf fill theirs."""
+
+ANY_ORDER = {"xla_cpu_enable_fast_math": True} | {
+    f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")
+}
+"""Of what is called fast math, that terms of a sum are added in any order: in vectors, while they are made."""
 
 
 def pieces(size: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, int]]:
@@ -58,30 +64,36 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any, parents
 
 
 class Ahead:
-    """Runs a merger's programs; after its first block, those for blocks of other sizes are made ready while files are read."""
+    """Runs programs for blocks; after one's first, those for blocks of other sizes are made ready while files are read."""
 
     def __init__(self, sizes: Iterable[int]):
         """`sizes` are those of all flat blocks to come, in the order in which they are wanted."""
         self._sizes = tuple(sizes)
+        self._begun: set[Any] = set()
         self._under_way: dict[Any, concurrent.futures.Future] = {}
+        self._lock = threading.Lock()
 
-    def run(self, look: Any, settings: Any, origin: Array | np.ndarray, seen: Sequence[Window]) -> tuple:
-        """What it merges a block to; a program that is just being made ready is waited for, not made twice."""
-        if (made := self._under_way.pop((look, seen[0].shape), None)) is not None:
+    def run(self, look: Any, *args: Any) -> Any:
+        """What it makes of its arguments, windows the last; a program that is just being made ready is waited for."""
+        *front, seen = args
+        if (made := self._under_way.get((look, seen[0].shape))) is not None:
             concurrent.futures.wait([made])
-        found = look(settings, origin, seen)
-        if self._sizes and len(seen[0].shape) == 1:
-            self._make_ready(look, settings, origin, seen)
+        found = look(*args)
+        with self._lock:
+            begin = look not in self._begun and len(seen[0].shape) == 1
+            self._begun.add(look)
+        if begin:
+            self._make_ready(look, front, seen)
         return found
 
-    def _make_ready(self, look: Any, settings: Any, origin: Any, seen: Sequence[Window]) -> None:
+    def _make_ready(self, look: Any, front: Sequence[Any], seen: Sequence[Window]) -> None:
         def try_on_zeros(size: int) -> None:
-            look(settings, origin, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
+            look(*front, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
 
         thread = concurrent.futures.ThreadPoolExecutor(1, "jaxmerge-ahead")
-        others = [size for size in self._sizes if (size,) != seen[0].shape]
-        self._under_way = {(look, (size,)): thread.submit(try_on_zeros, size) for size in others}
-        self._sizes = ()
+        for size in self._sizes:
+            if (size,) != seen[0].shape:
+                self._under_way[look, (size,)] = thread.submit(try_on_zeros, size)
         thread.shutdown(wait=False)
 
 
@@ -90,7 +102,7 @@ def patterns(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
     """(settings, origin, inputs) -> the magnitudes of what these steps leave of a block, as integers (K, n)."""
 
     def look(settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
-        return magnitude_bits(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
+        return magnitude_bits(last(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1])))
 
     return jax.jit(look)
 
@@ -105,7 +117,7 @@ def tally(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
 
     def look(patterns: Array, settings: Any, origin: Array, windows: Sequence[Window], size: Array) -> tuple[Array, Array]:
         signed = lambda bits: lax.bitcast_convert_type(bits, jnp.int32)  # magnitudes have no sign; compared in one operation
-        left = models(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
+        left = models(last(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1])))
         bits = [signed(magnitude_bits(x)).reshape(-1, RUN) for x in left]
         counts = lambda t, u: (u > t).astype(jnp.uint32) + ((u == t).astype(jnp.uint32) << 16)
         words = [counts(t, bits[j % len(bits)]) for row in signed(patterns) for j, t in enumerate(row)]
@@ -120,12 +132,12 @@ def tally(steps: tuple[Step, ...], has_base: bool, cast: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def adder(steps: tuple[Step, ...], f: Any, has_base: bool, cast: Any) -> Any:
-    """(settings of f, settings, origin, inputs) -> f of what these steps leave of a block."""
+    """(settings of f, settings, origin, inputs) -> f, a sum or a maximum, of what these steps leave of a block."""
 
     def look(mine: Any, settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
         return f(placed(mine, origin), after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
 
-    return jax.jit(look)
+    return jax.jit(look, compiler_options=ANY_ORDER if jax.default_backend() == "cpu" else None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,7 +145,7 @@ def surveyor(steps: tuple[Step, ...], read: Any, has_base: bool, cast: Any) -> A
     """(query, settings, origin, inputs) -> counts of what these steps leave of a block."""
 
     def look(query: Any, settings: Any, origin: Array, windows: Sequence[Window]) -> Array:
-        return read(query, after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1]))
+        return read(query, last(after(steps, placed(settings, origin), stacked(windows, has_base, cast)[1])))
 
     return jax.jit(look)
 
@@ -170,11 +182,11 @@ def unfinite(array: np.ndarray) -> int:
     return int(np.count_nonzero((array.view(integer) & integer(_mask(dtype))) > integer(_limit(dtype))))
 
 
-def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Array:
+def after(steps: Sequence[Step], settings: Sequence[Any], x: Entries) -> Entries:
     """What these steps leave."""
     for step, s in zip(steps, settings, strict=True):
         x = left(step, step.match(s, x), x)
-    return last(x)
+    return x
 
 
 def stacked(inputs: Sequence[Window | Array], has_base: bool, cast: Any) -> tuple[Array | None, Entries]:

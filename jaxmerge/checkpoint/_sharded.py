@@ -182,7 +182,7 @@ def _reader(steps: tuple[Step, ...], read: Callable, sharding: Sharding, has_bas
         return jax.lax.psum(halves, axes) if axes else halves
 
     def survey(query, settings, arrays):
-        x = after(steps, settings, stacked(arrays, has_base, cast)[1])
+        x = last(after(steps, settings, stacked(arrays, has_base, cast)[1]))
         if not axes:
             return block(query, x)
         return jax.shard_map(block, mesh=mesh, in_specs=(P(), P(None, *spec)), out_specs=P())(query, x)

@@ -227,8 +227,8 @@ class Stream:
         mine, settings = jax.device_put((mine, [s[unit.name] for s in self.settings[:i]]))
         total: Any = None
         for part, held in self._parts(unit, runs):
-            pieces = list(self._pieces(part, held, (LOOK, programs.SIZES[-1])))
-            of_piece = lambda p, part=part: np.asarray(look(mine, settings, self._origin(part, p[0]), p[2]))
+            pieces = list(self._pieces(part, held, programs.SIZES))
+            of_piece = lambda p, part=part: np.asarray(self._ahead.run(look, mine, settings, self._origin(part, p[0]), p[2]))
             for found in in_halves(of_piece, pieces):
                 found = found.astype(np.float64)
                 total = found if total is None else combine(total, found)

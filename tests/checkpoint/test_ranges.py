@@ -206,12 +206,13 @@ def test_a_receipt_that_does_not_hold(models, tmp_path):
 
 
 def test_rooms_take_what_reading_ahead_needs():
-    """Four small units; two of a typical leaf, whatever the few largest take; one at least; never more than the limit else."""
+    """Four small units; two of a typical leaf; the largest, and what is small beside it; never more than the limit else."""
     mb = 1 << 20
     assert _feed.rooms_bytes([], mb) == 0
     assert _feed.rooms_bytes([12 * mb] * 50, 1024 * mb) == 48 * mb
     layer, ends = [92, 92, 92, 33, 33, 8, 8], [262, 262]
-    assert _feed.rooms_bytes([n * mb for n in layer * 9 + ends], 1024 * mb) == 262 * mb
+    assert _feed.rooms_bytes([n * mb for n in layer * 9 + ends], 1024 * mb) == (262 + 64) * mb
+    assert _feed.rooms_bytes([n * mb for n in layer * 9 + ends], 300 * mb) == 300 * mb
     assert _feed.rooms_bytes([n * mb for n in layer * 9], 1024 * mb) == 184 * mb
     assert _feed.rooms_bytes([n * mb for n in layer * 9], 100 * mb) == 100 * mb
     assert _feed.rooms_bytes([n * mb for n in layer * 9], 50 * mb) == 92 * mb

@@ -10,6 +10,8 @@ import pytest
 from jaxmerge import params
 from jaxmerge.checkpoint import _direct, _programs
 from jaxmerge.checkpoint._windows import LINE, Run, windows
+from jaxmerge.params.order import _devices
+from jaxmerge.params.order._host import Streamed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn", "float64"])
@@ -45,6 +47,22 @@ def test_programs_read_a_window_in_their_loops(has_base):
     compiled = program.lower([step.settings("w", (3, size)) for step in steps], np.zeros(2, np.uint32), seen).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < size / 4
     assert "dynamic-slice" not in compiled.as_text().split("ENTRY")[1]
+
+
+@pytest.mark.parametrize(
+    "tx", [params.rescale(params.random_mask(0.5, seed=0), "l1"), params.spherical(0.3)], ids=["dare", "slerp"]
+)
+def test_sums_over_a_block_are_added_up_where_it_is_read(monkeypatch, tx):
+    """Neither differences nor what a mask leaves is written, which take four bytes an entry: the mask's bits at most."""
+    monkeypatch.setattr(_devices, "alone", lambda: True)
+    (step,), size, models = tx.match.steps, 1 << 18, 3 if tx.match.steps[0].lazy else 2
+    asked, settings = [], step.settings("w", (models, 2, size // 2))
+    total = lambda f, mine, combine: [asked.append((f, mine)), np.ones(2 * models)][1]
+    step.resolve(settings, Streamed(models, (2, size // 2), lambda: iter(()), total=total))
+    (f, mine), run = asked[0], Run(np.zeros(2 * size, jnp.bfloat16), 5, size)
+    seen = windows([run] * (models + step.lazy), 0, size, (size,))
+    compiled = _programs.adder.__wrapped__((), f, step.lazy, None).lower(mine, [], np.zeros(2, np.uint32), seen).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * size
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -1,5 +1,7 @@
 """The exact k-th magnitude against a sort, in memory and streamed; counts beyond the counter; random bits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxmerge import params
 from jaxmerge.params.atoms._random import hashed, threefry
 from jaxmerge.params.order import _blocks as blocks, _devices as devices, _quantile as q, _rows as rows, _search as search
 from jaxmerge.params.order._rows import outranks, rank_in_row
+from jaxmerge.params.order._sums import LINE, sums
 from jaxmerge.params.order._words import quotient
 
 
@@ -265,6 +268,19 @@ def test_merges_on_one_device_are_those_on_many(make, monkeypatch):
     one = merge()  # atoms made anew, so compiled anew
     for name, value in many.items():  # sums in another order
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((1, 3 << 18), (1,)), ((1, 3, 1 << 18), (1, 2)), ((1, 1 << 18, 3), (1,)), ((1, 5, 7), (1, 2))]
+)
+def test_sums_are_of_short_chains(one_device, shape, axes):
+    """However long a vector is: of so many additions in a row, each rounds by half a unit in the last place at most."""
+    value = np.float32(0.1)
+    found = jax.jit(lambda x: sums([x, 2 * x], axes))(np.full(shape, value))
+    for times, one in zip((1, 2), found, strict=True):
+        n = math.prod(shape[axis] for axis in axes)
+        assert one.shape == tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+        np.testing.assert_allclose(one, times * n * float(value), rtol=(LINE + math.log2(n)) * 2.0**-24)
 
 
 @pytest.mark.parametrize("short", [13, 0])

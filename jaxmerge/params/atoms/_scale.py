@@ -19,6 +19,7 @@ from jaxmerge.params._transform import (
     each,
     float32,
     left,
+    models,
     normalized,
     resolve,
 )
@@ -110,7 +111,7 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     def part(plan, x):
         """Of every model before, and of every model after, what its norm is made of."""
         seen = step._replace(merge=step.written or step.merge)
-        return of(jnp.concatenate([entries(x), entries(left(seen, plan, x))]))
+        return of([*models(entries(x)), *models(entries(left(seen, plan, x)))])
 
     def ratio(norms, np):
         was, now = norms.reshape(2, -1)
@@ -136,20 +137,16 @@ def rescale(tx: MergeTransform, norm: Literal["inv_p", "l1", "l2", "linf"]) -> M
     return atom(step._replace(match=match, merge=merge, needs=needs, lazy=True, **more))
 
 
-def _sums_of(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    def norm(x):
-        axes = tuple(range(1, x.ndim))
-        return jnp.stack(sums([f(x[k : k + 1]) for k in range(x.shape[0])], axes)).reshape(-1)
-
-    return norm
+def _sums_of(f: Callable[[Array], Array]) -> Callable[[list[Array]], Array]:
+    return lambda xs: jnp.stack(sums(list(map(f, xs)), tuple(range(xs[0].ndim)))).reshape(-1)
 
 
 NORMS = {
     "l1": (_sums_of(jnp.abs), np.add, lambda total: total),
     "l2": (_sums_of(jnp.square), np.add, lambda total: total**0.5),
-    "linf": (lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0), np.maximum, lambda total: total),
+    "linf": (lambda xs: jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs]), np.maximum, lambda total: total),
 }
-"""(what is added up of x (K, *shape), how, the norm that it makes)."""
+"""(what is added up of some arrays, how, the norm that it makes)."""
 
 
 def _times(name: str):

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from jaxmerge.params._deferred import Entries, last
 from jaxmerge.params._transform import (
     Hyperparameter,
     MergeTransform,
@@ -77,8 +78,8 @@ def without_products(settings: dict) -> bool:
     return "products" not in settings
 
 
-def _of_block(settings: dict, x: Array) -> Array:
-    return products(x)
+def _of_block(settings: dict, x: Entries) -> Array:
+    return products(last(x))
 
 
 def nuslerp(weight: Hyperparameter = 1.0, *, scope: Scope = "tensor") -> MergeTransform:
