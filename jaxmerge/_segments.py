@@ -152,7 +152,8 @@ def promoted(a: Any, b: Any) -> Any:
 
 def positions(ids: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     """0 to n - 1 in every row, laid out as ids are."""
-    return lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1) + jnp.zeros_like(ids, jnp.int32)
+    nothing = ids.astype(jnp.int32) & 0  # zeros_like forgets the layout in jax 0.11, where no mesh is set
+    return lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1) + nothing
 
 
 def like(w: Array, x: Array) -> Array:

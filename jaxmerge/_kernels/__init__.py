@@ -4,6 +4,7 @@ kernels that give the same answer with fewer trips to memory, `arg_specs` are th
 At this level there is one batch axis B, and nothing is checked: the public functions do that. `_dispatch` chooses.
 
     match(a, b)            (B n k), (B m k)  ->  similarity (B n), index (B n)         no score reaches memory
+    peaks(x)               (B n k)           ->  log(density · distance) (B n)         no distance reaches memory
     merge(ids, x, weight)  (B n), (B n d)    ->  y (B m d), mass (B m)                 and its transpose, unmerge
     step(metric, x, sizes) (B n k), (B n d)  ->  x (B n-r d), sizes (B n-r), ids (B n) a whole step of Token Merging
     pack(keep, x)          (B n), (B n d)    ->  x (B c d), positions (B c), count (B) the kept rows, to the left

@@ -27,6 +27,8 @@ FOLDERS = {
     "match": "match",
     "energy": "match",
     "nearest_k": "match",
+    "nearest_ahead": "match",
+    "peaks": "match",
     "merge": "merge",
     "unmerge": "merge",
     "step": "step",

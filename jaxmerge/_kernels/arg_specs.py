@@ -60,6 +60,8 @@ def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], di
         "match": (sides, {}),
         "energy": ([array(n, k), array(n, k)], {"margin": 0.5, "kernel": "shifted", "alpha": 1.0}),
         "nearest_k": ([array(n, k), array(n, k)], {"count": 5}),
+        "nearest_ahead": ([array(n, k), array(n, k), ids, ids, None], {}),
+        "peaks": ([array(n, d), None, None], {"count": 5}),
     }
     if spec in VIT:
         protected = tuple(i < spec.prefix for i in range(n))

@@ -33,12 +33,12 @@ from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens, cases
 from scripts.bench import device
 from scripts.refusals import refusals
 
-OPS = ("step", "match", "energy", "nearest_k", "merge", "unmerge", "pack", "attend")
+OPS = ("step", "match", "energy", "nearest_k", "nearest_ahead", "peaks", "merge", "unmerge", "pack", "attend")
 QUICK = {
     "ViT-B/16@224": (64, ("step", "merge", "unmerge", "attend")),
     "ViT-B/16@384": (64, ("step", "merge", "unmerge", "attend")),
     "SD 64x64": (8, ("match", "merge", "unmerge", "energy", "nearest_k")),
-    "video 8x196": (16, ("match", "nearest_k", "merge")),
+    "video 8x196": (16, ("match", "nearest_k", "nearest_ahead", "peaks", "merge")),
     "SD 128x128": (1, ("match",)),
     "ByT5-small 1024": (20, ("pack",)),
 }
@@ -62,7 +62,7 @@ def main(
     """Time them and print a table.
 
     Args:
-      ops: of step, match, energy, nearest_k, merge, unmerge, pack, attend.
+      ops: of step, match, energy, nearest_k, nearest_ahead, peaks, merge, unmerge, pack, attend.
       only: a part of the model's name.
       batch: rows of the batch; about 20 000 tokens where left out.
       dtype: of tokens and metric.
@@ -147,10 +147,13 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
     """The least bytes an operation moves, and the operations of its products."""
     size = lambda s: 0 if s is None else int(np.prod(s.shape)) * jnp.dtype(s.dtype).itemsize
     everything = sum(map(size, shapes))
-    if op in ("match", "energy", "nearest_k"):
+    if op == "peaks":  # every product twice
+        batch, n, k = shapes[0].shape
+        return everything + 4 * batch * n, 4.0 * batch * n * n * k
+    if op in ("match", "energy", "nearest_k", "nearest_ahead"):
         a, b = shapes[:2]
         batch, n, k = a.shape
-        found = {"match": 2, "energy": 1}.get(op, static.get("count", 0))
+        found = {"match": 2, "energy": 1, "nearest_ahead": 5}.get(op, static.get("count", 0))
         return (everything if op == "match" else size(a)) + 4 * batch * n * found, 2.0 * batch * n * b.shape[1] * k
     row = lambda s: s.shape[0] * s.shape[2] * jnp.dtype(s.dtype).itemsize
     if op == "unmerge":

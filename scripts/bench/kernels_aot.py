@@ -47,6 +47,7 @@ def main(
         "SD 128x128",
         "ByT5-small 4096",
     ),
+    ops: tuple[str, ...] = ("step", "match", "energy", "peaks", "merge", "unmerge", "pack", "attend"),
     dtype: str = "bfloat16",
     out: pathlib.Path = pathlib.Path("runs/bench"),
 ) -> None:
@@ -55,13 +56,14 @@ def main(
     Args:
       chips: of v5e, v5p, v6e, tpu7x.
       layers: names in `arg_specs`.
+      ops: which operations; "peaks" are whole density peaks, one cluster for 8 tokens.
       dtype: of metric and tokens.
       out: directory for kernels_aot.json.
     """
     out.mkdir(parents=True, exist_ok=True)
     console, rows = Console(width=120), []
     for chip in chips:
-        for row in measure(chip, layers, jnp.dtype(dtype)):
+        for row in measure(chip, layers, ops, jnp.dtype(dtype)):
             console.print(f"{row['chip']} {row['layer']} {row['op']}: {row['kernel_us']:.2f} us, XLA {row['xla_us']:.2f}")
             rows.append(row)
     table = Table(title=f"{dtype}: microseconds per row of the batch, as the compiler's counts and the chip's rates have it")
@@ -76,7 +78,7 @@ def main(
     (out / "kernels_aot.json").write_text(json.dumps(rows, indent=2))
 
 
-def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> Iterator[dict]:
+def measure(chip: str, layers: tuple[str, ...], ops: tuple[str, ...], dtype: np.dtype) -> Iterator[dict]:
     """One row per layer and operation."""
     from jax.experimental import topologies
 
@@ -92,10 +94,10 @@ def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> Iterator[dic
             continue
         per_device = 1 if spec in LONG else 8
         for op, (arrays, static) in cases(spec, per_device * len(devices), dtype).items():
-            if op == "nearest_k":
-                continue  # XLA's density peaks need all distances for more than that
+            if op not in ops:
+                continue
             row = {"chip": chip, "layer": spec.name, "op": op, "batch": per_device}
-            for name, call in {"kernel": kernel(op, static), "xla": xla(op, spec, static)}.items():
+            for name, call in {"kernel": kernel(op, spec, static), "xla": xla(op, spec, static)}.items():
                 with dispatch.aim("tpu", kind):
                     flops, moved = counts(call, mesh, arrays)
                 time = max(flops / flops_rate, moved / bandwidth)
@@ -105,9 +107,11 @@ def measure(chip: str, layers: tuple[str, ...], dtype: np.dtype) -> Iterator[dic
             yield row
 
 
-def kernel(op: str, static: dict):
+def kernel(op: str, spec: Tokens, static: dict):
     """An operation by its TPU kernel."""
     module = dispatch.implementation(op, "mosaic_tpu")
+    if op == "peaks":
+        return lambda x, *_: density_peaks(x, spec, static, "mosaic_tpu")
     if op == "step":
         return lambda *a: steps.differentiable(module, static["r"], static["protected"], *a)
     if op == "merge":
@@ -115,6 +119,12 @@ def kernel(op: str, static: dict):
     if op == "pack":
         return lambda *a: packs.differentiable(module, static["capacity"], *a)
     return lambda *a: getattr(module, op)(*a, **static)
+
+
+def density_peaks(x: jax.Array, spec: Tokens, static: dict, implementation: dispatch.Implementation) -> jax.Array:
+    """Clusters around an eighth of the tokens."""
+    plan = jm.tokens.density_peaks(x, spec.n // 8, neighbors=static["count"], implementation=implementation)
+    return plan.segment_ids
 
 
 def xla(op: str, spec: Tokens, static: dict):
@@ -126,6 +136,7 @@ def xla(op: str, spec: Tokens, static: dict):
         "step": lambda metric, x, s, _: jm.tokens.merge_step(metric, x, spec.r, sizes=s, protect=protect, **options),
         "match": lambda a, b: jm.tokens.nearest(a, b, **options),
         "energy": lambda a, b: jm.tokens.energy(a, static["margin"], **options),
+        "peaks": lambda x, *_: density_peaks(x, spec, static, "xla"),
         "merge": lambda ids, x, w: jm.merge(plan(ids), x, weight=w, **options),
         "unmerge": lambda ids, y, before, after: (
             jm.unmerge(plan(ids), y * before[..., None].astype(y.dtype), **options) * after[..., None].astype(y.dtype)
@@ -154,6 +165,8 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
             1
         ] * 2
     batch, n = arrays[0].shape[:2]
+    if op == "peaks":
+        return 2.0 * batch * n * n * arrays[0].shape[2], read + 4 * batch * n
     if op == "attend":
         return 4.0 * batch * static["length"] ** 2 * math.prod(arrays[0].shape[3:]), read + size(arrays[0]) / 3
     if op == "step":

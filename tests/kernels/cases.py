@@ -27,6 +27,13 @@ def exact(rng, batch: int, n: int, k: int, dtype) -> jnp.ndarray:
     return jnp.asarray(x, dtype)
 
 
+def whole(rng, batch: int, n: int, k: int, dtype) -> jnp.ndarray:
+    """Rows of small whole numbers, some of them twins: squared distances are whole numbers too, and often equal."""
+    x = rng.integers(-3, 4, (batch, n, k))
+    x[:, n // 2 :: 3] = x[:, : n - n // 2 : 3]
+    return jnp.asarray(x, dtype)
+
+
 def tokens(rng, batch: int, n: int, d: int, dtype) -> jnp.ndarray:
     return jnp.asarray(rng.standard_normal((batch, n, d)), dtype)
 

@@ -40,6 +40,7 @@ def on_every_chip(topology, dtype, spec, ops=None):
         "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
         "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend,
         "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
+        "nearest_ahead": match_tpu.nearest_ahead, "peaks": match_tpu.peaks,
     }  # fmt: skip
     at = cases(spec, mesh.size, dtype)
     with dispatch.aim("tpu", CHIPS[topology]):
@@ -101,3 +102,21 @@ def test_public_functions_on_a_partitioned_program(topology):
         assert kernels(automatic) == 0
         with pytest.raises(ValueError, match="Auto axes"):
             jax.jit(partial(layer, implementation="mosaic_tpu")).lower(*program(AxisType.Auto))
+
+
+@every_chip
+def test_density_peaks_on_a_partitioned_program(topology):
+    """Explicit axes: three sweeps per shard, and no collective. Auto axes: XLA."""
+    devices = tpu_mesh(topology, (-1,), ("data",)).devices
+
+    def kernels_of(kind):
+        layout = NamedSharding(Mesh(devices, ("data",), axis_types=(kind,)), P("data"))
+        x = jax.ShapeDtypeStruct((devices.size, 576, 1024), jnp.bfloat16, sharding=layout)
+        mask = jax.ShapeDtypeStruct(x.shape[:2], bool, sharding=layout)
+        compiled = compile_for(lambda x, mask: jm.tokens.density_peaks(x, 64, mask=mask), x, mask)
+        assert collectives(compiled) == []
+        return kernels(compiled)
+
+    with dispatch.aim("tpu", CHIPS[topology]):
+        assert kernels_of(AxisType.Explicit) == 3
+        assert kernels_of(AxisType.Auto) == 0

@@ -132,6 +132,20 @@ def test_energy_and_nearest_k(spec, dtype):
     cases.close(found, wanted, terms=spec.k, largest=largest(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)) * 4)
 
 
+@each((ODD, BF16), (EVEN, F32), slow=(*cases.VIT, *cases.LONG))
+def test_nearest_ahead(spec, dtype):
+    """Distances are whole numbers: they and the positions must be the same, not close."""
+    rng, batch, n = np.random.default_rng(6), 2 if spec.n < 4096 else 1, spec.n
+    m, block = n // 2 + 150, (16, 128) if spec in cases.SMALL else None
+    a, b = cases.whole(rng, batch, n, spec.k, dtype), cases.whole(rng, batch, m, spec.k, dtype)
+    b = b.at[:, 128:].set(b[:, : m - 128])  # equals in the same lane
+    places = [jnp.asarray(rng.integers(0, n, (batch, rows)), jnp.int32) for rows in (n, m)]
+    ok = jnp.asarray(rng.random((batch, m)) < 0.7).at[0].set(n == ODD.n)  # one row may look at nothing
+    for more in ((), (*places, ok), (None, None, ok)):
+        found, wanted = match_tpu.nearest_ahead(a, b, *more, block=block), match_ref.nearest_ahead(a, b, *more)
+        assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
+
+
 @each((SHORT_BYTES, BF16), slow=cases.BYTES)
 def test_pack(spec, dtype):
     from jaxmerge._kernels.pack import mosaic_tpu as pack_tpu

@@ -101,6 +101,33 @@ def test_nearest_k_where_distances_are_whole_numbers(interpret):
     assert (found[sound] == match_ref.nearest_k(x[:, sound], x[:, sound], count=3)[0]).all()
 
 
+@both
+@pytest.mark.parametrize("given", ["nothing", "places", "mask", "both"])
+def test_nearest_ahead_where_distances_are_whole_numbers(interpret, dtype, given):
+    rng, n, m = np.random.default_rng(0), 130, 200
+    a, b = cases.whole(rng, 2, n, 64, dtype), cases.whole(rng, 2, m, 64, dtype)
+    places = [jnp.asarray(rng.integers(0, 9, (2, rows)), jnp.int32) for rows in (n, m)] if given in ("places", "both") else ()
+    ok = jnp.asarray(rng.random((2, m)) < 0.6).at[0].set(False) if given in ("mask", "both") else None
+    more = (*(places or (None, None)), ok)
+    found, wanted = matching.nearest_ahead(a, b, *more, interpret=interpret), match_ref.nearest_ahead(a, b, *more)
+    assert all((one == other).all() and one.dtype == other.dtype for one, other in zip(found, wanted, strict=True))
+
+
+@both
+def test_queries_that_do_not_fit_on_chip_pass_through_the_ring(monkeypatch, interpret, dtype):
+    """Narrow ones do the same where they are held to be wide, with more features than a ring has chunks of."""
+    monkeypatch.setattr(matching, "_resident", lambda *_: False)
+    rng, n, m, k = np.random.default_rng(0), 130, 300, 576 if dtype == jnp.bfloat16 else 192
+    a, b = cases.exact(rng, 1, n, k, dtype), cases.exact(rng, 1, m, k, dtype)
+    for options in ({}, {"window": 40}):
+        found, wanted = matching.match(a, b, **options, interpret=interpret), match_ref.match(a, b, **options)
+        assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
+    a, b = cases.whole(rng, 1, n, k, dtype), cases.whole(rng, 1, m, k, dtype)
+    places = [jnp.asarray(rng.integers(0, 9, (1, rows)), jnp.int32) for rows in (n, m)]
+    found, wanted = matching.nearest_ahead(a, b, *places, interpret=interpret), match_ref.nearest_ahead(a, b, *places)
+    assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.fixture
 def reductions(monkeypatch):
     """What lanes do to shared memory each for itself, which the interpreter does not have."""

@@ -69,6 +69,19 @@ def test_the_nearest_are_two_launches(spec, dtype, count):
     assert lowered(lambda x, ok: matching.nearest_k(x, x, count=count, b_ok=ok), x, ok) == 2
 
 
+@pytest.mark.parametrize("spec, dtype", [(LONG[1], jnp.bfloat16), (VIT[3], jnp.float32)], ids=str)
+def test_the_nearest_ahead_are_two_launches(spec, dtype):
+    x, place, ok = (shape(2, spec.n, *more, dtype=t) for more, t in (((spec.k,), dtype), ((), jnp.int32), ((), bool)))
+    assert lowered(lambda x, place, ok: matching.nearest_ahead(x, x, place, place, ok), x, place, ok) == 2
+
+
+@pytest.mark.parametrize("d, dtype, launches", [(64, jnp.float32, 6), (1152, jnp.bfloat16, 3), (1024, jnp.float32, 3)], ids=str)
+def test_density_peaks_are_three_sweeps(d, dtype, launches):
+    """For the densities, what is denser, and the centres; rows that do not fit on chip are made ready by XLA."""
+    peaks = partial(jm.tokens.density_peaks, k=64, implementation="mosaic_gpu")
+    assert lowered(peaks, shape(2, 729, d, dtype=dtype)) == launches
+
+
 def test_reasons_against_the_nearest():
     x = shape(2, 64, 64)
     with dispatch.aim("gpu", H200):

@@ -52,3 +52,11 @@ def test_match(strict):
     a, b = cases.exact(rng, 1, 20, 8, jnp.float32), cases.exact(rng, 1, 150, 8, jnp.float32)
     for found, wanted in zip(match_tpu.match(a, b, block=(16, 128), interpret=strict), match_ref.match(a, b), strict=True):
         assert (found == wanted).all()
+
+
+def test_nearest_ahead(strict):
+    rng = np.random.default_rng(3)
+    a, b = cases.whole(rng, 1, 20, 8, jnp.bfloat16), cases.whole(rng, 1, 150, 8, jnp.bfloat16)
+    places = [jnp.asarray(rng.integers(0, 9, (1, n)), jnp.int32) for n in (20, 150)]
+    found = match_tpu.nearest_ahead(a, b, *places, block=(16, 128), interpret=strict)
+    assert all((one == other).all() for one, other in zip(found, match_ref.nearest_ahead(a, b, *places), strict=True))

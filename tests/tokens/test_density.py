@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
+from jaxmerge._kernels.match._distances import distances
+from jaxmerge._kernels.match.ref import smallest
 from jaxmerge.tokens import (
     carry_positions,
     density_centers,
@@ -17,7 +19,6 @@ from jaxmerge.tokens import (
     nearest_center,
     rope_positions,
 )
-from jaxmerge.tokens.clustering._distance import distances, smallest
 from tests.hlo import collectives, compile_for, tpu_mesh
 
 B, N, D = 3, 30, 8

@@ -1,13 +1,14 @@
-"""For each query the key of largest cosine; sums over a row of cosines; the k nearest. Over any batch axes, no gradients."""
+"""For each query the key of largest cosine; sums over a row of cosines; density peaks. Over any batch axes, no gradients."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels._dispatch import Implementation, folded, run
+from jaxmerge._kernels.match import _peaks
 from jaxmerge._kernels.match.ref import Kernel
 
 
@@ -38,4 +39,38 @@ def energy(
     found = run(
         "energy", (a, a), ("nk", "mk"), ("n",), implementation=implementation, call=call, xla=lambda: (xla(),), **static
     )
+    return found[0]
+
+
+def peaks(
+    x: Float[Array, "*batch n k"],
+    ok: Bool[Array, "*batch n"] | None,
+    near: Int[Array, "*batch"] | None,
+    *,
+    count: int,
+    implementation: Implementation | None = None,
+    xla: Callable[[], Any],
+) -> Float[Array, "*batch n"]:
+    """`ref.peaks`; `xla` is what to run instead where no kernel is chosen."""
+    call = lambda module, *arrays: (folded(partial(module.peaks, count=count))(*arrays),)
+    found = run("peaks", (x, ok, near), ("nk", "n", ""), ("n",), implementation=implementation, call=call,
+                xla=lambda: (xla(),), count=count)  # fmt: skip
+    return found[0]
+
+
+def closest(
+    x: Float[Array, "*batch n k"],
+    chosen: Bool[Array, "*batch n"],
+    *,
+    most: int,
+    implementation: Implementation | None = None,
+    xla: Callable[[], Any],
+) -> Int[Array, "*batch n"]:
+    """The position of the chosen row, of at most so many, that is nearest to each row; `xla` instead where no kernel is chosen.
+
+    Any position where none is chosen.
+    """
+    call = lambda module, x, _, chosen: (folded(partial(_peaks.closest, module, most))(x, chosen),)
+    arrays, roles = (x, x, chosen), ("nk", "mk", "n")
+    found = run("nearest_ahead", arrays, roles, ("n",), implementation=implementation, call=call, xla=lambda: (xla(),))
     return found[0]

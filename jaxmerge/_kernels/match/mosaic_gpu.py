@@ -1,19 +1,20 @@
-"""`match`, `energy` and `nearest_k` on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
+"""`match`, `energy` and the nearest on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
 
 Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
 numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
 cut into three bfloat16 parts, high to low, and the six products that matter are added. For distances rows stay as they are,
 and their squared lengths take the place of inverse norms.
 
-A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A
-compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it is
-from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
+A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. Queries
+too wide to stay on chip pass through the ring too, a chunk of features beside the keys' same chunk; XLA makes such rows ready.
+A compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it
+is from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
 first of equals win. For the energy it holds sums there instead; for the nearest a list, in order, of the least that each
 column has seen, into which a score is inserted by a minimum and a maximum for every place. A row's least are then taken from
 the heads of its columns' lists, one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.match._peaks import by_sweeps
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 TILE = 64
@@ -40,6 +42,7 @@ CANDIDATES = {
     "match": tuple({"slots": slots} for slots in (32, 16, 64)),
     "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
     "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
+    "nearest_ahead": tuple({"slots": slots} for slots in (32, 16, 64)),
 }
 """Of more columns each has fewer scores to walk through, and there is more to reduce at the end."""
 
@@ -105,6 +108,31 @@ def nearest_k(
     return jnp.stack(least, axis=-1)[:, : a.shape[1]]
 
 
+def nearest_ahead(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    a_place: Int[Array, "B n"] | None = None,
+    b_place: Int[Array, "B m"] | None = None,
+    b_ok: Bool[Array, "B m"] | None = None,
+    *,
+    slots: int | None = None,
+    stages: int | None = None,
+    interpret=None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
+    """`ref.nearest_ahead`."""
+    slots = slots or _slots("nearest_ahead", (a, b), 32)
+    places = tuple(
+        None if place is None else jnp.pad(place.astype(jnp.float32), ((0, 0), (0, -place.shape[1] % KEYS)))
+        for place in (a_place, b_place)
+    )
+    queries, keys = prepare((a, b), scaled=False, interpret=interpret)
+    found = sweep(queries, keys, opened(b, b_ok), None, _Ahead(), slots, stages, interpret, places=places)
+    return tuple(one[:, : a.shape[1]] for one in found)
+
+
+peaks = by_sweeps(nearest_k, nearest_ahead)
+
+
 def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
     """Columns in which a thread collects: as measured on this kind of device, or else as given."""
     return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get("slots", default))
@@ -125,7 +153,7 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     n' is a multiple of 128, k' of what a swizzle holds. Added features are 0; added rows hold anything that is finite. Where
     rows are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
     """
-    B, _, k = xs[0].shape
+    given, (B, _, k) = xs, xs[0].shape
     parts = 3 if xs[0].dtype == jnp.float32 else 1
     kp = _features(k)
     rows = [x.shape[1] for x in xs]
@@ -133,6 +161,8 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     flat = [x.reshape(-1, k) for x in xs]
     xs = tuple(jnp.pad(x, ((0, max(0, TILE - len(x))), (0, kp - k))) for x in flat)
     counts = [length // TILE for length in lengths]
+    if not _resident(parts, kp):
+        return [_cut(x, (length, kp), parts, scaled) for x, length in zip(given, lengths, strict=True)]
 
     def body(*refs):
         xs_refs, outs, scratch = refs[: len(xs)], refs[len(xs) : 3 * len(xs)], refs[3 * len(xs) :]
@@ -171,6 +201,17 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     )
     found = mgpu.kernel(body, xs, scratch, out=out, grid=dict(row=B, tile=sum(counts)), threads=1, interpret=interpret)
     return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[Array, Array]:
+    """What `prepare` makes of one x, by XLA: for rows that do not fit on chip, of which a sweep costs far more than this."""
+    x = jnp.pad(x, ((0, 0), *((0, whole - size) for whole, size in zip(padded, x.shape[1:], strict=True))))
+    rest, inverse = jax.vmap(mgpu.unit if scaled else mgpu.squared)(x.astype(jnp.float32))
+    found = []
+    for _ in range(parts):
+        found.append(rest.astype(jnp.bfloat16))
+        rest = rest - lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)  # a cast there and back may be left out
+    return jnp.stack(found), inverse
 
 
 class _Best(NamedTuple):
@@ -246,20 +287,55 @@ class _Least(NamedTuple):
         return tuple(least)
 
 
-def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
-    """What is collected over the keys for each query, (B, n') each."""
+class _Ahead(NamedTuple):
+    """The nearest key ahead of a query: its squared distance and its position; and the largest distance of all."""
+
+    outputs: tuple[Any, ...] = (jnp.float32, jnp.int32, jnp.float32)
+    start: tuple[Any, ...] = ((jnp.inf, jnp.float32), (0, jnp.int32), (-jnp.inf, jnp.float32))
+
+    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
+        least, at, most = found
+        away = _along(of_key, dot.shape) - 2 * dot
+        bias = None if add is None else _along(add, dot.shape)
+        most = jnp.maximum(most, away if bias is None else away + bias)
+        away = away if bias is None else away - bias
+        away = away if near is None else jnp.where(near, away, jnp.inf)
+        nearer = away < least
+        return jnp.where(nearer, away, least), jnp.where(nearer, group, at), most
+
+    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+        least, group, most = found
+        low, high, slots = jnp.min(least, axis=1), jnp.max(most, axis=1), least.shape[1]
+        key = group * slots + mgpu.iota(least.shape, 1)
+        key = jnp.min(jnp.where(least == _across(low, least.shape), key, NONE), axis=1)
+        most = jnp.where(high > -jnp.inf, jnp.maximum(high + of_query, 0.0), high)
+        return jnp.maximum(low + of_query, 0.0), jnp.where(low < jnp.inf, key, 0), most
+
+
+def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places=(None, None)):
+    """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it."""
     (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
-    wide = 64 if k % 64 == 0 else k  # features of a chunk
+    stay = _resident(parts, k)
+    wide = _chunk(k) if stay else 64 if parts == 1 else 32  # features of a chunk
     chunks = k // wide
     tiles, blocks = m // KEYS, n // QUERIES
-    steps = parts * chunks  # ring steps a tile
-    ring = mgpu.SHARED - QUERIES * parts * k * 2
-    stages = stages or min(8, ring // (KEYS * wide * 2))
+    steps, depth = (parts * chunks, 1) if stay else (chunks, parts)  # ring steps a tile, of so many parts of the keys' chunk
+    held, passing = (2 * parts * chunks, 0) if stay else (0, 2 * parts)  # chunks of queries: for good, and in a ring step
+    ring = mgpu.SHARED - held * TILE * wide * 2
+    stages = stages or min(8, ring // ((depth * KEYS + passing * TILE) * wide * 2))
     groups = KEYS // slots
 
-    def body(a, b, inverse_a, inverse_b, bias, *outputs, queries, keys, ready, full, free):
+    def each_step(turn: Callable[[Any, Sequence[int], Any], None]) -> None:
+        """Call with the number of each ring step of a tile, its parts and its chunk: in a loop where there may be many."""
+        if stay:
+            for step in range(steps):
+                turn(step, (step // chunks,), step % chunks)
+        else:
+            pl.loop(0, chunks)(lambda c: turn(c, range(parts), c))
+
+    def body(a, b, inverse_a, inverse_b, bias, place_a, place_b, *outputs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
         if window is None:
             low, high = jnp.int32(0), jnp.int32(tiles)
@@ -273,27 +349,35 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
         def _():
             plgpu.set_max_registers(232, action="increase")
             here = pl.ds(block * QUERIES + t * TILE, TILE)
-            plgpu.barrier_wait(ready.at[t])
+            if stay:
+                plgpu.barrier_wait(ready.at[t])
 
             of_query = lambda: mgpu.rows(inverse_a.at[row, here])
             each_query = _across(of_query(), (TILE, slots)) if isinstance(collect, _Sums) else None
+            place = None if place_a is None else _across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
 
             def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
                 scale = mgpu.columns(inverse_b.at[row, at])
                 add = None if bias is None else mgpu.columns(bias.at[row if bias.shape[0] > 1 else 0, at])
+                places = None if place_b is None else mgpu.columns(place_b.at[row, at])
 
                 def product(acc):
-                    step = (i - low) * steps
-                    for q in range(parts):
-                        for c in range(chunks):
-                            s = slot(step + q * chunks + c)
-                            plgpu.barrier_wait(full.at[s])
+                    first = (i - low) * steps
+
+                    @each_step
+                    def _(step, some, c):
+                        s = slot(first + step)
+                        plgpu.barrier_wait(full.at[s])
+                        for at, q in enumerate(some):
                             for p in range(parts - q):
-                                left = (t * parts + p) * chunks + c
-                                plgpu.wgmma(acc, queries.at[left], keys.at[s].transpose((1, 0)))
-                            if q or c:
-                                plgpu.barrier_arrive(free.at[slot(step + q * chunks + c - 1)])
+                                left = (t * parts + p) * chunks + c if stay else (s * 2 + t) * parts + p
+                                plgpu.wgmma(acc, queries.at[left], keys.at[s * depth + at].transpose((1, 0)))
+
+                        @pl.when(step > 0)
+                        def _():
+                            plgpu.barrier_arrive(free.at[slot(first + step - 1)])
+
                     return acc[...]
 
                 score = pl.run_scoped(product, plgpu.ACC((TILE, KEYS), jnp.float32))
@@ -305,6 +389,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
                         away = mgpu.iota((TILE, slots), 0) + (block * QUERIES + t * TILE) - (i * KEYS + g * slots)
                         away = away - mgpu.iota((TILE, slots), 1)
                         near = (away <= window) & (away >= -window)
+                    if places is not None and place is not None:
+                        near = _along(places[cut], (TILE, slots)) < place
                     found = collect.fold(
                         found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
                     )
@@ -318,38 +404,46 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret):
         @pl.when(t == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            for w in range(2):
-                for p in range(parts):
-                    for c in range(chunks):
-                        plgpu.copy_gmem_to_smem(
-                            a.at[p, row, pl.ds(block * QUERIES + w * TILE, TILE), pl.ds(c * wide, wide)],
-                            queries.at[(w * parts + p) * chunks + c],
-                            ready.at[w],
-                        )
+
+            def load_queries(c: Any, to: Callable[[int, int], Any], barrier: Callable[[int], Any]) -> None:
+                for w in range(2):
+                    rows = pl.ds(block * QUERIES + w * TILE, TILE)
+                    for p in range(parts):
+                        plgpu.copy_gmem_to_smem(a.at[p, row, rows, pl.ds(c * wide, wide)], queries.at[to(w, p)], barrier(w))
+
+            for c in range(chunks if stay else 0):
+                load_queries(c, lambda w, p, c=c: (w * parts + p) * chunks + c, lambda w: ready.at[w])
 
             @pl.loop(low, high)
             def _(i):
-                for q in range(parts):
-                    for c in range(chunks):
-                        step = (i - low) * steps + q * chunks + c
+                @each_step
+                def _(step, some, c):
+                    step += (i - low) * steps
+                    s = slot(step)
 
-                        @pl.when(step >= stages)
-                        def _(step=step):
-                            plgpu.barrier_wait(free.at[slot(step)])
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[s])
 
-                        plgpu.copy_gmem_to_smem(
-                            b.at[q, row, pl.ds(i * KEYS, KEYS), pl.ds(c * wide, wide)], keys.at[slot(step)], full.at[slot(step)]
-                        )
+                    for at, q in enumerate(some):
+                        tile = b.at[q, row, pl.ds(i * KEYS, KEYS), pl.ds(c * wide, wide)]
+                        plgpu.copy_gmem_to_smem(tile, keys.at[s * depth + at], full.at[s])
+                    if not stay:
+                        load_queries(c, lambda w, p: (s * 2 + w) * parts + p, lambda w: full.at[s])
+
+            @pl.loop(jnp.maximum((high - low) * steps - stages, 0), (high - low) * steps)
+            def _(step):  # leave when all has been read
+                plgpu.barrier_wait(free.at[slot(step)])
 
     scratch = dict(
-        queries=plgpu.SMEM((2 * parts * chunks, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        keys=plgpu.SMEM((stages, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2),
-        full=plgpu.Barrier(num_barriers=stages),
+        queries=plgpu.SMEM((held + stages * passing, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        keys=plgpu.SMEM((stages * depth, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
+        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2) if stay else None,
+        full=plgpu.Barrier(num_arrivals=depth + passing, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
     return mgpu.kernel(
-        body, (a, b, inverse_a, inverse_b, bias), scratch,
+        body, (a, b, inverse_a, inverse_b, bias, *places), scratch,
         out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in collect.outputs],
         grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
     )  # fmt: skip
@@ -368,9 +462,9 @@ def _across(of_query: Array, shape: tuple[int, ...]) -> Array:
 device_refusals = mgpu.device_refusals
 
 
-def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **static: Any) -> list[str]:
+def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = []
+    why, b = [], a if op == "peaks" else b
     if static.get("count", 1) > MOST_NEIGHBORS:
         why.append(f"{static['count']} neighbours: at most {MOST_NEIGHBORS}, which are held in registers")
     if any(not isinstance(static.get(name, 0.0), int | float) for name in ("margin", "alpha")):
@@ -381,20 +475,25 @@ def refusals(op: str, a: Any, b: Any, a_ok: Any = None, b_ok: Any = None, **stat
     if a.dtype != b.dtype:
         why.append(f"queries are {a.dtype} and keys {b.dtype}: one dtype")
     if min(a.shape[1], b.shape[1], a.shape[2]) == 0:
-        return [*why, "there is nothing to compare"]
-    parts, k = (3 if a.dtype == jnp.float32 else 1), _features(a.shape[2])
-    wide = 64 if k % 64 == 0 else k
-    need = QUERIES * parts * k * 2 + 2 * KEYS * wide * 2
-    if need > mgpu.SHARED:
-        why.append(f"{QUERIES} queries of {a.shape[2]} features take {need >> 10} KiB of the {mgpu.SHARED >> 10} KiB on chip")
+        why.append("there is nothing to compare")
     return why
 
 
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where scores are many: XLA takes them to memory and back."""
-    return a.shape[1] * b.shape[1] >= 2**16
+    return a.shape[1] * (a if op == "peaks" else b).shape[1] >= 2**16
 
 
 def _features(k: int) -> int:
     """k padded to what chunks and swizzles hold."""
     return -(-k // 16) * 16 if k <= 128 else -(-k // 64) * 64
+
+
+def _chunk(k: int) -> int:
+    """Features of a chunk, if queries stay on chip."""
+    return 64 if k % 64 == 0 else k
+
+
+def _resident(parts: int, k: int) -> bool:
+    """Whether the queries of a block stay on chip, beside a ring of two key tiles."""
+    return QUERIES * parts * k * 2 + 2 * KEYS * _chunk(k) * 2 <= mgpu.SHARED

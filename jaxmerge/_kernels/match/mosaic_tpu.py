@@ -5,7 +5,8 @@ for each of 128 lanes, so that a score costs a few operations of the vector unit
 end. Products are of the rows as they come, scaled by powers of two: see `_tpu.directions`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.match._peaks import by_sweeps
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
 QUERIES, KEYS = 1024, 512
 CANDIDATES = {
     op: tuple({"block": (a, b)} for a in (256, 512, 1024, 2048) for b in (256, 512, 1024))
-    for op in ("match", "energy", "nearest_k")
+    for op in ("match", "energy", "nearest_k", "nearest_ahead")
 }
 MOST_NEIGHBORS = 16
 
@@ -51,8 +53,8 @@ def match(
         return tpu.row(top), tpu.row(jnp.where(top > -jnp.inf, index, 0.0))
 
     start = (-jnp.inf, jnp.inf)
-    sweep = _Sweep(fold, finish, start, 2, lambda dot, _, over: dot * over, -jnp.inf)
-    best, index = _call(sweep, "match", a, b, None, over_b, b_ok, window, block=block, interpret=interpret)
+    sweep = _Sweep(fold, finish, start, 2, lambda dot, over: (dot * over,), (-jnp.inf,))
+    best, index = _call(sweep, "match", a, b, [], [over_b], b_ok, window, block=block, interpret=interpret)
     best = jnp.where(best[:, 0] > -jnp.inf, best[:, 0] * over_a, -jnp.inf)  # -inf x 0 is NaN
     best = best if a_ok is None else jnp.where(a_ok, best, -jnp.inf)
     return best, jnp.where(best > -jnp.inf, index[:, 0], 0).astype(jnp.int32)
@@ -73,9 +75,9 @@ def energy(
     b, over_b = _directions(b)
     fold = lambda score, at, total: (total + score,)
     finish = lambda total: (tpu.row(jnp.sum(total, axis=1, keepdims=True)),)
-    f = lambda dot, one, other: resemblance(dot * one * other, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
-    sweep = _Sweep(fold, finish, (0.0,), 1, f, 0.0)
-    return _call(sweep, "energy", a, b, over_a, over_b, block=block, interpret=interpret)[0][:, 0]
+    f = lambda dot, other, one: (resemblance(dot * one * other, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1),)
+    sweep = _Sweep(fold, finish, (0.0,), 1, f, (0.0,))
+    return _call(sweep, "energy", a, b, [over_a], [over_b], block=block, interpret=interpret)[0][:, 0]
 
 
 def nearest_k(
@@ -88,8 +90,6 @@ def nearest_k(
     interpret: Any = None,
 ) -> Array:
     """`ref.nearest_k`."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    length = lambda x: jnp.sum(x * x, axis=-1)
 
     def fold(score, at, *least):
         kept = []
@@ -108,14 +108,50 @@ def nearest_k(
             least = [jnp.where(here, after, one) for one, after in zip(least, [*least[1:], jnp.inf], strict=True)]
         return tuple(found)
 
-    sweep = _Sweep(fold, finish, (jnp.inf,) * count, count, lambda dot, _, squared: squared - 2 * dot, jnp.inf)
-    least = _call(sweep, "nearest_k", a, b, None, length(b), b_ok, block=block, interpret=interpret)
-    return jnp.maximum(jnp.concatenate(least, axis=1).swapaxes(1, 2) + length(a)[:, :, None], 0)
+    sweep = _Sweep(fold, finish, (jnp.inf,) * count, count, lambda dot, squared: (squared - 2 * dot,), (jnp.inf,))
+    least = _call(sweep, "nearest_k", a, b, [], [_squared(b)], b_ok, block=block, interpret=interpret)
+    return jnp.maximum(jnp.concatenate(least, axis=1).swapaxes(1, 2) + _squared(a)[:, :, None], 0)
+
+
+def nearest_ahead(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    a_place: Int[Array, "B n"] | None = None,
+    b_place: Int[Array, "B m"] | None = None,
+    b_ok: Bool[Array, "B m"] | None = None,
+    *,
+    block: tuple[int, int] | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array, Array]:
+    """`ref.nearest_ahead`."""
+
+    def score(dot, squared, *places):
+        away = squared - 2 * dot
+        return (jnp.where(places[0] < places[1], away, jnp.inf) if places else away), away
+
+    def fold(ahead, away, at, least, first, most):
+        better = ahead < least
+        return jnp.where(better, ahead, least), jnp.where(better, at, first), jnp.maximum(away, most)
+
+    def finish(least, first, most):
+        low = jnp.min(least, axis=1, keepdims=True)
+        index = jnp.min(jnp.where(least == low, first, jnp.inf), axis=1, keepdims=True)
+        return tpu.row(low), tpu.row(jnp.where(low < jnp.inf, index, 0.0)), tpu.row(jnp.max(most, axis=1, keepdims=True))
+
+    sweep = _Sweep(fold, finish, (jnp.inf, jnp.inf, -jnp.inf), 3, score, (jnp.inf, -jnp.inf))
+    of_queries, of_keys = ([], []) if a_place is None or b_place is None else ([a_place], [b_place])
+    call = partial(_call, sweep, "nearest_ahead", a, b, of_queries, [_squared(b), *of_keys], b_ok)
+    least, index, most = (found[:, 0] for found in call(block=block, interpret=interpret))
+    far = lambda x: jnp.where(jnp.isfinite(x), jnp.maximum(x + _squared(a), 0), x)
+    return far(least), index.astype(jnp.int32), far(most)
+
+
+peaks = by_sweeps(nearest_k, nearest_ahead)
 
 
 def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
     """Why this cannot be a kernel."""
-    why = []
+    why, b = [], a if op == "peaks" else b
     for name, x in (("queries", a), ("keys", b)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             why.append(f"{name} are {x.dtype}: bfloat16 or float32")
@@ -135,6 +171,12 @@ def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
 
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where the scores are more than the operands, by far: XLA takes them to memory and back, and float32 in six passes."""
+    if op == "peaks":
+        batch, n, k = a.shape
+        if a.dtype == jnp.bfloat16:  # two single passes of the matrix unit, where XLA takes six
+            return n * n >= 2**16
+        (rate, bandwidth), seen = tpu.chip(kind), 2 * static["count"] + 4  # twelve, where it takes six: if memory is slower
+        return 4 * batch * n * n > tpu.vmem(kind) and 6 * 2 * k / rate < 4 * seen / bandwidth
     return a.shape[1] * b.shape[1] >= 2**16
 
 
@@ -145,10 +187,10 @@ class _Sweep(NamedTuple):
     finish: Callable[..., tuple]
     start: tuple[float, ...]
     outputs: int
-    score: Callable[..., Array]
-    """Of products, what a query brings (a column, where it brings anything) and what a key brings (a row)."""
-    closed: float
-    """The score of a key that may not be looked at."""
+    score: Callable[..., tuple[Array, ...]]
+    """Of products, what a key brings (rows) and what a query brings (columns)."""
+    closed: tuple[float, ...]
+    """The scores of a key that may not be looked at."""
 
 
 def _call(
@@ -156,8 +198,8 @@ def _call(
     name: str,
     a: Array,
     b: Array,
-    of_queries: Array | None,
-    of_keys: Array,
+    of_queries: Sequence[Array],
+    of_keys: Sequence[Array],
     b_ok: Array | None = None,
     window: int | None = None,
     *,
@@ -175,9 +217,10 @@ def _call(
     over = lambda x, value: jnp.pad(x.astype(jnp.float32), ((0, 0), (0, blocks * keys - m)), constant_values=value)[:, None, :]
     open_ = over(jnp.ones((1, m)) if b_ok is None else b_ok, 0.0)
     row = lambda x: pl.BlockSpec((1, 1, keys), lambda r, i, j: (r if x.shape[0] == batch else 0, 0, block_of(i, j)))
-    rows, columns = [open_, over(of_keys, 0.0)], [] if of_queries is None else [of_queries[:, None, :]]
+    rows = [open_, *(over(x, 0.0) for x in of_keys)]
+    columns = [x.astype(jnp.float32)[:, None, :] for x in of_queries]
 
-    def kernel(a_ref, b_ref, open_ref, key_ref, *refs):
+    def kernel(a_ref, b_ref, open_ref, *refs):
         i, j = pl.program_id(1), pl.program_id(2)
         at = first(i) + j
         outputs, kept = refs[-len(sweep.start) - sweep.outputs : -len(sweep.start)], refs[-len(sweep.start) :]
@@ -190,17 +233,18 @@ def _call(
         @pl.when(at < blocks)
         def _():
             dot = tpu.inner(a_ref[0], b_ref[0])
-            one = tpu.column(refs[0][0]) if columns else None
+            brought = [tpu.column(ref[0]) for ref in refs[len(of_keys) : len(of_keys) + len(columns)]]
             state = tuple(ref[...] for ref in kept)
             for c in range(keys // tpu.LANES):
                 lanes = slice(c * tpu.LANES, (c + 1) * tpu.LANES)
-                score = sweep.score(dot[:, lanes], one, key_ref[0][:, lanes])
+                scores = sweep.score(dot[:, lanes], *(ref[0][:, lanes] for ref in refs[: len(of_keys)]), *brought)
                 allowed = open_ref[0][:, lanes] > 0
-                key = lax.broadcasted_iota(jnp.int32, score.shape, 1) + (at * keys + c * tpu.LANES)
+                key = lax.broadcasted_iota(jnp.int32, scores[0].shape, 1) + (at * keys + c * tpu.LANES)
                 if window is not None:
-                    query = lax.broadcasted_iota(jnp.int32, score.shape, 0) + i * queries
+                    query = lax.broadcasted_iota(jnp.int32, scores[0].shape, 0) + i * queries
                     allowed &= jnp.abs(query - key) <= window
-                state = sweep.fold(jnp.where(allowed, score, sweep.closed), key.astype(jnp.float32), *state)
+                scores = [jnp.where(allowed, score, closed) for score, closed in zip(scores, sweep.closed, strict=True)]
+                state = sweep.fold(*scores, key.astype(jnp.float32), *state)
             for ref, value in zip(kept, state, strict=True):
                 ref[...] = value
 
@@ -240,6 +284,11 @@ def _directions(x: Float[Array, "B n k"]) -> tuple[Array, Float[Array, "B n"]]:
     """Rows scaled by powers of two, and 1 over their lengths: once, outside, where each row is swept over many times."""
     scaled, inverse = jax.vmap(tpu.directions)(x)
     return scaled, inverse[..., 0]
+
+
+def _squared(x: Float[Array, "B n k"]) -> Float[Array, "B n"]:
+    """The rows' squared lengths."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
 
 
 def _need(block: tuple[int, int], k: int, dtype: Any) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -10,6 +11,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match._distances import distances
+from jaxmerge._rank import ranks
 
 AT_ONCE = 256
 """Queries whose scores stand in memory at the same time: few enough for a cache, many enough for the matrix unit."""
@@ -57,12 +60,63 @@ def nearest_k(
 
     |a_i|² + |b_j|² - 2 a_i·b_j, at least 0: centre the rows first, because the cancellation grows with their length.
     """
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    length = lambda x: jnp.sum(x * x, axis=-1)
-    squared = length(a)[:, :, None] + length(b)[:, None, :] - 2 * segments.matmul(a, jnp.swapaxes(b, 1, 2))
-    squared = jnp.maximum(squared, 0)
+    squared = _squared(a, b)
     squared = squared if b_ok is None else jnp.where(b_ok[:, None, :], squared, jnp.inf)
     return smallest(squared, count)
+
+
+def nearest_ahead(
+    a: Float[Array, "B n k"],
+    b: Float[Array, "B m k"],
+    a_place: Int[Array, "B n"] | None = None,
+    b_place: Int[Array, "B m"] | None = None,
+    b_ok: Bool[Array, "B m"] | None = None,
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
+    """Of each query the least squared distance to an allowed key ahead of it, inf where there is none; the first key that has
+    it, or else 0; and the largest squared distance to any allowed key, -inf where there is none. Rows must be finite.
+
+    Key j is ahead of query i where b_place[j] < a_place[i], places being below 2^24; all are where no places are given.
+    """
+    squared = _squared(a, b)
+    allowed = jnp.ones((1, 1, b.shape[1]), bool) if b_ok is None else b_ok[:, None, :]
+    farthest = jnp.max(jnp.where(allowed, squared, -jnp.inf), axis=-1)
+    if a_place is not None and b_place is not None:
+        allowed = allowed & (b_place[:, None, :] < a_place[:, :, None])
+    squared = jnp.where(allowed, squared, jnp.inf)
+    return jnp.min(squared, axis=-1), jnp.argmin(squared, axis=-1).astype(jnp.int32), farthest
+
+
+def peaks(
+    x: Float[Array, "B n k"], ok: Bool[Array, "B n"] | None = None, near: Int[Array, "B"] | None = None, *, count: int
+) -> Float[Array, "B n"]:
+    """log(rho delta) of each allowed row, up to one constant for all of them: see `tokens.density_centers`.
+
+    Densities look at the `near` nearest rows, at most `count`, which is also what None means. -inf for the second of twins.
+    """
+    return jax.vmap(partial(peak_scores, count=count))(x, ok, near)
+
+
+def peak_scores(x: Float[Array, "n k"], ok: Bool[Array, "n"] | None, near: Int[Array, ""] | None, *, count: int) -> Array:
+    """`peaks` of one row of the batch, by all its distances."""
+    squared, scale = distances(x)
+    squared = squared if ok is None else jnp.where(ok[None, :] & ok[:, None], squared, jnp.inf)
+    log_rho = log_density(smallest(squared, count), near, scale, x.shape[-1])
+    place = ranks(log_rho)
+    denser = place[None, :] < place[:, None]
+    farthest = jnp.max(jnp.where(jnp.isfinite(squared), squared, 0))
+    delta = jnp.minimum(jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1), farthest)
+    return log_rho + 0.5 * jnp.log(delta)
+
+
+def log_density(
+    nearest: Float[Array, "*batch n count"], near: Int[Array, "*batch"] | None, scale: Float[Array, "*batch"], k: int
+) -> Float[Array, "*batch n"]:
+    """Of the nearest squared distances, in order, the log density of rows with k features; -inf where all are inf."""
+    used = jnp.isfinite(nearest)
+    if near is not None:
+        used &= lax.broadcasted_iota(jnp.int32, nearest.shape, nearest.ndim - 1) < near[..., None, None]
+    mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1).astype(nearest.dtype)
+    return jnp.where(used.any(axis=-1), -((scale[..., None] * jnp.sqrt(mean / k)) ** 2), -jnp.inf)
 
 
 def resemblance(
@@ -113,6 +167,14 @@ def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
     sound = (peak > 0) & jnp.isfinite(peak)
     x = jnp.where(sound, x / jnp.where(sound, peak, 1), 0)
     return x / jnp.sqrt(jnp.where(sound, jnp.sum(x * x, axis=-1, keepdims=True), 1))  # the root of 0 has no gradient
+
+
+def _squared(a: Float[Array, "B n k"], b: Float[Array, "B m k"]) -> Float[Array, "B n m"]:
+    """All squared distances."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    length = lambda x: jnp.sum(x * x, axis=-1)
+    squared = length(a)[:, :, None] + length(b)[:, None, :] - 2 * segments.matmul(a, jnp.swapaxes(b, 1, 2))
+    return jnp.maximum(squared, 0)
 
 
 def smallest(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:

@@ -1,5 +1,6 @@
 """Density-peak clustering with k nearest neighbours (DPC-KNN): centres are dense and far from anything denser."""
 
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -7,6 +8,10 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels import match as kernels
+from jaxmerge._kernels._dispatch import Implementation
+from jaxmerge._kernels.match._distances import distances
+from jaxmerge._kernels.match.ref import peak_scores
 from jaxmerge._plan import Plan, from_parents
 from jaxmerge._rank import ranks
 from jaxmerge.tokens._checks import (
@@ -18,7 +23,6 @@ from jaxmerge.tokens._checks import (
     python_int,
     spreads,
 )
-from jaxmerge.tokens.clustering._distance import distances, smallest
 
 Order = Literal["first", "center"]
 
@@ -30,6 +34,7 @@ def density_peaks(
     neighbors: int = 5,
     mask: Bool[ArrayLike, "*batch n"] | None = None,
     order: Order = "first",
+    implementation: Implementation | None = None,
 ) -> Plan:
     """Cluster tokens around the k density peaks: `nearest_center(x, density_centers(x, k), k)`.
 
@@ -39,6 +44,7 @@ def density_peaks(
       neighbors: how many nearest tokens, itself included, a density looks at.
       mask: True for tokens that take part. The others belong to no segment.
       order: number segments by the "first" position they hold, or by the position of their "center".
+      implementation: see `nearest`; in a kernel no distance between two tokens reaches memory.
 
     Returns:
       A plan of k segments, every one with a centre if that many tokens take part. No gradient flows through it.
@@ -49,7 +55,7 @@ def density_peaks(
     Raises:
       ValueError, TypeError: see `density_centers`.
 
-    Cost: n² d multiply-adds once, and `neighbors` passes over n².
+    Cost: n² d multiply-adds once, and `neighbors` passes over n²; in a kernel n² d twice and n k d once.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -60,8 +66,9 @@ def density_peaks(
     Source: DPC-KNN (Du, Ding, Jia 2016) as in Chat-UniVi (arXiv:2311.08046) and PPE, whose segments come in the order of the
     centres' scores, and HoliTom (arXiv:2505.21334), whose come in the order of the centres' positions.
     """
-    centers = density_centers(x, k, neighbors=neighbors, mask=mask)
-    return nearest_center(x, centers, k, mask=mask, order=order)
+    centers = density_centers(x, k, neighbors=neighbors, mask=mask, implementation=implementation)
+    most = python_int("density_peaks", "k", k)
+    return clusters(x, centers, k, mask=mask, order=order, implementation=implementation, most=most)
 
 
 def density_centers(
@@ -71,6 +78,7 @@ def density_centers(
     neighbors: int = 5,
     mask: Bool[ArrayLike, "*batch n"] | None = None,
     count: Int[Array, "*batch"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Bool[Array, "*batch n"]:
     """The k tokens of largest density times distance to the next denser one.
 
@@ -90,12 +98,15 @@ def density_centers(
       mask: True for tokens that take part.
       count: how many centres each row gets, at most k: for budgets that depend on the data. Densities then look at no more
         neighbours than there are centres, as HoliTom's do. None is k.
+      implementation: see `nearest`. A kernel takes distances between the tokens as they are, but for a shift and a scale that
+        round nothing; the distance to the next denser one is that of the two tokens themselves.
 
     Returns:
       True at the centres: k of them, or as many as take part.
 
     Raises:
-      ValueError: k outside [0, n], neighbors outside [1, n]. TypeError: k is not a Python int.
+      ValueError: k outside [0, n], neighbors outside [1, n]; the implementation cannot run here (all reasons are named).
+      TypeError: k is not a Python int.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -106,7 +117,7 @@ def density_centers(
     """
     x = checked_tokens("density_centers", x)
     check_rows("density_centers", x, mask=mask)
-    *batch, n, d = x.shape
+    *batch, n, _ = x.shape
     k, neighbors = python_int("density_centers", "k", k), python_int("density_centers", "neighbors", neighbors)
     if not 0 <= k <= n:
         raise ValueError(f"density_centers: k must be between 0 and the number of tokens, {n}; got {k}.")
@@ -115,28 +126,14 @@ def density_centers(
     x = lax.stop_gradient(x)
     if n == 0:
         return jnp.zeros((*batch, 0), bool)
-    valid = _everyone(x) if mask is None else jnp.asarray(mask) & _everyone(x)
-    zero = jnp.sum(jnp.zeros_like(valid, jnp.int32), axis=-1)
-    near = zero + (neighbors if count is None else jnp.clip(count, 1, neighbors))
-    count = zero + (k if count is None else jnp.minimum(count, k))
-
-    def row(x, valid, near, count):
-        squared, scale = distances(x)
-        squared = jnp.where(valid[None, :] & valid[:, None], squared, jnp.inf)
-        nearest = smallest(squared, neighbors)
-        used = (jnp.arange(neighbors) < near)[None, :] & jnp.isfinite(nearest)
-        mean = jnp.sum(jnp.where(used, nearest, 0), axis=-1) / jnp.maximum(jnp.sum(used, axis=-1), 1).astype(squared.dtype)
-        log_rho = jnp.where(used.any(axis=-1), -((scale * jnp.sqrt(mean / d)) ** 2), -jnp.inf)
-
-        place = ranks(log_rho)
-        denser = place[None, :] < place[:, None]
-        farthest = jnp.max(jnp.where(jnp.isfinite(squared), squared, 0))
-        delta = jnp.minimum(jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1), farthest)
-        score = log_rho + 0.5 * jnp.log(delta)
-        score = jnp.where(valid, jnp.maximum(score, jnp.finfo(score.dtype).min), -jnp.inf)
-        return valid & (ranks(score) < count)
-
-    return segments.batched(row, len(batch))(x, valid, near, count)
+    everyone = _everyone(x)
+    allowed = None if mask is None else jnp.asarray(mask) & everyone
+    near = None if count is None else jnp.clip(count, 1, neighbors) + jnp.sum(~everyone, axis=-1, dtype=jnp.int32)
+    xla = lambda: segments.batched(partial(peak_scores, count=neighbors), len(batch))(x, allowed, near)
+    score = kernels.peaks(x, allowed, near, count=neighbors, implementation=implementation, xla=xla)
+    valid = everyone if allowed is None else allowed
+    score = jnp.where(valid, jnp.maximum(score, jnp.finfo(score.dtype).min), -jnp.inf)
+    return valid & (ranks(score) < (k if count is None else jnp.minimum(count, k)[..., None]))
 
 
 def nearest_center(
@@ -146,6 +143,7 @@ def nearest_center(
     *,
     mask: Bool[ArrayLike, "*batch n"] | None = None,
     order: Order = "first",
+    implementation: Implementation | None = None,
 ) -> Plan:
     """Each token joins the centre that is nearest; a centre stays with itself.
 
@@ -155,12 +153,13 @@ def nearest_center(
       k: room for that many; the clusters of further centres are counted by `overflow`.
       mask: True for tokens that take part.
       order: number segments by the "first" position they hold, or by the position of their "center".
+      implementation: see `density_peaks`.
 
     Returns:
       A plan of k segments. Of equally near centres the first wins. No gradient flows through it.
 
     Raises:
-      ValueError: another order.
+      ValueError: another order; the implementation cannot run here (all reasons are named).
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -170,6 +169,20 @@ def nearest_center(
       >>> jm.tokens.nearest_center(x, centers, 2, order="center").segment_ids.tolist()
       [1, 0, 1, 0]
     """
+    return clusters(x, centers, k, mask=mask, order=order, implementation=implementation)
+
+
+def clusters(
+    x: Float[ArrayLike, "*batch n d"],
+    centers: Bool[ArrayLike, "*batch n"],
+    k: int,
+    *,
+    mask: Bool[ArrayLike, "*batch n"] | None,
+    order: Order = "first",
+    implementation: Implementation | None = None,
+    most: int | None = None,
+) -> Plan:
+    """`nearest_center`, of at most so many centres, where that is known."""
     x = checked_tokens("nearest_center", x)
     check_rows("nearest_center", x, centers=centers, mask=mask)
     if order not in ("first", "center"):
@@ -178,22 +191,31 @@ def nearest_center(
     if x.shape[-2] == 0:
         return Plan(jnp.zeros(x.shape[:-1], jnp.int32), k)
     valid = _everyone(x) if mask is None else jnp.asarray(mask) & _everyone(x)
-    plan = from_parents(joined(x, jnp.asarray(centers), valid), k, hops=1)
+    parents = joined(x, jnp.asarray(centers), valid, most=most, implementation=implementation)
+    plan = from_parents(parents, k, hops=1)
     return plan if order == "center" else in_order(plan)
 
 
 def joined(
-    x: Float[Array, "*batch n d"], centers: Bool[Array, "*batch n"], valid: Bool[Array, "*batch n"]
+    x: Float[Array, "*batch n d"],
+    centers: Bool[Array, "*batch n"],
+    valid: Bool[Array, "*batch n"],
+    *,
+    most: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "*batch n"]:
-    """The position of each valid token's nearest valid centre; -1 where there is none."""
+    """The position of each valid token's nearest valid centre, of at most so many; -1 where there is none."""
 
-    def row(x, valid, centers):
+    def row(x, centers):
         squared = jnp.minimum(distances(x).squared, jnp.finfo(jnp.float32).max)
-        near = jnp.argmin(jnp.where(centers[None, :], squared, jnp.inf), axis=-1).astype(jnp.int32)
-        near = jnp.where(centers, jnp.arange(len(x), dtype=jnp.int32), near)
-        return jnp.where(valid & centers.any(), near, -1)
+        return jnp.argmin(jnp.where(centers[None, :], squared, jnp.inf), axis=-1).astype(jnp.int32)
 
-    return segments.batched(row, x.ndim - 2)(x, valid, centers & valid)
+    centers = centers & valid
+    most = x.shape[-2] if most is None else max(most, 1)
+    xla = lambda: segments.batched(row, x.ndim - 2)(x, centers)
+    near = kernels.closest(x, centers, most=most, implementation=implementation, xla=xla)
+    near = jnp.where(centers, segments.positions(near), near)
+    return jnp.where(valid & centers.any(axis=-1, keepdims=True), near, -1)
 
 
 def in_order(plan: Plan) -> Plan:
@@ -248,4 +270,4 @@ def keep_apart(plan: Plan, mask: Bool[ArrayLike, "*batch n"], capacity: int) -> 
 
 def _everyone(x: Array) -> Bool[Array, "*batch n"]:
     """True for every token, laid out as they are."""
-    return jnp.ones_like(x[..., 0], bool)
+    return jnp.isnan(x[..., 0]) | True

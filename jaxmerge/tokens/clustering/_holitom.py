@@ -11,7 +11,7 @@ from jaxmerge._plan import Plan, from_parents, merge
 from jaxmerge._rank import ranks
 from jaxmerge.tokens._checks import check_plan, check_rows, check_sequences, checked_tokens
 from jaxmerge.tokens._nearest import nearest
-from jaxmerge.tokens.clustering._density import density_centers, density_peaks, in_order, joined, keep_apart
+from jaxmerge.tokens.clustering._density import clusters, density_centers, in_order, joined, keep_apart
 from jaxmerge.tokens.clustering._static import first_of_window, frame_similarity, static_windows
 from jaxmerge.tokens.pruning._prune import keep_top_k
 
@@ -70,9 +70,9 @@ def attention_and_density(
         plan = keep_apart(Plan(jnp.where(kept, 0, -1), 0), kept, keep)
         return Weighted(plan, plan.kept.astype(jnp.float32))
     near = min(neighbors, k)
-    plan = keep_apart(density_peaks(x, k, neighbors=near, mask=~kept), kept, keep)
-    centers = density_centers(x, k, neighbors=near, mask=~kept) | kept
-    return Weighted(plan, center_weight(plan, centers, beta))
+    centers = density_centers(x, k, neighbors=near, mask=~kept)
+    plan = keep_apart(clusters(x, centers, k, mask=~kept, most=k), kept, keep)
+    return Weighted(plan, center_weight(plan, centers | kept, beta))
 
 
 def attention_and_similarity(

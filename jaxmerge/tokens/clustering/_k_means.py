@@ -9,11 +9,11 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match._distances import distances
 from jaxmerge._plan import Plan
 from jaxmerge.tokens._checks import check_rows, checked_sizes, checked_tokens, python_int
 from jaxmerge.tokens._nearest import unit
 from jaxmerge.tokens.clustering._density import in_order
-from jaxmerge.tokens.clustering._distance import distances
 
 Init = Literal["farthest", "k-means++", "first"]
 Metric = Literal["cosine", "euclidean"]

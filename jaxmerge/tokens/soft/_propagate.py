@@ -9,10 +9,10 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxmerge import _segments as segments
+from jaxmerge._kernels.match.ref import smallest
 from jaxmerge._plan import Plan, SoftPlan, merge
 from jaxmerge.tokens._checks import check_plan, check_sequences, checked_sizes
 from jaxmerge.tokens._nearest import cosine, unit
-from jaxmerge.tokens.clustering._distance import smallest
 
 Rule = Literal[
     "CLSAttnMean",
