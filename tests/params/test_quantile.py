@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jaxmerge import params
 from jaxmerge.params.atoms._random import hashed, threefry
@@ -281,6 +282,27 @@ def test_sums_are_of_short_chains(one_device, shape, axes):
         n = math.prod(shape[axis] for axis in axes)
         assert one.shape == tuple(1 if axis in axes else size for axis, size in enumerate(shape))
         np.testing.assert_allclose(one, times * n * float(value), rtol=(LINE + math.log2(n)) * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: params.ties(0.5, scope="tensor"),
+        lambda: params.dare_ties(0.5, seed=0),
+        lambda: params.della(0.5, seed=0),
+        lambda: params.chain(params.rescale(params.random_mask(0.5, seed=0), "l1"), params.sum_experts()),
+    ],
+)
+@pytest.mark.parametrize("spec", [P("fsdp", None), P(None, "fsdp")])
+def test_one_device_may_be_an_explicit_mesh(one_device, make, spec):
+    """Arrays that are split over an axis of length 1 are merged as those that are not."""
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    base, *trees = [{"w": v} for v in np.random.default_rng(0).standard_normal((4, 256, 512)).astype(np.float32)]
+    laid = lambda tree: jax.device_put(tree, NamedSharding(mesh, spec))
+    merge = lambda base, trees: jax.jit(lambda base, trees: params.merge(make(), base, trees))(base, trees)["w"]
+    found = merge(laid(base), list(map(laid, trees)))
+    assert found.sharding.spec == spec
+    np.testing.assert_allclose(found, merge(base, trees), rtol=1e-5, atol=1e-6)  # sums in another order
 
 
 @pytest.mark.parametrize("short", [13, 0])

@@ -16,11 +16,15 @@ def alone() -> bool:
 
 
 def fastest(alone_: Callable, anywhere: Callable) -> Callable:
-    """The first form for large arrays on one CPU device; the other on many and on accelerators, also when compiled for here."""
+    """The first form for large arrays on one CPU device; the other on many and on accelerators, also when compiled for here.
+
+    Where arrays are split over Explicit axes, be they of length 1, only the other says what lies where.
+    """
 
     def choose(*args: Any) -> Any:
         large = max(x.size for x in jax.tree.leaves(args)) >= LARGE
-        if not (large and alone()):
+        split = any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(args))
+        if split or not (large and alone()):
             return anywhere(*args)
         return lax.platform_dependent(*args, cpu=alone_, default=anywhere)
 
