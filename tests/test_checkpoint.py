@@ -219,7 +219,7 @@ def test_what_else_is_refused(saved, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.merge(tx, tmp_path / "nothing", models, out)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is not an Orbax checkpoint"):
+    with pytest.raises(ValueError, match="holds no weights: it is empty"):
         checkpoint.merge(tx, tmp_path / "empty", models, out)
     with pytest.raises(checkpoint.MergeError, match="out is one of the inputs"):
         checkpoint.merge(tx, paths["base"], models, paths["a"], overwrite=True)
