@@ -124,7 +124,8 @@ def token_merging(seen: Seen, r: int) -> jm.Plan:
 
 
 class Attention(nnx.Module):
-    """Self-attention with fused q, k, v; returns them too, which are what planners look at."""
+    """Self-attention with fused q, k, v; returns them too, which are what planners look at. What it returns lacks `proj.bias`:
+    that is added to the residual with what else is added there."""
 
     def __init__(self, config: ViTConfig, *, dtype: Any, attention: Flash = None, rngs: nnx.Rngs):
         self.num_heads, self.dtype = config.num_heads, dtype
@@ -136,16 +137,10 @@ class Attention(nnx.Module):
         b, n, d = x.shape
         eights = -n % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads where they lie
         heads = lambda a: a.astype(self.dtype).reshape(*a.shape[:-1], 3, self.num_heads, d // self.num_heads)
-        assert self.qkv.bias is not None
-        product, offset = heads(self.product(jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(self.qkv.bias[...])
+        product, offset = heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(_bias(self.qkv))
         out = jm.attention.packed_attention(product, bias, offset=offset, length=n, implementation=self.implementation)
         q, k, v = (product[:, :n, i] + offset[None, None, i] for i in range(3))
-        return self.proj(out.reshape(b, n, d)), (q, k, v)
-
-    def product(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
-        """Queries, keys and values without their bias."""
-        kernel, over = self.qkv.kernel[...].astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
-        return self.qkv.dot_general(x.astype(self.dtype), kernel, over, precision=self.qkv.precision)
+        return _product(self.proj, out.reshape(b, n, d)), (q, k, v)
 
 
 class MLP(nnx.Module):
@@ -183,20 +178,28 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b m d"], AnyPlan | None, Float[Array, "b m"] | None]:
         bias = jm.attention.key_bias(sizes) if proportional and sizes is not None else None
         y, qkv = self.attn(self.norm1(x), bias)
+        offset = _bias(self.attn.proj)
+        if r and planner is token_merging and reduce == "mean":  # one kernel where there is one
+            seen = Seen(x, *qkv, bias, self.protect, plan)
+            more = dict(sizes=sizes, residual=y, offset=offset, norm=self.next_norm, protect=self.protect)
+            x, sizes, step, normed = jm.tokens.merge_step(seen.keys, x, r, **more)
+            plan = step if plan is None else jm.compose(step, plan)
+            return x + self.mlp(normed), plan, sizes
+        x = x + (y + offset.astype(y.dtype)[None, None])
         if r:
-            seen = Seen(x + y, *qkv, bias, self.protect, plan)
-            weight = sizes if reduce == "mean" else None
-            if planner is token_merging and reduce == "mean":  # one kernel where there is one
-                x, sizes, step = jm.tokens.merge_step(seen.keys, x, r, sizes=weight, residual=y, protect=self.protect)
-                plan = step if plan is None else jm.compose(step, plan)
-            else:
-                step = planner(seen, r)
-                x = jm.merge(step, seen.x, weight=weight, reduce=reduce)
-                plan = step if plan is None else jm.compose(step, plan)
-                sizes = plan.sizes.astype(jnp.float32)
-        else:
-            x = x + y
+            seen = Seen(x, *qkv, bias, self.protect, plan)
+            step = planner(seen, r)
+            x = jm.merge(step, x, weight=sizes if reduce == "mean" else None, reduce=reduce)
+            plan = step if plan is None else jm.compose(step, plan)
+            sizes = plan.sizes.astype(jnp.float32)
         return x + self.mlp(self.norm2(x)), plan, sizes
+
+    @property
+    def next_norm(self) -> jm.tokens.LayerNorm:
+        """The norm before the MLP, as the product that reads it wants its result."""
+        scale, bias = self.norm2.scale, self.norm2.bias
+        assert scale is not None and bias is not None
+        return jm.tokens.LayerNorm(scale[...], bias[...], self.norm2.epsilon, self.mlp.fc1.dtype)
 
 
 class PatchEmbed(nnx.Module):
@@ -336,6 +339,17 @@ def torch_name(path: str) -> str:
 
 def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+
+
+def _product(linear: nnx.Linear, x: Array) -> Array:
+    """What a linear map gives, but for its bias."""
+    dtype, over = linear.dtype, (((x.ndim - 1,), (0,)), ((), ()))
+    return linear.dot_general(x.astype(dtype), linear.kernel[...].astype(dtype), over, precision=linear.precision)
+
+
+def _bias(linear: nnx.Linear) -> Array:
+    assert linear.bias is not None
+    return linear.bias[...]
 
 
 def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:

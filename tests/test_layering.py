@@ -92,8 +92,8 @@ def test_import_is_light():
 SURFACE = {
     "jaxmerge": "Plan SoftPlan compose from_parents identity merge unmerge",
     "jaxmerge.attention": "MASKED append_bias key_bias packed_attention proportional_attention segment_mask",
-    "jaxmerge.tokens": """MergeStep Nearest Packed RunningThreshold Weighted Windows adaptive_k_means adjacent_matching assign
-        attention_and_density
+    "jaxmerge.tokens": """LayerNorm MergeStep Nearest Packed RunningThreshold Weighted Windows adaptive_k_means
+        adjacent_matching assign attention_and_density
         attention_and_similarity attention_inhibition attention_score bind bind_attributes bipartite_matching
         block_matching carry_positions center_weight clip_matching density_centers density_peaks
         depth_to_space dominant_and_contextual earlier_matching energy energy_matching exit_layer exit_plan

@@ -99,7 +99,8 @@ def run(
     Args:
       arrays: what the implementations take, with any batch axes; None where left out.
       roles: of each array the axes behind the batch: "n" and "m" are positions, "d" features, which may be sharded, "k" what
-        a metric is summed over. `outputs` likewise.
+        a metric is summed over. Behind "*" they are of an array that is the same for the whole batch, whose batch axes are 1.
+        `outputs` likewise.
       static: the keyword arguments, passed to `refusals` and `faster`.
 
     Raises:
@@ -121,7 +122,8 @@ def run(
     some = tuple(arrays[i] for i in given)
     if layout.mesh is None:
         return flat(*some)
-    spec = lambda role: P(*layout.batch, *(layout.features if axis == "d" else None for axis in role))
+    batch = lambda role: [None] * rank if role.startswith("*") else layout.batch
+    spec = lambda role: P(*batch(role), *(layout.features if axis == "d" else None for axis in role.lstrip("*")))
     specs = tuple(spec(roles[i]) for i in given)
     per_shard = jax.shard_map(flat, mesh=layout.mesh, in_specs=specs, out_specs=tuple(map(spec, outputs)), check_vma=False)
     return per_shard(*some)
@@ -222,8 +224,10 @@ def _explicit(mesh: Any, shardings: Sequence[Any], roles: Sequence[str]) -> tupl
     why, batches, features = [], [], []
     for sharding, role in zip(shardings, roles, strict=True):
         spec = tuple(sharding.spec)
-        batches.append(spec[: len(spec) - len(role)])
-        for axis, over in zip(role, spec[len(spec) - len(role) :], strict=True):
+        axes = role.lstrip("*")
+        if axes == role:
+            batches.append(spec[: len(spec) - len(role)])
+        for axis, over in zip(axes, spec[len(spec) - len(axes) :], strict=True):
             if axis == "d":
                 features.append(over)
             elif over is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
-from jax.experimental.mosaic.gpu.utils import memref_ptr
+from jax.experimental.mosaic.gpu.utils import memref_ptr, shfl_bfly
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
@@ -22,6 +22,8 @@ EVERYTHING = (...,) if _idx is not None and _idx.default is inspect.Parameter.em
 
 LANES = 128
 """Of a warpgroup, which is one thread in Pallas."""
+WARPS = 4
+"""Of a thread in Pallas: 32 lanes each."""
 SHARED = 200 * 1024
 """Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
 BLOCKS = 132
@@ -203,6 +205,37 @@ def scatter(how: str, ref: Any, at: Array, value: Array) -> None:
 
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _line(at.shape), _line(at.shape)))(each)
     inlined(ref, line(at), line(value))
+
+
+def totals(ref: Any, *rows: Array) -> list[Array]:
+    """What the entries of each row come to, in float32; `ref`, in shared memory, has room for WARPS numbers of each."""
+    from jaxlib.mlir.dialects import llvm
+
+    layout = plgpu.Layout.WG_STRIDED(rows[0].shape, vec_size=2 if rows[0].size % (2 * LANES) == 0 else 1)
+
+    def each(_, ref, *rows):
+        i32, void = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
+        lane = mosaic.thread_idx()
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, mosaic.c(32, i32)), mosaic.c(0, i32))
+        warp = arith.remui(arith.divui(lane, mosaic.c(32, i32)), mosaic.c(WARPS, i32))
+        start = arith.addi(llvm.ptrtoint(i32, memref_ptr(ref)), arith.muli(warp, mosaic.c(4, i32)))
+        mosaic.warpgroup_barrier()  # who was here before has read what is there
+        for number, row in enumerate(rows):
+            some = [vector.extract(r, [], [i]) for r in row.registers.flat for i in range(row.layout.vec_size)]
+            while len(some) > 1:
+                some = [arith.addf(*two) for two in zip(some[::2], some[1::2], strict=False)] + some[len(some) // 2 * 2 :]
+            (total,) = some
+            for distance in (16, 8, 4, 2, 1):
+                total = arith.addf(total, shfl_bfly(total, distance))
+            there = arith.addi(start, mosaic.c(4 * WARPS * number, i32))
+            llvm.inline_asm(
+                void, [first, there, total], "@$0 st.shared.f32 [$1], $2;", "b,r,f,~{memory}", has_side_effects=True
+            )
+        mosaic.warpgroup_barrier()
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[layout] * len(rows)))(each)
+    inlined(ref, *[plgpu.layout_cast(row, layout) for row in rows])
+    return [sum(ref[number * WARPS + warp] for warp in range(WARPS)) for number in range(len(rows))]
 
 
 def together() -> None:

@@ -9,7 +9,7 @@ tests/golden/tokens, outputs of the official code, or what stands in for it. Eac
     matching
       bipartite_matching           ToMe; TinyChart (44),        keys, mean over heads    n - r   n²/4        tome, tome_vit
                                    AuroraCap (47), SimVLG (50)  r: schedule, keep_schedule                   their published r
-        merge_step                 the same and its merge, one kernel where there is one
+        merge_step                 the same, its merge and the norm behind, one kernel where there is one
       kth_bipartite_matching       ToMe, every k-th             keys                     n / k   n² (k-1)/k² tome
       random_bipartite_matching    ToMe, random sources         keys, a key              n - r   r (n - r)   tome
       two_sided_matching           any two lists of positions   any metric               n - r   a b         bipartite_matching
@@ -108,6 +108,7 @@ from jaxmerge.tokens.given import (
     temporal_pairs as temporal_pairs,
 )
 from jaxmerge.tokens.matching import (
+    LayerNorm as LayerNorm,
     MergeStep as MergeStep,
     RunningThreshold as RunningThreshold,
     adjacent_matching as adjacent_matching,

@@ -176,7 +176,7 @@ def cut(model: ViT, images: jax.Array, r: int) -> jax.Array:
     x = model.tokens(images)
     layers = jm.tokens.schedule(model.config.depth, r, n=x.shape[1], protected=model.config.num_prefix)
     for block, fewer in zip(model.blocks, layers, strict=True):
-        x = (x + block.attn(block.norm1(x), None)[0])[:, : x.shape[1] - fewer]
+        x = (x + block.attn(block.norm1(x), None)[0] + block.attn.proj.bias[...][None, None])[:, : x.shape[1] - fewer]
         x = x + block.mlp(block.norm2(x))
     return model.classify(x, jm.identity(x.shape[1], like=x))
 

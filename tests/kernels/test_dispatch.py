@@ -65,6 +65,52 @@ def test_vmap_is_one_launch(arrays):
     assert gradient.shape == x.shape and not {"while", "scan"} & set(names)
 
 
+def normed(metric, x, sizes, offset, scale, implementation=None):  # noqa: PLR0917
+    """A step that adds and normalises, behind a bias; in numbers, and their gradients."""
+    norm = jm.tokens.LayerNorm(scale, offset, dtype=jnp.float32)
+
+    def loss(x, offset, scale):
+        more = dict(sizes=sizes, offset=offset, norm=norm._replace(scale=scale), residual=0.5 * x)
+        step = jm.tokens.merge_step(metric, x, R, **more, implementation=implementation)
+        return jnp.sum(step.x**2) + jnp.sum(jnp.sin(step.normed)), step.normed
+
+    (_, found), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, offset, scale)
+    return found, gradients
+
+
+def near(found, wanted):
+    """Sums of no more than N terms, over at most D features, of float32 numbers whose largest is counted with each."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=8 * N * D * 2.0**-24 * float(jnp.abs(other).max()))
+
+
+def test_a_norm_on_a_mesh(mesh, arrays):
+    """Whole rows, whatever axis the batch lies along; rows that are split are refused, with the remedy."""
+    vectors = jnp.linspace(-1, 1, D), jnp.linspace(1, 2, D)
+    wanted = jax.jit(normed)(*arrays, *vectors)
+    place = lambda *specs: [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    kernel = jax.jit(partial(normed, implementation="mosaic_tpu"))
+    with dispatch.aim("tpu", interpret=True), jax.set_mesh(mesh):
+        if mesh.axis_types[0] == AxisType.Auto:
+            return
+        near(kernel(*place(P("data"), P("data"), P("data")), *vectors), wanted)
+        with pytest.raises(ValueError, match="axis w of 'nw' is sharded over 'model'"):
+            kernel(*place(P("data"), P("data", None, "model"), P("data")), *vectors)
+
+
+def test_norms_that_differ_along_a_mapped_axis(arrays):
+    """Each mapped row has its own offset and norm, or its own tokens with those of all."""
+    tokens = [a.reshape(2, 4, *a.shape[1:]) for a in arrays]
+    vectors = jnp.linspace(-1, 1, 2 * D).reshape(2, D), jnp.linspace(1, 2, 2 * D).reshape(2, D)
+    for axes, some in ((0, vectors), (None, [v[0] for v in vectors])):
+        mapped = lambda which, axes=axes: jax.jit(
+            jax.vmap(partial(normed, implementation=which), in_axes=(0, 0, 0, axes, axes))
+        )
+        wanted = mapped(None)(*tokens, *some)
+        with dispatch.aim("tpu", interpret=True):
+            near(mapped("mosaic_tpu")(*tokens, *some), wanted)
+
+
 def test_all_reasons_are_named_at_once(arrays):
     metric, x, _ = arrays
     with pytest.raises(ValueError, match=r"(?s)it is for tpu, and this process runs on cpu.*metric is float16.*form 17 runs"):

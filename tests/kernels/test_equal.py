@@ -49,13 +49,20 @@ def test_step(spec, dtype):
     metric, x = cases.exact(rng, batch, spec.n, spec.k, dtype), cases.tokens(rng, batch, spec.n, spec.d, dtype)
     cotangent = cases.tokens(rng, batch, spec.n - spec.r, spec.d, jnp.float32)
     sizes, residual = cases.sizes(rng, batch, spec.n), cases.tokens(rng, batch, spec.n, spec.d, BF16)
-    for more in ((sizes, None), (None, residual), (sizes, residual))[slice(1, 3) if dtype == BF16 else slice(1)]:
-        reference = lambda x, more=more: step_ref.step(metric, x, *more, r=spec.r, protected=protected)
-        kernel = lambda x, more=more: steps.differentiable(step_tpu, spec.r, protected, metric, x, *more)
-        (y, mass, ids), (y_ref, mass_ref, ids_ref) = jax.jit(kernel)(x), jax.jit(reference)(x)
+    offset, norm = cases.tokens(rng, 1, 1, spec.d, jnp.float32)[0], cases.tokens(rng, 1, 2, spec.d, jnp.float32)
+    how = steps.How(spec.r, protected, 1e-6, BF16)
+    every = (sizes, None, None, None), (None, residual, None, norm), (sizes, residual, offset, norm)
+    for more in every[slice(1, 3) if dtype == BF16 else slice(1)]:
+        reference = lambda x, more=more: step_ref.step(metric, x, *more, **how._asdict())
+        kernel = lambda x, more=more: steps.differentiable(step_tpu, how, metric, x, *more)
+        (y, mass, ids, *normed), (y_ref, mass_ref, ids_ref, normed_ref) = jax.jit(kernel)(x), jax.jit(reference)(x)
         assert (ids == ids_ref).all() and (mass == mass_ref).all()
         terms = int(jnp.max(jnp.sum(ids[0][:, None] == ids[0][None, :], axis=0)))
-        cases.close(y, y_ref, terms=terms, largest=largest(x) + largest(residual))
+        cases.close(y, y_ref, terms=terms, largest=largest(x) + largest(residual) + largest(offset))
+        for found in normed:  # of the rows as this kernel rounded them
+            cases.close(
+                found, step_ref.normalised(y, norm[:, 0], norm[:, 1], 1e-6, BF16), terms=spec.d, largest=largest(normed_ref)
+            )
     if dtype == F32:
         loss = lambda f: lambda x: jnp.sum(f(x)[0].astype(jnp.float32) * cotangent)
         back = [jax.jit(jax.grad(loss(f)))(x) for f in (kernel, reference)]

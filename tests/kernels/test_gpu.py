@@ -10,6 +10,7 @@ from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
+from jaxmerge._kernels.step import ref as step_ref
 from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,27 @@ def test_step(spec, dtype):
         return merged, gradients, jm.tokens.merge_step(metric, x, spec.r, **options)
 
     same(step, metric, sizes, x, residual)
+
+
+@both
+@pytest.mark.parametrize("spec", [VIT[2], VIT[3], VIT[6], LONG_ROW], ids=lambda s: s.name)
+def test_step_that_adds_and_normalises(spec, dtype):
+    rng = np.random.default_rng(0)
+    metric = cases.exact(rng, 3, spec.n, spec.k, jnp.bfloat16)
+    x, sizes = cases.tokens(rng, 3, spec.n, spec.d, dtype), cases.sizes(rng, 3, spec.n)
+    residual = cases.tokens(rng, 3, spec.n, spec.d, jnp.bfloat16)
+    offset, scale, shift = cases.tokens(rng, 1, 3, spec.d, jnp.float32)[0]
+
+    def step(which, metric, sizes, x, residual, offset):  # noqa: PLR0917
+        norm = jm.tokens.LayerNorm(scale, shift, dtype=jnp.bfloat16)
+        options = dict(sizes=sizes, residual=residual, offset=offset, norm=norm, implementation=which)
+        return jm.tokens.merge_step(metric, x, spec.r, protect=range(spec.prefix), **options)
+
+    plain = lambda *a: step(*a)._replace(normed=None)
+    same(plain, metric, sizes, x, residual, offset)
+    found = jax.jit(lambda *a: step("mosaic_gpu", *a))(metric, sizes, x, residual, offset)
+    again = step_ref.normalised(found.x, scale, shift, 1e-6, jnp.bfloat16)  # of the rows as this kernel rounded them
+    cases.close(found.normed, again, terms=spec.d, largest=float(jnp.abs(again.astype(jnp.float32)).max()))
 
 
 @both

@@ -37,18 +37,35 @@ def test_step(monkeypatch, interpret, dtype, at_once):
     residual = None if at_once else cases.tokens(rng, 2, n, 128, jnp.bfloat16)
     sizes, protected = cases.sizes(rng, 2, n), (True, True) + (False,) * (n - 2)
     step = lambda *a: stepping.step(*a, r=r, protected=protected, threads=2, splits=2, interpret=interpret)
-    y, mass, ids = jax.jit(step)(metric, x, sizes, residual)
-    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, sizes, residual, r=r, protected=protected)
+    y, mass, ids, _ = jax.jit(step)(metric, x, sizes, residual)
+    y_ref, mass_ref, ids_ref, _ = step_ref.step(metric, x, sizes, residual, r=r, protected=protected)
     assert (ids == ids_ref).all() and (mass == mass_ref).all()
     cases.close(y, y_ref, terms=r + 1, largest=2 * float(jnp.abs(x).max()))
+
+
+@both
+@pytest.mark.parametrize("d, norms", [(256, 2), (136, 1)])
+def test_step_that_adds_and_normalises(monkeypatch, interpret, dtype, d, norms):
+    """On chip where rows fill all lanes, else behind; a norm for every row of the batch, or one for all."""
+    monkeypatch.setattr(mgpu, "totals", lambda ref, *rows: [jnp.sum(row) for row in rows])  # instructions are not interpreted
+    rng, n, r = np.random.default_rng(0), 137, 9
+    metric, x = cases.exact(rng, 2, n, 32, jnp.bfloat16), cases.tokens(rng, 2, n, d, dtype)
+    offset, norm = cases.tokens(rng, 1, norms, d, jnp.float32)[0], cases.tokens(rng, norms, 2, d, jnp.float32)
+    how = dict(r=r, protected=(True,) + (False,) * (n - 1), epsilon=1e-6, dtype=dtype)
+    found = jax.jit(lambda *a: stepping.step(*a, **how, interpret=interpret))(metric, x, None, x, offset, norm)
+    wanted = step_ref.step(metric, x, None, x, offset, norm, **how)
+    assert (found.ids == wanted.ids).all()
+    cases.close(found.x, wanted.x, terms=r + 1, largest=2 * float(jnp.abs(x).max()))
+    again = step_ref.normalised(found.x, norm[:, 0], norm[:, 1], 1e-6, dtype)
+    cases.close(found.normed, again, terms=d, largest=float(jnp.abs(again).max()))
 
 
 def test_step_whose_tiles_are_shared_by_threads(interpret):
     rng, n, r = np.random.default_rng(0), 577, 40
     metric, x = cases.exact(rng, 1, n, 64, jnp.bfloat16), cases.tokens(rng, 1, n, 136, jnp.bfloat16)
     protected = (True,) + (False,) * (n - 1)
-    y, mass, ids = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
-    y_ref, mass_ref, ids_ref = step_ref.step(metric, x, r=r, protected=protected)
+    y, mass, ids, _ = jax.jit(lambda *a: stepping.step(*a, r=r, protected=protected, interpret=interpret))(metric, x)
+    y_ref, mass_ref, ids_ref, _ = step_ref.step(metric, x, r=r, protected=protected)
     assert (ids == ids_ref).all() and (mass == mass_ref).all()
     cases.close(y, y_ref, terms=r + 1, largest=float(jnp.abs(x).max()))
 

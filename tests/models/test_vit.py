@@ -131,7 +131,7 @@ def test_the_attention_that_planners_see_is_the_blocks_own(images):
     out, (q, k, v) = block.attn(x, bias)
     seen = Seen(x, q, k, v, bias, (0,), None)
     again = jnp.einsum("bhqk,bkhf->bqhf", seen.attention, v).reshape(2, 5, 32)
-    np.testing.assert_allclose(block.attn.proj(again), out, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(block.attn.proj(again), out + block.attn.proj.bias[...][None, None], rtol=0, atol=1e-5)
 
 
 # --- timm's layout

@@ -1,17 +1,27 @@
-"""A whole step of Token Merging: add the residual, match, choose, merge. Over any batch axes, with derivatives in both."""
+"""A whole step of Token Merging: add the residual, match, choose, merge, normalise. Over any batch axes, with derivatives."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxmerge._kernels import merge
 from jaxmerge._kernels._dispatch import Implementation, folded, run
+from jaxmerge._kernels.step.ref import Result, normalised, over
+
+
+class How(NamedTuple):
+    """What is compiled in."""
+
+    r: int
+    protected: tuple[bool, ...]
+    epsilon: float = 0.0
+    dtype: Any = None
 
 
 def step(
@@ -19,41 +29,57 @@ def step(
     x: Float[Array, "*batch n d"],
     sizes: Float[Array, "*batch n"] | None = None,
     residual: Float[Array, "*batch n d"] | None = None,
+    offset: Float[Array, "d"] | None = None,
+    norm: Float[Array, "2 d"] | None = None,
     *,
-    r: int,
-    protected: tuple[bool, ...],
     implementation: Implementation | None = None,
     xla: Callable[[], Any],
-) -> tuple[Float[Array, "*batch m d"], Float[Array, "*batch m"], Int[Array, "*batch n"]]:
+    **how: Any,
+) -> Result:
     """`ref.step`; `xla` is what to run instead where no kernel is chosen."""
-    call = lambda module, *arrays: differentiable(module, r, protected, *arrays)
-    stopped = (lax.stop_gradient(metric), x, None if sizes is None else lax.stop_gradient(sizes), residual)
-    return run("step", stopped, ("nk", "nd", "n", "nd"), ("md", "m", "n"), implementation=implementation, call=call, xla=xla,
-               r=r, protected=protected)  # fmt: skip
+    every = lambda a: None if a is None else a.reshape(*[1] * (x.ndim - 2), *a.shape)
+    arrays = (
+        lax.stop_gradient(metric),
+        x,
+        None if sizes is None else lax.stop_gradient(sizes),
+        residual,
+        every(offset),
+        every(norm),
+    )
+    width = "d" if norm is None else "w"  # what is normalised lies together
+    roles = ("nk", f"n{width}", "n", f"n{width}", f"*{width}", f"*2{width}")
+    outputs = (f"m{width}", "m", "n", *([] if norm is None else ["mw"]))
+    call = lambda module, *arrays: differentiable(module, How(**how), *arrays)
+    found = run("step", arrays, roles, outputs, implementation=implementation, call=call, xla=xla, **how)
+    return Result(*found)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def differentiable(
-    module: Any,
-    r: int,
-    protected: tuple[bool, ...],
-    metric: Array,
-    x: Array,
-    sizes: Array | None,
-    residual: Array | None = None,
-) -> tuple[Array, Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def differentiable(module: Any, how: How, *arrays: Array | None) -> tuple[Array, ...]:
     """An implementation's step, with derivatives in what is merged: those of its merge, under the plan that was found."""
-    return folded(partial(module.step, r=r, protected=protected))(metric, x, sizes, residual)
+    found = folded(partial(module.step, **how._asdict()))(*arrays)
+    return tuple(y for y in found if y is not None)
 
 
 @partial(differentiable.defjvp, symbolic_zeros=True)
-def _jvp(module, r, protected, primals, tangents):
-    metric, x, sizes, residual = primals
-    y, mass, ids = differentiable(module, r, protected, metric, x, sizes, residual)
-    some = [t.astype(x.dtype) for t in (tangents[1], tangents[3]) if t is not None and not isinstance(t, SymbolicZero)]
+def _jvp(module, how, primals, tangents):
+    _, x, sizes, _, _, norm = (*primals, None, None, None)[:6]
+    _, *moving = (None if t is None or isinstance(t, SymbolicZero) else t for t in (*tangents, None, None, None)[:6])
+    y, mass, ids, *normed = differentiable(module, how, *primals)
+    dx, _, dresidual, doffset, dnorm = moving
+    some = [t.astype(x.dtype) for t in (dx, dresidual) if t is not None]
+    some += [jnp.broadcast_to(_each(over(doffset, x), x), x.shape).astype(x.dtype)] if doffset is not None else []
     if not some:
         dy = jnp.zeros_like(y)
     else:
-        dx = sum(some[1:], some[0])
-        dy = merge.apply(merge.beside(module), ids, dx, sizes, mass, m=y.shape[1])
-    return (y, mass, ids), (dy, jnp.zeros_like(mass), zero_from_primal(ids, symbolic_zeros=False))
+        dy = merge.apply(merge.beside(module), ids, sum(some[1:], some[0]), sizes, mass, m=y.shape[1])
+    tangents = dy, jnp.zeros_like(mass), zero_from_primal(ids, symbolic_zeros=False)
+    if normed:
+        behind = lambda y, norm: normalised(y, *jnp.moveaxis(_each(norm, y), 1, 0), how.epsilon, how.dtype)
+        tangents += (jax.jvp(behind, (y, norm), (dy, jnp.zeros_like(norm) if dnorm is None else dnorm))[1],)
+    return (y, mass, ids, *normed), tangents
+
+
+def _each(a: Array, x: Array) -> Array:
+    """One for each row of the batch, of as many as there are, in turn."""
+    return a if len(a) == 1 else jnp.repeat(a, len(x) // len(a), axis=0)

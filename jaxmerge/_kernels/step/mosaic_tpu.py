@@ -8,7 +8,7 @@ planned together: a plan is a chain of short steps, and one row's fill the pause
 
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target, tuned
-from jaxmerge._kernels.step.ref import added as sum_of
+from jaxmerge._kernels.step.ref import Result, added, normalised
 
 CANDIDATES = {"step": ({"rows": 1}, {"rows": 2}, {"rows": 4}, {"rows": 8})}
 MOST_TOKENS = 2048
@@ -29,51 +29,84 @@ def step(
     x: Float[Array, "B n d"],
     sizes: Float[Array, "B n"] | None = None,
     residual: Float[Array, "B n d"] | None = None,
+    offset: Float[Array, "one d"] | None = None,
+    norm: Float[Array, "one 2 d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
+    epsilon: float = 0.0,
+    dtype: Any = None,
     rows: int | None = None,
     interpret: Any = None,
-) -> tuple[Array, Array, Array]:
-    """`ref.step`; `rows` of the batch at a time, by what was measured or else up to four that fill two MiB."""
+) -> Result:
+    """`ref.step`; `rows` of the batch at a time, by what was measured or else up to four that fill two MiB.
+
+    Offsets and norms may be fewer than rows of the batch: each is then for as many rows in turn.
+    """
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
     rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes, residual), r=r).get("rows")
-    rows = tpu.divisor(batch, rows or min(4, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
+    shared = [a[:, None] if a.ndim == 2 else a for a in (offset, norm) if a is not None]
+    alike = min([batch, *(batch // len(a) for a in shared)])  # rows that have the same
+    rows = tpu.divisor(alike, rows or min(4, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
+    normed = None if norm is None else tpu.out((batch, m, d), dtype, x)
     moved = (
         sum(a.size * item(a) for a in (metric, x, residual) if a is not None)
-        + batch * m * d * item(x)
+        + batch * m * d * (item(x) + (0 if normed is None else item(normed)))
         + 4 * batch * (n * (1 + (sizes is not None)) + m)
     )
     highest = metric.dtype != jnp.bfloat16
     pick, compare = n * n * k * (3 if highest else 1), n * n // 4 * k * (6 if highest else 1)
-    flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype))
+    flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype)) + (0 if norm is None else 8 * batch * m * d)
     per_row = lambda *shape: pl.BlockSpec((rows, *shape), lambda b: (b, 0, 0))
+    one = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b: (b * rows * len(a) // batch, 0, 0))
     given = [metric, x] + ([] if sizes is None else [sizes.astype(jnp.float32)[:, None, :]])
     specs = [per_row(n, k), per_row(n, d)] + ([] if sizes is None else [per_row(1, n)])
     if residual is not None:
         given, specs = [*given, residual], [*specs, per_row(n, d)]
-    y, mass, ids = pl.pallas_call(
-        partial(_kernel, r=r, runs=_runs(protected), weighted=sizes is not None, added=residual is not None),
+    has = Has(sizes is not None, residual is not None, offset is not None, norm is not None)
+    y, mass, ids, *more = pl.pallas_call(
+        partial(_kernel, r=r, runs=_runs(protected), has=has, epsilon=epsilon),
         grid=(batch // rows,),
-        in_specs=specs,
-        out_specs=[per_row(m, d), per_row(1, m), per_row(1, n)],
+        in_specs=[*specs, *map(one, shared)],
+        out_specs=[per_row(m, d), per_row(1, m), per_row(1, n)] + ([] if norm is None else [per_row(m, d)]),
         out_shape=[
             tpu.out((batch, m, d), x.dtype, x),
             tpu.out((batch, 1, m), jnp.float32, x),
             tpu.out((batch, 1, n), jnp.int32, x),
+            *([] if normed is None else [normed]),
         ],
-        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, residual, r)),
+        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, residual, r, None if norm is None else dtype)),
         cost_estimate=tpu.cost(flops, moved, batch * (n + m)),
         interpret=interpret,
         name="token_merge_step",
-    )(*given)
-    return y, mass[:, 0], ids[:, 0]
+    )(*given, *shared)
+    return Result(y, mass[:, 0], ids[:, 0], *more)
 
 
-def refusals(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int, protected: tuple[bool, ...]) -> list[str]:
+class Has(NamedTuple):
+    """What a call was given."""
+
+    sizes: bool
+    residual: bool
+    offset: bool
+    norm: bool
+
+
+def refusals(
+    op: str,
+    metric: Any,
+    x: Any,
+    sizes: Any,
+    residual: Any,
+    *more: Any,
+    r: int,
+    protected: tuple[bool, ...],
+    dtype: Any = None,
+    **how: Any,
+) -> list[str]:
     """Why this step cannot be one kernel."""
     n, why = x.shape[1], []
     for name, a in (("metric", metric), ("x", x), ("residual", residual)):
@@ -81,7 +114,7 @@ def refusals(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int,
             why.append(f"{name} is {a.dtype}: bfloat16 or float32")
     if n > MOST_TOKENS:
         why.append(f"{n} tokens: all n x n comparisons are held on chip, for at most {MOST_TOKENS}")
-    elif (need := _need(1, metric, x, residual, r)) > 0.9 * tpu.vmem(target().kind):
+    elif (need := _need(1, metric, x, residual, r, dtype)) > 0.9 * tpu.vmem(target().kind):
         why.append(f"a row takes {need >> 20} MiB on chip, more than the {tpu.vmem(target().kind) >> 20} MiB there are")
     if not 0 < r < n:
         why.append(f"r={r}: there is nothing to do")
@@ -90,7 +123,7 @@ def refusals(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int,
     return why
 
 
-def faster(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int, protected: tuple[bool, ...], kind: str) -> bool:
+def faster(op: str, metric: Any, x: Any, *more: Any, r: int, kind: str, **how: Any) -> bool:
     """Where the model of the chip says so. XLA's own step writes and reads scores and plan, and takes the means in float32: six
     passes of the matrix unit over the same product, and x through memory once more."""
     batch, n, d = x.shape
@@ -101,15 +134,19 @@ def faster(op: str, metric: Any, x: Any, sizes: Any, residual: Any, *, r: int, p
     return max(moved, _passes(x.dtype) * product + plan) < moved + max(moved, 6 * product)
 
 
-def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], weighted: bool, added: bool) -> None:
-    metric_ref, x_ref, *more, y_ref, mass_ref, ids_ref = refs
-    sizes_ref, residual_ref = more[0] if weighted else None, more[-1] if added else None
+def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], has: Has, epsilon: float) -> None:
+    refs = iter(refs)
+    metric_ref, x_ref = next(refs), next(refs)
+    sizes_ref, residual_ref, offset_ref, norm_ref = (next(refs) if here else None for here in has)
+    y_ref, mass_ref, ids_ref, *normed_ref = refs
     rows = range(x_ref.shape[0])
     plans = _segment_ids([metric_ref[b] for b in rows], r, runs)
     for b, ids in zip(rows, plans, strict=True):
         ids_ref[b] = ids
-        x = sum_of(x_ref[b], None if residual_ref is None else residual_ref[b])
+        x = added(x_ref[b], None if residual_ref is None else residual_ref[b], None if offset_ref is None else offset_ref[0])
         _merge(ids, x, None if sizes_ref is None else sizes_ref[b], y_ref.at[b], mass_ref.at[b])
+        for ref in normed_ref:
+            ref[b] = normalised(y_ref[b], norm_ref[0, :1], norm_ref[0, 1:], epsilon, ref.dtype)
 
 
 def _segment_ids(metrics: list[Array], r: int, runs: tuple[tuple[int, int], ...]) -> list[Array]:
@@ -193,12 +230,13 @@ def _passes(dtype: Any) -> int:
     return 3 if dtype == jnp.float32 else 1
 
 
-def _need(rows: int, metric: Any, x: Any, residual: Any, r: int) -> int:
+def _need(rows: int, metric: Any, x: Any, residual: Any, r: int, dtype: Any = None) -> int:
     """Bytes of VMEM: both buffers of each block, and what one row holds while it is worked on."""
     n, d = x.shape[1:]
     m = n - r
     blocks = tpu.nbytes(metric.shape[1:], metric.dtype) + tpu.nbytes((n, d), x.dtype) + tpu.nbytes((m, d), x.dtype)
     blocks += 0 if residual is None else tpu.nbytes((n, d), residual.dtype)
+    blocks += 0 if dtype is None else tpu.nbytes((m, d), dtype)
     small = 3 * tpu.nbytes((1, n), jnp.float32)
     plan = rows * 8 * tpu.nbytes((n // 2 + 1, n // 2 + 1), jnp.float32) + 4 * tpu.nbytes((n, n), jnp.float32)
     live = plan + 2 * tpu.nbytes((n, d), jnp.float32) + 2 * tpu.nbytes((m, d), jnp.float32)

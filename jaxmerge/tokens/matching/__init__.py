@@ -19,7 +19,7 @@ from jaxmerge.tokens.matching._rounds import (
     in_rounds as in_rounds,
     keep_schedule as keep_schedule,
 )
-from jaxmerge.tokens.matching._step import MergeStep as MergeStep, merge_step as merge_step
+from jaxmerge.tokens.matching._step import LayerNorm as LayerNorm, MergeStep as MergeStep, merge_step as merge_step
 from jaxmerge.tokens.matching._threshold import (
     RunningThreshold as RunningThreshold,
     earlier_matching as earlier_matching,

@@ -9,18 +9,40 @@ from jaxtyping import ArrayLike, Float
 
 from jaxmerge._kernels._dispatch import Implementation
 from jaxmerge._kernels.step import step
-from jaxmerge._kernels.step.ref import added
+from jaxmerge._kernels.step.ref import Result, added, normalised
 from jaxmerge._plan import Plan, merge
 from jaxmerge.tokens._checks import checked_metric, checked_r, protected_mask
 from jaxmerge.tokens.matching._bipartite import bipartite_matching, largest, why_not
 
 
+class LayerNorm(NamedTuple):
+    """The layer norm that comes next, as flax's: (x - mean) / sqrt(variance + epsilon) times `scale`, plus `bias`, in float32.
+
+    Attributes:
+      scale, bias: one number for each feature.
+      dtype: of the result, such as that of the product which reads it; None is x's.
+    """
+
+    scale: Float[ArrayLike, "d"]
+    bias: Float[ArrayLike, "d"]
+    epsilon: float = 1e-6
+    dtype: Any = None
+
+
 class MergeStep(NamedTuple):
-    """The tokens after a step: `x`, how many of the first tokens each stands for (`sizes`), and the `plan` that was applied."""
+    """The tokens after a step.
+
+    Attributes:
+      x: the tokens that are left.
+      sizes: how many of the first tokens each stands for.
+      plan: what was applied.
+      normed: x behind the layer norm that was asked for, or None.
+    """
 
     x: Float[Array, "*batch m d"]
     sizes: Float[Array, "*batch m"]
     plan: Plan
+    normed: Float[Array, "*batch m d"] | None = None
 
 
 def merge_step(
@@ -30,6 +52,8 @@ def merge_step(
     *,
     sizes: Float[ArrayLike, "*batch n"] | None = None,
     residual: Float[ArrayLike, "*batch n d"] | None = None,
+    offset: Float[ArrayLike, "d"] | None = None,
+    norm: LayerNorm | None = None,
     protect: Sequence[int] = (),
     implementation: Implementation | None = None,
 ) -> MergeStep:
@@ -41,21 +65,24 @@ def merge_step(
       r: how many tokens to remove, a Python int; `schedule` gives one per layer.
       sizes: how many tokens each token stands for, whole numbers; None is 1 each. Sums of them stay exact.
       residual: what the block adds to x, the output of its attention: x + residual is merged, and the sum stays on chip.
+      offset: what every token still lacks, the bias of the product that made the residual: added on the way.
+      norm: the layer norm before the block's MLP: its result is `normed`, made of each token before it leaves the chip.
       protect: positions that neither move nor receive: (0,) for a class token.
       implementation: "xla", or a kernel ("mosaic_tpu", "mosaic_gpu") that reads x once, writes it once, and is one launch. None
         takes the kernel where it is known to run and believed to be faster; `jaxmerge doctor` says where.
 
     Returns:
-      x (*batch, n - r, d) in its dtype, means taken in float32; sizes in float32; the plan. Gradients flow through x and
-      the residual alone.
+      x (*batch, n - r, d) in its dtype, means taken in float32; sizes in float32; the plan; `normed`. Gradients flow through
+      x, residual, offset and norm.
 
     Law:
-      plan = bipartite_matching(metric, r, protect=protect); x = merge(plan, x + residual, weight=sizes);
-      sizes = merge(plan, sizes, reduce="sum").
+      plan = bipartite_matching(metric, r, protect=protect); x = merge(plan, x + residual + offset, weight=sizes);
+      sizes = merge(plan, sizes, reduce="sum"); normed is the layer norm of the merged x.
 
     Raises:
-      ValueError: r out of range, a protected position outside [-n, n), metric, x and residual of different tokens; the
-        implementation cannot run here (all reasons are named). TypeError: r is not a Python int; `protect` is a mask.
+      ValueError: r out of range, a protected position outside [-n, n), metric, x and residual of different tokens, an offset
+        or a norm of another width; the implementation cannot run here (all reasons are named). TypeError: r is not a Python
+        int; `protect` is a mask.
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
@@ -81,17 +108,30 @@ def merge_step(
         if residual.shape != x.shape:
             raise ValueError(f"{name}: residual must have the shape of x, {x.shape}, got {residual.shape}.")
 
-    def apart() -> tuple[Any, Any, Any]:
+    def vector(what: str, a: Any) -> Array:
+        a = jnp.asarray(a)
+        if a.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: {what} must have one number for each of {x.shape[-1]} features, got {a.shape}.")
+        return a
+
+    offset = None if offset is None else vector("offset", offset)
+    scale_shift, how = None, {}
+    if norm is not None:
+        scale_shift = jnp.stack([vector("norm's scale", norm.scale), vector("norm's bias", norm.bias)])
+        how = {"epsilon": float(norm.epsilon), "dtype": jnp.dtype(x.dtype if norm.dtype is None else norm.dtype)}
+
+    def apart() -> Result:
         plan = bipartite_matching(metric, r, protect=protect)
         merged = plan.sizes.astype(jnp.float32) if sizes is None else merge(plan, sizes, reduce="sum")
-        return merge(plan, added(x, residual), weight=sizes), merged, plan.segment_ids
+        y = merge(plan, added(x, residual, offset), weight=sizes)
+        normed = None if scale_shift is None else normalised(y, *scale_shift, **how)
+        return Result(y, merged, plan.segment_ids, normed)
 
     fixed = protected_mask(name, protect, n)
     r = checked_r(name, r, largest(n, fixed), why_not(n, fixed))
     if r == 0:
-        y, merged, ids = apart()
+        found = apart()
     else:
-        y, merged, ids = step(
-            metric, x, sizes, residual, r=r, protected=tuple(fixed.tolist()), implementation=implementation, xla=apart
-        )
-    return MergeStep(y, merged, Plan(ids, n - r))
+        arrays = metric, x, sizes, residual, offset, scale_shift
+        found = step(*arrays, r=r, protected=tuple(fixed.tolist()), implementation=implementation, xla=apart, **how)
+    return MergeStep(found.x, found.sizes, Plan(found.ids, n - r), found.normed)
