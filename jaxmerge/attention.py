@@ -243,7 +243,7 @@ def packed_attention(
         there = "no bias" if bias is None else f"a bias of shape {bias.shape}"
         raise ValueError(f"packed_attention: length {n} and {there} do not fit qkv of shape {qkv.shape}.")
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
-    wide = None if offset is None else jnp.broadcast_to(offset.astype(jnp.float32), (*qkv.shape[:-4], *offset.shape))
+    wide = None if offset is None else offset.astype(jnp.float32).reshape(*[1] * (qkv.ndim - 4), *offset.shape)
     if implementation in dispatch.KERNELS:
         options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
         return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)

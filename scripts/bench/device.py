@@ -45,12 +45,15 @@ class Program:
     Args:
       shapes: of the arguments; None where one is left out.
       draw: from a generator and a shape to an argument; normal numbers where it is left out.
+      copies: of the call, if not as many as fill the caches several times.
     """
 
-    def __init__(self, f: Callable[..., Any], shapes: Sequence[Any], *, draw: Callable[..., Any] | None = None):
+    def __init__(
+        self, f: Callable[..., Any], shapes: Sequence[Any], *, draw: Callable[..., Any] | None = None, copies: int | None = None
+    ):
         self.draw, self.given = draw or normal, [s for s in shapes if s is not None]
         size = sum(int(np.prod(s.shape)) * jnp.dtype(s.dtype).itemsize for s in self.given)
-        self.copies = int(min(16, max(2, COLD // max(size, 1))))
+        self.copies = copies or int(min(16, max(2, COLD // max(size, 1))))
 
         @jax.jit
         def one(*some):

@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cuda python -m scripts.bench.gpu --out runs/gpu [--tome PATH]      PATH: a checkout of facebookresearch/ToMe
 
-In the order of what matters: `scripts.bench.kernels --quick`, and ToMe in torch beside it; tests/kernels/test_gpu.py;
-`scripts.bench.vit` at 224, 384 and 518, forward and with gradients; `scripts.tune --quick`. Everything runs in processes of its
-own, which compile side by side and are timed one after the other, so that compiling takes the cores and not the time; XLA then
+In the order of what matters: `scripts.bench.kernels --quick`, and ToMe in torch beside it; `scripts.bench.vit` at 224, 384 and
+518, forward and with gradients; `scripts.tune --quick`; tests/kernels/test_gpu.py. Everything runs in processes of its own,
+which compile side by side and are timed one after the other, so that compiling takes the cores and not the time; XLA then
 picks the algorithms of its products while others compile. Each writes what it found after every figure, into --out; gpu.json
 names what ran, what ended badly or was cut off, and what there was no time to start.
 """
@@ -24,6 +24,8 @@ from scripts.bench import device
 from scripts.refusals import refusals
 
 TESTS = "tests/kernels/test_gpu.py"
+LEAST = 20
+"""Seconds without which nothing is begun."""
 
 
 class Job(NamedTuple):
@@ -41,50 +43,49 @@ def main(
     Args:
       tome: a checkout of the official code, to run it in torch.
       minutes: for everything; what is running then is stopped.
-      workers: processes among which the tests are shared out.
+      workers: processes at a time, and among which the tests are shared out.
       out: directory for all figures and words.
     """
     out.mkdir(parents=True, exist_ok=True)
-    console, stop, found = Console(width=140), time.monotonic() + 60 * minutes, {}
-    for batch in batches(tome, workers, out):
-        if stop - time.monotonic() < 20:
-            for job in batch:
-                found[job.name] = "not started: no time was left"
-        else:
-            found |= together(batch, out, stop)
-        for job in batch:
-            console.print(f"{minutes * 60 - (stop - time.monotonic()):4.0f} s  {job.name}: {found[job.name]}", highlight=False)
+    began, found = time.monotonic(), {}
+    for jobs in (timed(tome, out), tests(workers)):
+        found |= run(jobs, out, workers, began, began + 60 * minutes)
         device.write(out / "gpu.json", found)
 
 
-def batches(tome: pathlib.Path | None, workers: int, out: pathlib.Path) -> list[list[Job]]:
-    """What runs together, in order."""
+def timed(tome: pathlib.Path | None, out: pathlib.Path) -> list[Job]:
+    """What is measured, in the order of what matters."""
     script = lambda name, *more: ("-m", f"scripts.{name}", *more)
-    kernels = script("bench.kernels", "--quick", "--out", str(out), *(("--tome", str(tome)) if tome else ()))
-    tests = [
+    kernels = lambda what, *more: Job(f"kernels {what}", script("bench.kernels", "--quick", *more, "--out", str(out / what)))
+    beside = ("--tome", str(tome)) if tome else ()
+    layers = ("ViT-B/16@224", "ViT-B/16@384", "ViT-H/14@378", "SD 64x64", "video 8x196", "ByT5-small 1024")
+    return [
+        kernels("step", "--only", "ViT", "--ops", "step", *beside),
+        vit(out, "B/16", 224, batch=64, r=13),
+        vit(out, "B/16", 384, batch=64, r=40),
+        kernels("ViT", "--only", "ViT", "--ops", "merge", "unmerge", "attend"),
+        kernels("SD", "--only", "SD"),
+        kernels("video", "--only", "video"),
+        Job("tune", script("tune", "--quick", "--layers", *layers)),
+        vit(out, "L/16", 384, batch=32, r=23),
+        vit(out, "H/14", 518, batch=8, r=40),
+        vit(out, "B/16", 224, batch=256, r=13),
+        vit(out, "B/16", 224, batch=64, r=13, train=True),
+        kernels("ByT5", "--only", "ByT5"),
+        vit(out, "H/14", 224, batch=64, r=8),
+        vit(out, "L/16", 224, batch=64, r=8),
+        vit(out, "B/16", 384, batch=64, r=40, train=True),
+        vit(out, "L/16", 384, batch=32, r=23, train=True),
+        vit(out, "H/14", 378, batch=16, r=21),
+        vit(out, "B/16", 224, batch=8, r=13),
+    ]
+
+
+def tests(workers: int) -> list[Job]:
+    """The tests that need a GPU, which take no turns: after all that is timed."""
+    return [
         Job(f"tests {i + 1} of {workers}", ("-c", SHARE, str(i), str(workers), TESTS, "-p", "no:cacheprovider"))
         for i in range(workers)
-    ]
-    tune = ("--quick", "--layers", "ViT-B/16@224", "ViT-B/16@384", "SD 64x64", "video 8x196")
-    return [
-        [Job("kernels", kernels), vit(out, "B/16", 224, batch=64, r=13), vit(out, "B/16", 384, batch=64, r=40)],
-        tests,
-        [
-            vit(out, "L/16", 384, batch=32, r=23),
-            vit(out, "B/16", 224, batch=64, r=13, train=True),
-            vit(out, "H/14", 518, batch=8, r=40),
-        ],
-        [
-            vit(out, "B/16", 384, batch=64, r=40, train=True),
-            vit(out, "L/16", 224, batch=64, r=8),
-            Job("tune", script("tune", *tune)),
-        ],
-        [
-            vit(out, "H/14", 224, batch=64, r=8),
-            vit(out, "H/14", 378, batch=16, r=21),
-            vit(out, "L/16", 384, batch=32, r=23, train=True),
-        ],
-        [vit(out, "B/16", 224, batch=256, r=13), vit(out, "B/16", 224, batch=8, r=13)],
     ]
 
 
@@ -118,8 +119,8 @@ raise SystemExit(pytest.main(["-m", "gpu", "-q", "-p", "no:benchmark", "--durati
 """Every so manieth test."""
 
 
-def together(batch: list[Job], out: pathlib.Path, stop: float) -> dict[str, str]:
-    """Run some side by side until the last has ended, or time has; how each did."""
+def run(jobs: list[Job], out: pathlib.Path, workers: int, began: float, stop: float) -> dict[str, str]:
+    """Run so many at a time until the last has ended, or time has; how each did."""
     turn, cache = (out / "turn").resolve(), (out / "compiled").resolve()
     more = {
         device.TURN: str(turn),
@@ -127,27 +128,35 @@ def together(batch: list[Job], out: pathlib.Path, stop: float) -> dict[str, str]
         "JAX_COMPILATION_CACHE_DIR": str(cache),  # what is run again, after a cut, compiles less
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
-    start, running, ended = time.monotonic(), {}, {}
-    for job in batch:
-        with open(out / f"{job.name.replace(',', '').replace(' ', '_')}.txt", "w") as words:
-            process = subprocess.Popen(
-                [sys.executable, "-u", *job.arguments],
-                stdout=words,
-                stderr=words,
-                env={"JAX_PLATFORMS": "cuda"} | os.environ | more,
-                start_new_session=True,
-            )
-        running[job.name] = process
-    while running:
-        for name, process in list(running.items()):
-            late = time.monotonic() > stop
+    console, waiting, running, ended = Console(width=140), list(jobs), {}, {}
+
+    def end(name: str, how: str) -> None:
+        ended[name] = how
+        console.print(f"{time.monotonic() - began:4.0f} s  {name}: {how}", highlight=False)
+
+    while waiting or running:
+        late = time.monotonic() > stop
+        while waiting and (late or stop - time.monotonic() < LEAST):
+            end(waiting.pop(0).name, "not started: no time was left")
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            with open(out / f"{job.name.replace(',', '').replace(' ', '_')}.txt", "w") as words:
+                process = subprocess.Popen(
+                    [sys.executable, "-u", *job.arguments],
+                    stdout=words,
+                    stderr=words,
+                    env={"JAX_PLATFORMS": "cuda"} | os.environ | more,
+                    start_new_session=True,
+                )
+            running[job.name] = process, time.monotonic()
+        for name, (process, start) in list(running.items()):
             if late and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                ended[name] = "cut off: what it found until then is in its file"
+                end(name, "cut off: what it found until then is in its file")
             elif process.poll() is not None:
                 how = "done" if process.returncode == 0 else f"ended with status {process.returncode}"
-                ended[name] = f"{how} after {time.monotonic() - start:.0f} s"
+                end(name, f"{how} after {time.monotonic() - start:.0f} s")
             else:
                 continue
             del running[name]

@@ -152,7 +152,8 @@ def on_device(
             call = jax.grad(loss) if train else forward
             flat = lambda *some, call=call: call(jax.tree.unflatten(tree, some[:-1]), some[-1])
             with dispatch.aim(here) if merging == "XLA" else contextlib.nullcontext():  # a device without a name has no kernels
-                programs[r, merging] = device.Program(flat, [*weights, images], draw=small)
+                # one copy: its own activations fill the caches
+                programs[r, merging] = device.Program(flat, [*weights, images], draw=small, copies=1)
     device.compile_all(programs.values())
     rows: list[dict] = []
     for (r, merging), program in programs.items():

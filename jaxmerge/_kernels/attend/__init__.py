@@ -16,7 +16,7 @@ def attend(
     k: Float[Array, "*batch s g f"] | None,
     v: Float[Array, "*batch s g f"] | None,
     bias: Float[Array, "*batch s"] | None,
-    offset: Float[Array, "*batch three h f"] | None = None,
+    offset: Float[Array, "*one three h f"] | None = None,
     *,
     scale: float,
     length: int | None = None,
@@ -24,7 +24,7 @@ def attend(
     beside: Callable[..., Array],
 ) -> Float[Array, "..."]:
     """`ref.attend`; `beside` is an attention of the same arguments, one batch axis before them, that has a gradient."""
-    roles = ("n3dk", "", "", "n", "3dk") if k is None else ("ndk", "mdk", "mdk", "m", "")
+    roles = ("n3dk", "", "", "n", "*3dk") if k is None else ("ndk", "mdk", "mdk", "m", "")
     call = lambda module, *arrays: (differentiable(module, scale, length, beside, *arrays),)
     return run("attend", (q, k, v, bias, offset), roles, ("ndk",), implementation=implementation, call=call,
                xla=lambda: (beside(q, k, v, bias, offset),), scale=scale, length=length)[0]  # fmt: skip

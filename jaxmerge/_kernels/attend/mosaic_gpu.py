@@ -33,7 +33,7 @@ def attend(
     k: Float[Array, "B s g f"] | None,
     v: Float[Array, "B s g f"] | None,
     bias: Float[Array, "B s"] | None,
-    offset: Float[Array, "B three h f"] | None = None,
+    offset: Float[Array, "one three h f"] | None = None,
     *,
     scale: float,
     length: int | None = None,
@@ -77,7 +77,7 @@ def attend(
         across = lambda ref, width: lax.broadcast_in_dim(mgpu.columns(ref), (TILE, width), (1,))
         if offset is not None:  # of keys it adds the same to all scores of a query
             own = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
-            queries[t] = (own + across(offset.at[b, 0, head], f)).astype(q.dtype)
+            queries[t] = (own + across(offset.at[b * offset.shape[0] // B, 0, head], f)).astype(q.dtype)
             plgpu.commit_smem()
 
         def tile(i, state):
@@ -109,7 +109,7 @@ def attend(
         zeros = plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
         _, mass, sum = lax.fori_loop(0, tiles, tile, (per_query(3 * LEAST), per_query(0), zeros))
         sum = sum * along(1 / mass, f)
-        result[t] = (sum if offset is None else sum + across(offset.at[b, 2, head], f)).astype(out.dtype)
+        result[t] = (sum if offset is None else sum + across(offset.at[b * offset.shape[0] // B, 2, head], f)).astype(out.dtype)
         plgpu.commit_smem()
         plain = jnp.minimum(start, n)  # not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
         plgpu.copy_smem_to_gmem(result.at[t], out.at[b, pl.ds(plain, TILE), head])

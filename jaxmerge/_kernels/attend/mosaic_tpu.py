@@ -27,7 +27,7 @@ def attend(
     k: Float[Array, "B s g f"] | None,
     v: Float[Array, "B s g f"] | None,
     bias: Float[Array, "B s"] | None,
-    offset: Float[Array, "B three h f"] | None = None,
+    offset: Float[Array, "one three h f"] | None = None,
     *,
     scale: float,
     length: int | None = None,
@@ -51,8 +51,8 @@ def attend(
         given.append(jnp.pad(bias, ((0, 0), (0, rows - s)), constant_values=-jnp.inf)[:, None])
         specs.append(pl.BlockSpec((1, 1, rows), lambda b, g, t: (b, 0, 0)))
     if offset is not None:
-        given.append(offset.reshape(B, 3, h * f))
-        specs.append(pl.BlockSpec((1, 3, width), lambda b, g, t: (b, 0, g)))
+        given.append(offset.reshape(-1, 3, h * f))
+        specs.append(pl.BlockSpec((1, 3, width), lambda b, g, t: (b * len(offset) // B, 0, g)))
     moved = q.dtype.itemsize * B * h * f * (2 * n + 2 * s) + 4 * B * s
     out = pl.pallas_call(
         partial(_kernel, f=f, scale=scale, biased=bias is not None, shifted=offset is not None),

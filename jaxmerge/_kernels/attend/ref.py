@@ -10,7 +10,7 @@ def attend(
     k: Float[Array, "B s g f"] | None,
     v: Float[Array, "B s g f"] | None,
     bias: Float[Array, "B s"] | None,
-    offset: Float[Array, "B three h f"] | None = None,
+    offset: Float[Array, "one three h f"] | None = None,
     *,
     scale: float,
     length: int | None = None,
@@ -26,7 +26,7 @@ def attend(
 
 
 def unpacked(
-    qkv: Float[Array, "*batch rows three h f"], offset: Float[Array, "*batch three h f"] | None, length: int | None
+    qkv: Float[Array, "*batch rows three h f"], offset: Float[Array, "*one three h f"] | None, length: int | None
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values of one product: the rows that are there, with what they lack."""
     qkv = qkv if offset is None else qkv + offset[..., None, :, :, :].astype(qkv.dtype)
