@@ -12,6 +12,7 @@ at 577 of which 40 leave (batches of 64). Where most segments have several membe
 64 segments are slower nearly everywhere.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -49,18 +50,18 @@ def merge(
     *,
     m: int,
     mean: bool,
-    tile: int | None = None,
-    joined: int | None = None,
-    at_once: int | None = None,
+    tile: int = 0,
+    joined: int = 0,
+    at_once: int = 0,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B m d"], Float[Array, "B m"]]:
     """`ref.merge`.
 
     Args:
       tile: segments of a block, a multiple of `at_once`; if left out, as measured for such rows with weights, or else 16.
-      joined: how many members behind the first are asked for together, likewise, or else 1: where there are fewer, the last
-        is asked for again, which is in cache.
-      at_once: segments of a turn.
+      joined: how many members behind the first are asked for together, likewise, or else 1. Where there are fewer, the last
+        is asked for again, which is on its way.
+      at_once: segments of a turn; if left out, a power of two, at most 4 and no more than ROWS.
     """
     with_weights = ids, x, jax.ShapeDtypeStruct(ids.shape, jnp.float32)
     found = tuned("merge", "mosaic_gpu", target().kind, with_weights, m=m, mean=True)
@@ -113,18 +114,20 @@ def merge(
         def add_others(s, size, total, sum):
             """To a segment's first member, weighted, the others in order."""
 
+            def plus(state, member):
+                (total, sum), (row, own, there) = state, member
+                only = (lambda v: v) if there is None else lambda v: or_zero(there, v)
+                return total + only(own), mgpu.per_part(lambda sum, row: sum + only(row.astype(jnp.float32) * own), sum, row)
+
             def add(i, state):
-                p, total, sum = state
-                asked = []
+                p, *sums = state
+                members = []
                 for u in range(joined):
-                    k = 1 + i * joined + u  # of the members 0 to size - 1
-                    p = jnp.where(k < size - 1, _next(bits, s * words, p, k < size - 1), last[s])
-                    asked.append((k < size, mgpu.read_row(x, b, p), w(p)))
-                for u, (there, row, own) in enumerate(asked):
-                    only = lambda v, there=there, u=u: v if u == 0 else or_zero(there, v)  # the first of them is there
-                    total = total + only(own)
-                    sum = mgpu.per_part(lambda sum, row: sum + only(row.astype(jnp.float32) * own), sum, row)
-                return p, total, sum
+                    k = 1 + i * joined + u  # of 0 to size - 1; the first of a round is always there
+                    between = k < size - 1
+                    p = jnp.where(between, _next(bits, s * words, p, between), last[s])
+                    members.append((mgpu.read_row(x, b, p), w(p), k < size if u else None))
+                return p, *functools.reduce(plus, members, sums)
 
             rounds = (size - 2 + joined) // joined
             return lax.fori_loop(0, rounds, add, (first[s], total, sum))[1:]
