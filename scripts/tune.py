@@ -4,8 +4,8 @@
     python -m scripts.tune --ops step --layers "ViT-B/16@224"
     python -m scripts.tune --quick --layers "ViT-B/16@224" "SD 64x64"
 
-For each operation and layer: XLA's time, and the kernel's for every setting that its module names in CANDIDATES: sizes of
-blocks, ways to do it (FORMS). One of several ways whose result is not XLA's is named and passed over. The table
+For each operation and layer: XLA's time, and the kernel's for every setting that its module names in CANDIDATES. One whose
+result is not XLA's is named and passed over, unless the result holds choices, which rounding may change. The table
 `jaxmerge/_kernels/tuned/<device kind>.json` then says which settings are used, and whether the kernel runs by default.
 """
 
@@ -79,11 +79,11 @@ def tune(op: str, name: str, arrays: list, static: dict) -> dict:
             print(f"{op} with {options or 'its only setting'} does not fit: {device.first_line(e)}")
     xla = program(lambda *a: getattr(reference, op)(*a, **static), arrays)
     device.compile_all([*programs.values(), xla])
-    wanted = results(xla, arrays) if op in getattr(module, "FORMS", {}) else None
+    wanted = results(xla, arrays)
     for i, one in programs.items():
         try:
-            if wanted is not None and (apart := difference(results(one, arrays), wanted)):
-                print(f"{op} with {settings[i]} is passed over: its result is not XLA's, but {apart}")
+            if apart := difference(results(one, arrays), wanted):
+                print(f"{op} with {settings[i] or 'its only setting'} is passed over: its result is not XLA's, but {apart}")
                 continue
             best = min(best, {"us": round(one.seconds() * 1e6, 2), **settings[i]}, key=lambda found: found["us"])
         except refused as e:
@@ -99,7 +99,12 @@ def results(one: device.Program, arrays: list) -> list[np.ndarray]:
 
 
 def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> str:
-    """In words, if some number is off by more than 2^-6 of the largest there is, twice what bfloat16 rounds off."""
+    """In words, if some number is off by more than 2^-6 of the largest there is, twice what bfloat16 rounds off.
+
+    Nothing is said of results with integers among them, indices as a rule: where two are nearly as good, rounding decides.
+    """
+    if any(jnp.issubdtype(b.dtype, jnp.integer) for b in wanted):
+        return ""
     for a, b in zip(found, wanted, strict=True):
         a, b = a.astype(np.float64), b.astype(np.float64)
         off, largest = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)

@@ -77,9 +77,7 @@ def _machine() -> None:
     table = Table("operation", "implementation", "usable", "chosen at", title="bfloat16, a batch of 8 on one device")
     for row in doctor.rows():
         usable = "no: " + "; ".join(row.why) if row.why else "yes"
-        chosen = "all" if len(row.chosen) == row.of else ", ".join(row.chosen) or "-"
-        ways = [f"with {way}" + (f" at {', '.join(at)}" if len(row.ways) > 1 else "") for way, at in row.ways.items()]
-        table.add_row(row.op, row.implementation, usable, "; ".join([chosen, *ways]))
+        table.add_row(row.op, row.implementation, usable, "all" if len(row.chosen) == row.of else ", ".join(row.chosen) or "-")
     console.print(table)
     console.print(
         "Kernels run on one device, inside of jax.shard_map, and on meshes of Explicit axes. On a mesh of Auto axes XLA runs, "

@@ -254,22 +254,10 @@ def tuned(op: str, implementation: str, kind: str, shapes: Sequence[Any], **stat
     return _table(kind).get(f"{op}.{implementation}", {}).get(shape_key(shapes, **static), {})
 
 
-def usual(op: str, implementation: str, kind: str) -> dict[str, Any]:
-    """The options that were fastest most often among all shapes that `scripts.tune` has measured. Empty where it never ran."""
-    found = [tuple((k, v) for k, v in sorted(case.items()) if k not in ("us", "xla_us"))
-             for case in _table(kind).get(f"{op}.{implementation}", {}).values()]  # fmt: skip
-    return dict(max(found, key=found.count)) if found else {}
-
-
 def shape_key(shapes: Sequence[Any], **static: Any) -> str:
     """The name of a case in the tables: shapes without the batch, dtypes, and the numbers that are compiled in."""
     arrays = ["x".join(map(str, x.shape[1:])) + f":{x.dtype}" for x in shapes if x is not None]
     return " ".join(arrays + [f"{k}={v}" for k, v in sorted(static.items()) if isinstance(v, int | float | str)])
-
-
-def spelled(options: dict[str, Any]) -> str:
-    """Settings in words: what doctor and the benches call them."""
-    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def table_path(kind: str) -> pathlib.Path:

@@ -20,8 +20,6 @@ class Row(NamedTuple):
     chosen: list[str]
     of: int
     """How many shapes there are."""
-    ways: dict[str, list[str]]
-    """Where a kernel has several ways to do it, as measured here or by default: at which of the chosen shapes each is used."""
 
 
 def machine() -> dict[str, str]:
@@ -43,17 +41,11 @@ def rows() -> list[Row]:
     for op in dispatch.FOLDERS:
         at = {name: case[op] for name, case in tokens.items() if op in case}
         chosen: dict[str, list[str]] = {name: [] for name in ("xla", *dispatch.KERNELS)}
-        ways: dict[str, dict[str, list[str]]] = {name: {} for name in chosen}
         for name, (shapes, static) in at.items():
             fits = [k for k, platform in dispatch.KERNELS.items() if platform == dispatch.target().platform]
             runs = [k for k in fits if not dispatch.refusals(op, k, shapes, **static)
                     and dispatch.faster(op, k, shapes, kind=kind, **static)]  # fmt: skip
-            runs = (*runs, "xla")[0]
-            chosen[runs].append(name)
-            if op in getattr(dispatch.implementation(op, "ref" if runs == "xla" else runs), "FORMS", {}):
-                way = dispatch.spelled(dispatch.implementation(op, runs).settings(op, *shapes, **static))
-                ways[runs].setdefault(way, []).append(name)
+            chosen[(*runs, "xla")[0]].append(name)
         for name, where in chosen.items():
-            why = [] if name == "xla" else dispatch.refusals(op, name)
-            found.append(Row(op, name, why, where, len(at), ways[name]))
+            found.append(Row(op, name, [] if name == "xla" else dispatch.refusals(op, name), where, len(at)))
     return found

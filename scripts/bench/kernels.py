@@ -4,8 +4,7 @@
     python -m scripts.bench.kernels --quick --tome PATH                   a case or two of each operation, in minutes
 
 Shapes are those of real models (jaxmerge/_kernels/arg_specs.py). Times are of one call among many in one program, on
-arguments that are in no cache; on a GPU they are what the launches took on the chip. Where a kernel has several ways to do it,
-FORMS of its module, the one that runs by default is followed by each of them. "of copy" is the least a call must move,
+arguments that are in no cache; on a GPU they are what the launches took on the chip. "of copy" is the least a call must move,
 over its time, as a share of a large copy measured in the same run; "of rate" likewise its multiplications, as a share of a
 large bfloat16 product's. Beside `attend`, attention of queries, keys and values in one product, cuDNN is given the bias in
 feature columns. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
@@ -43,8 +42,6 @@ QUICK = {
     "ByT5-small 1024": (20, ("pack",)),
 }
 """Of --quick: rows of the batch and operations, the layers in order of what matters."""
-WAYS = ("xla", "kernel", "cudnn")
-"""What is timed beside the forms that a kernel may have."""
 ROWS = 20_000
 """Tokens of a batch, if none is given: about what a training step holds."""
 
@@ -88,9 +85,8 @@ def main(
             if op in programs:
                 found["rows"].append(measure(op, spec, *case, chip=chip, ways=programs[op][0], why=programs[op][1]))
                 device.write(out / "kernels.json", found)
-                for line in described(found["rows"][-1]):
-                    table.add_row(*line)
-                    console.print(" ".join(line))
+                table.add_row(*described(found["rows"][-1]))
+                console.print(" ".join(described(found["rows"][-1])))
     console.print(table)
     for peer in torch_step(tome, [s for s in VIT if s.name in every], batch, dtype, quick) if tome else ():
         found["peers"].append(peer)
@@ -113,9 +109,6 @@ def prepared(op: str, spec: Tokens, shapes: list, static: dict) -> tuple[dict[st
         module = dispatch.implementation(op, "ref" if name == "xla" else name)
         call = lambda *a, module=module: getattr(module, op)(*a, **static)
         ways["xla" if name == "xla" else "kernel"] = device.Program(call, shapes, draw=draw)
-        for options in getattr(module, "FORMS", {}).get(op, ()):
-            form = lambda *a, module=module, options=options: getattr(module, op)(*a, **static, **options)
-            ways[dispatch.spelled(options)] = device.Program(form, shapes, draw=draw)
     if op == "attend" and jax.default_backend() == "gpu":
         flash = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], length=spec.n, implementation="cudnn")
         ways["cudnn"] = device.Program(flash, shapes, draw=draw)
@@ -127,20 +120,16 @@ def measure(
 ) -> dict[str, Any]:
     """One operation at one shape, each way; seconds, None where it cannot run."""
     moved, multiplied = work(op, shapes, static)
-    row: dict[str, Any] = dict(op=op, model=spec.name, batch=shapes[0].shape[0], kernel=None, xla=None, why=why, forms={})
+    row: dict[str, Any] = dict(op=op, model=spec.name, batch=shapes[0].shape[0], kernel=None, xla=None, why=why)
     row["key"] = dispatch.shape_key(shapes, **static)
-    shares = lambda t: dict(of_copy=moved / t / chip.bandwidth, of_rate=multiplied / t / chip.rate)
     for name, program in ways.items():
         try:
-            taken = program.seconds()
+            row[name] = program.seconds()
         except jax.errors.JaxRuntimeError as e:  # it does not fit: the others are timed all the same
             row["why"] += f"{name}: {device.first_line(e)}"
-            continue
-        if name in WAYS:
-            row[name] = taken
-        else:
-            row["forms"][name] = dict(seconds=taken, **shares(taken))
-    return row | (shares(row["kernel"]) if row["kernel"] else {})
+    if row["kernel"]:
+        row |= dict(of_copy=moved / row["kernel"] / chip.bandwidth, of_rate=multiplied / row["kernel"] / chip.rate)
+    return row
 
 
 def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
@@ -188,19 +177,16 @@ def argument(op: str, spec: Tokens, static: dict, rng: np.random.Generator, shap
     return device.normal(rng, shape)
 
 
-def described(row: dict[str, Any]) -> list[list[str]]:
-    """The table's line of an operation, and one for each form of its kernel."""
+def described(row: dict[str, Any]) -> list[str]:
+    """The table's line."""
     us = lambda t: "-" if t is None else f"{t * 1e6:.1f}"
-    ratio = lambda t: f"{row['xla'] / t:.1f}" if row["xla"] else ""
-    shares = lambda of: [f"{of['of_copy']:.0%}", f"{of['of_rate']:.0%}" if of["of_rate"] else ""]
-    what = [row["op"], row["model"], str(row["batch"])]
-    forms = [
-        [f"  {form}", "", "", us(of["seconds"]), "", ratio(of["seconds"]), *shares(of)] for form, of in row["forms"].items()
-    ]
     if not row["kernel"]:
-        return [[*what, row["why"][:40], us(row["xla"]), "", "", ""], *forms]
-    beside = f" (cuDNN {us(row['cudnn'])})" if row.get("cudnn") else ""
-    return [[*what, us(row["kernel"]), us(row["xla"]), ratio(row["kernel"]) + beside, *shares(row)], *forms]
+        return [row["op"], row["model"], str(row["batch"]), row["why"][:40], us(row["xla"]), "", "", ""]
+    shares = [f"{row['of_copy']:.0%}", f"{row['of_rate']:.0%}" if row["of_rate"] else ""]
+    ratio = f"{row['xla'] / row['kernel']:.1f}" if row["xla"] else ""
+    if row.get("cudnn"):
+        ratio += f" (cuDNN {us(row['cudnn'])})"
+    return [row["op"], row["model"], str(row["batch"]), us(row["kernel"]), us(row["xla"]), ratio, *shares]
 
 
 def torch_step(

@@ -51,8 +51,11 @@ def plan(rng, batch: int, n: int, m: int, *, ordered: bool) -> jnp.ndarray:
 
 
 def merging(rng, spec: Tokens) -> jnp.ndarray:
-    """Ids (1, n) as a model has them: r even positions join odd ones, the others stay in order; of bytes, runs."""
-    if spec in BYTES:
+    """Ids (1, n) as a model has them: r even positions join odd ones, the others stay in order.
+
+    Runs, where more leave than there are even positions: so it is with bytes.
+    """
+    if spec.r > spec.n // 2:
         return jnp.asarray(np.sort(rng.integers(0, spec.n - spec.r, (1, spec.n))), jnp.int32)
     leave = 2 * rng.choice(spec.n // 2, spec.r, replace=False)
     stay = ~np.isin(np.arange(spec.n), leave)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
-from jaxmerge._kernels import _dispatch as dispatch, arg_specs
+from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels._doctor import rows
 from tests.hlo import collectives
 from tests.kernels import cases
@@ -155,22 +155,6 @@ def test_what_is_chosen(monkeypatch):
         key = dispatch.shape_key(shapes, **static)
         monkeypatch.setattr(dispatch, "_table", lambda kind: {"step.mosaic_tpu": {key: {"rows": 2, "us": 9.0, "xla_us": 8.0}}})
         assert choose()[0] == "xla"
-
-
-def test_doctor_says_which_way_a_kernel_takes(monkeypatch):
-    """By default, as measured at a shape, and as was fastest most often at those that were not."""
-    row = lambda: next(row for row in rows() if (row.op, row.implementation) == ("merge", "mosaic_gpu"))
-    monkeypatch.setattr(dispatch, "layout_of", lambda *a: (dispatch.Layout(None, (), None), []))
-    with dispatch.aim("gpu", "NVIDIA H200"):
-        monkeypatch.setattr(dispatch, "_table", lambda kind: {})
-        assert row().ways == {"find=compare": row().chosen}
-        shapes, static = arg_specs.cases(arg_specs.VIT[3], 8, jnp.bfloat16)["merge"]
-        scatter, times = {"find": "scatter", "tile": 32}, {"us": 1.0, "xla_us": 2.0}
-        key = dispatch.shape_key(shapes, **static)
-        table = {key: {"find": "compare", **times}, "a": scatter | times, "b": scatter | times}
-        monkeypatch.setattr(dispatch, "_table", lambda kind: {"merge.mosaic_gpu": table})
-        others = [name for name in row().chosen if name != "ViT-B/16@384"]
-        assert row().ways == {"find=scatter tile=32": others, "find=compare": ["ViT-B/16@384"]}
 
 
 def test_doctor_knows_every_operation():
