@@ -68,7 +68,7 @@ def merge(
     tile, joined = tile or found.get("tile", 16), joined or found.get("joined", 1)
     B, n, d = x.shape
     at_once = at_once or next(u for u in (4, 2, 1) if u * d * x.dtype.itemsize <= ROWS or u == 1)
-    turns = tile // at_once
+    turns, peeled = tile // at_once, joined == 1  # else the last turn asks for its own rows again: half as much to compile
     ids = jnp.pad(ids, ((0, 0), (0, max(0, LANES - n))), constant_values=-1)
     words = -(-ids.shape[1] // WORD) | 1  # an odd number: those of consecutive segments are in different banks
 
@@ -133,11 +133,13 @@ def merge(
             return lax.fori_loop(0, rounds, add, (first[s], total, sum))[1:]
 
         def take(turn, asked):
-            more = ask(turn + 1)
+            more = ask(turn + 1 if peeled else jnp.minimum(turn + 1, turns - 1))
             write(turn, asked)
             return more
 
-        write(jnp.int32(turns - 1), lax.fori_loop(0, turns - 1, take, ask(jnp.int32(0))))
+        asked = lax.fori_loop(0, turns - peeled, take, ask(jnp.int32(0)))
+        if peeled:
+            write(jnp.int32(turns - 1), asked)
 
     table = lambda size: plgpu.SMEM((-(-size // LANES) * LANES,), jnp.int32)
     return mgpu.kernel(
