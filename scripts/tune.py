@@ -63,6 +63,7 @@ def main(
                 found = tune(op, name, arrays, static)
                 table.setdefault(f"{op}.{name}", {})[dispatch.shape_key(shapes, **static)] = found
                 console.print(f"{spec.name} {dtype} {op}: {found}", highlight=False)
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

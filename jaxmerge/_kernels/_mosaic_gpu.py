@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
@@ -24,8 +25,10 @@ LANES = 128
 """Of a warpgroup, which is one thread in Pallas."""
 WARPS = 4
 """Of a thread in Pallas: 32 lanes each."""
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a block can have."""
 SHARED = 200 * 1024
-"""Bytes of shared memory that a kernel may plan with, of the 227 KiB of a block."""
+"""Bytes that a kernel may plan with, where it does not count all that it takes."""
 BLOCKS = 132
 """That an H100 or H200 runs at a time, at least: its multiprocessors."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -84,6 +87,14 @@ def kernel(
         interpret=target().interpret or None if interpret is None else interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
     )(*[operands[i] for i in given])
+
+
+def shared(scratch: Mapping[str, Any]) -> int:
+    """Bytes that scratch takes: Pallas lets every array begin at a whole KiB, and has 2 KiB of its own for reductions."""
+    arrays = [x for x in scratch.values() if hasattr(x, "memory_space")]
+    barriers = (int(np.prod(x.num_barriers)) for x in scratch.values() if isinstance(x, plgpu.Barrier))
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return sum(-(-size // 1024) * 1024 for size in sizes) + 2048 + 8 * sum(barriers)
 
 
 def unit(v: Array) -> tuple[Array, Array]:

@@ -35,7 +35,7 @@ def on_every_chip(topology, dtype, spec, ops=None):
     mesh = tpu_mesh(topology, (-1,), ("data",))
     shape = lambda s: None if s is None else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, P("data")))
     calls = {
-        "step": lambda *a, r, protected: steps.differentiable(step_tpu, r, protected, *a),
+        "step": lambda *a, **how: steps.differentiable(step_tpu, steps.How(**how), *a),
         "merge": lambda *a, m, mean: merges.differentiable(merge_tpu, m, mean, *a),
         "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
         "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend,
@@ -102,6 +102,26 @@ def test_public_functions_on_a_partitioned_program(topology):
         assert kernels(automatic) == 0
         with pytest.raises(ValueError, match="Auto axes"):
             jax.jit(partial(layer, implementation="mosaic_tpu")).lower(*program(AxisType.Auto))
+
+
+@every_chip
+def test_a_step_that_adds_and_normalises(topology):
+    """A float32 residual stream, bfloat16 beside it; forward and back, over Explicit axes."""
+    mesh = Mesh(tpu_mesh(topology, (-1,), ("data",)).devices, ("data",), axis_types=(AxisType.Explicit,))
+    spec, place = VIT[2], lambda *axes: NamedSharding(mesh, P(*axes))
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((mesh.size, *shape), dtype, sharding=place("data"))
+    vector = jax.ShapeDtypeStruct((spec.d,), jnp.float32, sharding=place())
+
+    def loss(x, residual, offset, scale, metric):
+        norm = jm.tokens.LayerNorm(scale, offset, dtype=jnp.bfloat16)
+        step = jm.tokens.merge_step(metric, x, spec.r, residual=residual, offset=offset, norm=norm, implementation="mosaic_tpu")
+        return jnp.sum(step.x) + jnp.sum(step.normed.astype(jnp.float32))
+
+    some = array(spec.n, spec.d, dtype=jnp.float32), array(spec.n, spec.d, dtype=jnp.bfloat16), vector, vector
+    with dispatch.aim("tpu", CHIPS[topology]):
+        compiled = compile_for(jax.value_and_grad(loss, (0, 1, 2, 3)), *some, array(spec.n, spec.k, dtype=jnp.bfloat16))
+    assert kernels(compiled) == 2  # the step, and back through its merge
+    assert set(collectives(compiled)) <= {"all-reduce"}  # of the loss, and of the vectors' gradients
 
 
 @every_chip

@@ -44,6 +44,19 @@ def test_a_step_is_one_launch_and_its_gradient_another(spec, dtype):
     assert lowered(jax.grad(partial(step, spec), argnums=1, has_aux=True), *shapes) == 2
 
 
+@pytest.mark.parametrize("n, k, d, launches", [(577, 64, 1024, 1), (810, 80, 1280, 3)])
+def test_what_a_step_that_normalises_keeps_on_chip_fits(n, k, d, launches):
+    """Two rows near the limit of shared memory: lowering refuses what is beyond. The second is matched by another kernel."""
+    arrays = shape(8, n, k), shape(8, n, d, dtype=jnp.float32), shape(8, n, d), shape(d, dtype=jnp.float32)
+
+    def normed(metric, x, residual, vector):
+        norm = jm.tokens.LayerNorm(vector, vector, dtype=jnp.bfloat16)
+        more = dict(residual=residual, offset=vector, norm=norm, implementation="mosaic_gpu")
+        return jm.tokens.merge_step(metric, x, 23, **more).normed
+
+    assert lowered(normed, *arrays) == launches
+
+
 @pytest.mark.parametrize(
     "spec, dtype",
     [(LONG_ROW, jnp.bfloat16), pytest.param(VIT[3], jnp.float32, marks=pytest.mark.slow)],

@@ -69,36 +69,18 @@ def step(
     Offsets and norms may be fewer than rows of the batch: each is then for as many rows in turn.
     """
     B, n, d = x.shape
-    na, nb = (n + 1) // 2, n // 2
     if threads is None:
         threads = int(tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r).get("threads", 4))
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
     blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
-    share = -(-na // blocks)
-    share = -(-share // (threads * pairs)) * threads * pairs
-    c = SimpleNamespace(n=n, na=na, nb=nb, d=d, r=r, threads=threads, share=share, pairs=pairs, epsilon=epsilon)
-    on_chip = norm is not None and d % LANES == 0
-    c.ga, c.gb, c.gr = (-(-count // LANES) for count in (na, nb, r))
+    c, scratch = _laid_out(metric, d, offset, norm, r=r, threads=threads)
+    share = -(-c.na // blocks)
+    c.share, c.pairs, c.epsilon = -(-share // (threads * pairs)) * threads * pairs, pairs, epsilon
     closed = np.array(protected)
-    open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], -(-nb // TILE) * TILE)
-    own = lambda parts, groups, dtype=jnp.int32: plgpu.SMEM((parts, groups * LANES), dtype)
-    scratch = dict(
-        best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
-        rank_parts=own(threads, c.ga), rank=own(threads, c.ga),
-        source_parts=own(threads, c.gr), source=own(threads, c.gr),
-        goes_parts=own(threads, c.gr), goes=own(threads, c.gr),
-        stay=own(1, c.ga), first=own(1, c.gb), next=own(1, c.gr),
-        sync=plgpu.Barrier(num_arrivals=threads),
-        added=None if offset is None else plgpu.SMEM((d,), jnp.float32),
-        scale=plgpu.SMEM((d,), jnp.float32) if on_chip else None, shift=plgpu.SMEM((d,), jnp.float32) if on_chip else None,
-        totals=plgpu.SMEM((threads, 2 * WARPS), jnp.float32) if on_chip else None,
-    )  # fmt: skip
-    at_once = _at_once(metric, threads)
-    if at_once:
-        given, more = _prepare(c, metric)
-        scratch |= more
-        given = [given, open_a, open_b]
+    open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], c.tb * TILE)
+    if c.slots:
+        given = [_in_pairs(c, metric), open_a, open_b]
     else:
         b_ok = None if not closed[1::2].any() else jnp.asarray(~closed[1::2])[None]
         given = [*matching.best(metric[:, ::2], metric[:, 1::2], b_ok=b_ok, interpret=interpret), open_a]
@@ -108,7 +90,7 @@ def step(
         here = SimpleNamespace(**vars(c), **scratch)
         here.row, here.share_at, here.t = (lax.axis_index(name) for name in ("row", "share", "thread"))
         _keep(here, B, offset, norm)
-        if at_once:
+        if c.slots:
             flat, open_a, open_b = given
             _cosines(here, flat, open_b)
             _choose(here, [(here.best_parts.at[p], here.to_parts.at[p]) for p in range(here.of_b)], here.inverse, open_a)
@@ -122,16 +104,16 @@ def step(
 
     wide = lambda a: None if a is None else a.astype(jnp.float32)
     found = mgpu.kernel(
-        token_merge_step, (*given, x, sizes, residual, wide(offset), wide(norm) if on_chip else None), scratch,
+        token_merge_step, (*given, x, sizes, residual, wide(offset), wide(norm) if c.normalises else None), scratch,
         out=(
             jax.ShapeDtypeStruct((B, n - r, d), x.dtype),
             jax.ShapeDtypeStruct((B, n - r), jnp.float32),
             jax.ShapeDtypeStruct((B, n), jnp.int32),
-            *([jax.ShapeDtypeStruct((B, n - r, d), dtype)] if on_chip else []),
+            *([jax.ShapeDtypeStruct((B, n - r, d), dtype)] if c.normalises else []),
         ),
-        grid=dict(row=B, share=-(-na // share)), threads=threads, interpret=interpret,
+        grid=dict(row=B, share=-(-c.na // c.share)), threads=threads, interpret=interpret,
     )  # fmt: skip
-    if norm is None or on_chip:
+    if norm is None or c.normalises:
         return Result(*found)
     each = norm if len(norm) == 1 else jnp.repeat(norm, B // len(norm), axis=0)
     return Result(*found, normalised(found[0], each[:, 0], each[:, 1], epsilon, dtype))
@@ -149,29 +131,52 @@ def _keep(c: SimpleNamespace, B: int, offset: Any, norm: Any) -> None:
             c.scale[...], c.shift[...] = norm[own(norm), 0], norm[own(norm), 1]
 
 
-def _prepare(c: SimpleNamespace, metric: Array) -> tuple[Array, dict]:
-    """The metric as pairs of rows (., 2, k), wherever a batch row begins, and the scratch that the cosines need."""
-    B, n, k = metric.shape
+def _laid_out(metric: Any, d: int, offset: Any, norm: Any, *, r: int, threads: int) -> tuple[SimpleNamespace, dict[str, Any]]:
+    """How much there is of what, and the scratch. `slots` is for how many tiles of the metric there is room as they come: for
+    all, or for one of each thread; 0 where it does not fit on chip."""
+    n, k = metric.shape[1:]
+    c = SimpleNamespace(n=n, na=(n + 1) // 2, nb=n // 2, d=d, r=r, threads=threads, k=k + -k % 16)
+    c.ga, c.gb, c.gr = (-(-count // LANES) for count in (c.na, c.nb, r))
     c.ta, c.tb = -(-c.na // TILE), -(-c.nb // TILE)
-    rounds = lambda parts: -(-c.ta * parts // c.threads) * -(-c.tb // parts)
+    rounds = lambda parts: -(-c.ta * parts // threads) * -(-c.tb // parts)
     c.of_b = min(range(1, c.tb + 1), key=rounds)  # parts that a tile of sources is compared in, by different threads
     c.parts = 3 if metric.dtype == jnp.float32 else 1
-    c.k = k + -k % 16
+    c.normalises = norm is not None and d % LANES == 0
+    own = lambda parts, groups, dtype=jnp.int32: plgpu.SMEM((parts, groups * LANES), dtype)
+    row = lambda there: plgpu.SMEM((d,), jnp.float32) if there else None
+    scratch = dict(
+        best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
+        rank_parts=own(threads, c.ga), rank=own(threads, c.ga),
+        source_parts=own(threads, c.gr), source=own(threads, c.gr),
+        goes_parts=own(threads, c.gr), goes=own(threads, c.gr),
+        stay=own(1, c.ga), first=own(1, c.gb), next=own(1, c.gr),
+        sync=plgpu.Barrier(num_arrivals=threads),
+        added=row(offset is not None), scale=row(c.normalises), shift=row(c.normalises),
+    )  # fmt: skip
+    tiles = c.ta + c.tb
+    for c.slots in (tiles, threads) if n <= AT_ONCE else ():
+        cosines = dict(
+            tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
+            inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
+            best_parts=own(c.of_b, c.ga, jnp.float32), to_parts=own(c.of_b, c.ga),
+            raw=plgpu.SMEM((c.slots, TILE, c.k), metric.dtype) if c.parts == 1 else None,
+            loaded=plgpu.Barrier(num_barriers=c.slots) if c.parts == 1 else None,
+        )  # fmt: skip
+        if mgpu.shared(scratch | cosines) <= mgpu.MOST_SHARED:
+            return c, scratch | cosines
+    c.slots = 0
+    return c, scratch
+
+
+def _in_pairs(c: SimpleNamespace, metric: Array) -> Array:
+    """The metric as pairs of rows (., 2, k), wherever a batch row begins."""
+    B, n, k = metric.shape
     flat, pad = metric.reshape(B * n, k), B * n % 2
     if c.parts > 1 or B * n < 2 * TILE:
         pad += 2 * TILE  # float32 is read without the copy engine, which knows where an array ends
     if pad or c.k > k:
         flat = jnp.pad(flat, ((0, pad), (0, c.k - k)))
-    tiles = c.ta + c.tb
-    c.slots = tiles if 2 * tiles * TILE * c.k * 2 <= mgpu.SHARED else c.threads  # for rows as they come: all, or one a thread
-    return flat.reshape(-1, 2, c.k), dict(
-        tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
-        inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
-        best_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.float32),
-        to_parts=plgpu.SMEM((c.of_b, c.ga * LANES), jnp.int32),
-        raw=plgpu.SMEM((c.slots, TILE, c.k), metric.dtype) if c.parts == 1 else None,
-        loaded=plgpu.Barrier(num_barriers=c.slots) if c.parts == 1 else None,
-    )
+    return flat.reshape(-1, 2, c.k)
 
 
 def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
@@ -397,18 +402,10 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
 
 def _normalised(c: SimpleNamespace, row: Array) -> mgpu.Row:
     """A row's layer norm."""
-    sums = mgpu.totals(c.totals.at[c.t], row, row * row)
+    sums = mgpu.totals(c.best.at[c.t, pl.ds(0, 2 * WARPS)], row, row * row)  # the best are no longer needed
     mean, square = (total * (1 / c.d) for total in sums)
     over = lax.rsqrt(jnp.maximum(square - mean * mean, 0) + c.epsilon)
     return ((row - mean) * (over * c.scale[...]) + c.shift[...],)
-
-
-def _at_once(metric: Any, threads: int) -> bool:
-    """Whether a row's metric fits on chip."""
-    n, k = metric.shape[1:]
-    tiles = -(-(n + 1) // 2 // TILE) - (-(n // 2) // TILE)
-    copies = 3 * tiles if metric.dtype == jnp.float32 else tiles + threads
-    return n <= AT_ONCE and copies * TILE * (k + -k % 16) * 2 <= mgpu.SHARED
 
 
 def _bias(open: np.ndarray, length: int) -> Array:
@@ -475,7 +472,7 @@ device_refusals = mgpu.device_refusals
 
 
 def refusals(
-    op: str, metric: Any, x: Any, sizes: Any, residual: Any, *more: Any, r: int, protected: tuple[bool, ...], **how: Any
+    op: str, metric: Any, x: Any, sizes: Any, residual: Any, offset: Any = None, norm: Any = None, *, r: int, **how: Any
 ) -> list[str]:
     """Why this step cannot be one kernel."""
     n, k = x.shape[1], metric.shape[2]
@@ -486,9 +483,13 @@ def refusals(
         why.append(f"{n} tokens: each block compares all pairs, of at most {MOST_TOKENS}")
     if not 0 < r < n:
         why.append(f"r={r}: there is nothing to do")
-    if not why and not _at_once(metric, 4):
+    if not why:
+        c, scratch = _laid_out(metric, x.shape[2], offset, norm, r=r, threads=4)
         half = lambda n: jax.ShapeDtypeStruct((metric.shape[0], n, k), metric.dtype)
-        why += matching.refusals("match", half(n - n // 2), half(n // 2))
+        if not c.slots:
+            why += matching.refusals("match", half(n - n // 2), half(n // 2))
+        if (takes := mgpu.shared(scratch)) > mgpu.MOST_SHARED:
+            why.append(f"r={r} of {n} tokens take {takes >> 10} KiB on chip, more than the {mgpu.MOST_SHARED >> 10} there are")
     return why
 
 
