@@ -1,5 +1,6 @@
 """What lies at a path, a URL or a name on the Hub, as a source; nothing but headers is read."""
 
+import errno
 import os
 from typing import Any
 
@@ -14,19 +15,36 @@ GGUF = "is quantised (GGUF) and cannot be merged; merge what it was made from, i
 DEEP, MANY = 4, 10_000
 """Folders below one, and files in them, among which checkpoints are looked for on a disk."""
 
+UNREADABLE = {
+    errno.ENOENT: "is not there, or is a link that leads nowhere; fetch it again",
+    errno.EACCES: "may not be read by this user; have its mode or owner changed (chmod, chown), or name a copy of it",
+    errno.EISDIR: "is a folder where a file should be; fetch it again",
+}
+"""What helps where the operating system does not let a file be read."""
+
 
 def open(path: Any) -> Source:
     """Look at a checkpoint: Orbax (v1 or the older PyTree layout), a safetensors file, or a directory of them as on the Hub.
 
     Args:
-      path: a file or directory, local, https://, gs:// or s3:// (Orbax over https: of a commit on the Hub alone); a model's
-        name on the Hub, "org/name" or "org/name@revision", or a folder's in it, "org/name/folder/folder", where no such path is
-        here: from the cache of its client if it is whole there, else by ranges at the revision's commit; or a source, which is
-        handed back.
+      path: a file, an index of files or a directory, local, https://, gs:// or s3:// (Orbax over https: of a commit on the Hub
+        alone); a model's name on the Hub, "org/name" or "org/name@revision", or a folder's in it, "org/name/folder/folder",
+        where no such path is here: from the cache of its client if it is whole there, else by ranges at the revision's commit;
+        or a source, which is handed back.
 
     Raises:
-      FileNotFoundError: nothing is there. ValueError: what is there is none of these, or its headers are wrong.
+      FileNotFoundError, PermissionError: nothing is there, or it may not be read.
+      ValueError: what is there is none of these, or two of them, or its headers are wrong.
     """
+    try:
+        return _open(path)
+    except OSError as e:
+        if e.errno not in UNREADABLE or e.filename is None:
+            raise
+        raise type(e)(f"{e.filename} {UNREADABLE[e.errno]}.") from e
+
+
+def _open(path: Any) -> Source:
     if isinstance(path, Source) and not isinstance(path, str | epath.Path):
         return path
     named = _hub.split(path) if isinstance(path, str) else None
@@ -38,7 +56,7 @@ def open(path: Any) -> Source:
     if isinstance(path, epath.Path) and not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     if path.is_dir():
-        found = path.names() if isinstance(path, Url) else sorted(p.name for p in path.iterdir())
+        found = _names(path)
         if any(n.endswith((".safetensors.index.json", ".safetensors")) for n in found):
             return _safetensors.open_directory(path, found)
         if isinstance(path, Url) and not found:
@@ -63,9 +81,15 @@ def open(path: Any) -> Source:
         return _orbax.open_checkpoint(epath.Path(str(path).removeprefix("file://")) if local else path)
     if path.name.endswith(".safetensors"):
         return _safetensors.open_file(path)
+    if path.name.endswith(".safetensors.index.json"):
+        return _safetensors.open_indexed(path.parent, path.name, _names(path.parent), named=True)
     if path.name.endswith(".gguf"):
         raise ValueError(f"{path} {GGUF}")
     raise ValueError(f"{path} is not a checkpoint: name an Orbax directory, a .safetensors file, or a directory of such files.")
+
+
+def _names(folder: Url | epath.Path) -> list[str]:
+    return folder.names() if isinstance(folder, Url) else sorted(p.name for p in folder.iterdir())
 
 
 def _below(path: Url | epath.Path) -> list[str]:

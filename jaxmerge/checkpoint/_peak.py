@@ -64,7 +64,7 @@ def decoded(held: int) -> int:
 def written(out_bytes: int, group: int | None) -> int:
     """Bytes on their way to the disk: four buffers of a safetensors file; of Orbax one `group` of blocks is under way while the
     next is made."""
-    return min(4 * FLUSH, out_bytes) if group is None else 2 * min(group, out_bytes)
+    return min(4 * FLUSH if group is None else 2 * group, out_bytes)
 
 
 def runtime(*, orbax: bool, whole: bool) -> int:

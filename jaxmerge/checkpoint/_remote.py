@@ -91,8 +91,7 @@ class Url:
             return sorted({n.split("/")[0] for n in inside})
         if not on_web(self):
             return sorted({key.split("/")[0] for key in self.all_names()})
-        found = [n for n in SAFETENSORS if (self / n).exists()]
-        return found[:1]
+        return [n for n in SAFETENSORS if (self / n).exists()]
 
 
 def stat(path: Any) -> tuple[int, int]:

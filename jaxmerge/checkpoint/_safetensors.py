@@ -206,7 +206,7 @@ def open_directory(path: Place, found: list[str]) -> Safetensors:
     if len(index) > 1:
         raise ValueError(f"{path} has several indices, {index}; name one model's directory, or its one file.")
     if index:
-        return _open_indexed(path, index[0], found)
+        return open_indexed(path, index[0], found)
     files = [n for n in found if n.endswith(".safetensors")]
     if "model.safetensors" in files:
         files = ["model.safetensors"]
@@ -219,12 +219,24 @@ def open_directory(path: Place, found: list[str]) -> Safetensors:
     return Safetensors(path, headers)
 
 
-def _open_indexed(path: Place, index: str, found: list[str]) -> Safetensors:
+def open_indexed(path: Place, index: str, found: list[str], *, named: bool = False) -> Safetensors:
+    """A directory's files as an index names them.
+
+    Args:
+      path: the directory.
+      index: the index's name in it.
+      found: the names in it.
+      named: whether the index itself was asked for, so that a file of the whole model beside it is not meant.
+    """
     try:
         where = json.loads((path / index).read_text())["weight_map"]
         files = sorted(set(where.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path / index} cannot be read as an index ({type(e).__name__}: {e}); fetch it again.") from e
+    whole = index.removesuffix(".index.json")
+    if whole in found and whole not in files and not named:
+        which = f"it has {whole}, and {index} of {len(files)} other files"
+        raise ValueError(f"{path} holds two models: {which}; name the one that is meant, {path / whole} or {path / index}.")
     missing = [n for n in files if n not in found and not (_remote.on_web(path) and (path / n).exists())]
     if missing:
         raise ValueError(

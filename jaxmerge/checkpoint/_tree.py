@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -149,6 +149,7 @@ class Blocks:
         self._own = base / f"ocdbt.process_{jax.process_index()}"
         self._made: Any = None
         self._under_way: Any = None
+        self._notes: list[Callable[[], None]] = []
         self._size = 0
         self._name, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
@@ -182,10 +183,12 @@ class Blocks:
         for index, values in parts if isinstance(array, jax.Array) else [((), array)]:
             self._add(target[index], np.asarray(values))
 
-    def mark(self, note: Any) -> None:
-        """Call `note` now that all that came before is on disk."""
-        self.close()
-        note()
+    def mark(self, note: Callable[[], None]) -> None:
+        """Call `note` when all that came before is on disk: while what comes next is made."""
+        self._flush()
+        if self._made is not None:
+            self._send()
+        self._notes.append(note)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -229,6 +232,8 @@ class Blocks:
         """Hand over a block; it waits for the others of its group."""
         import tensorstore as ts
 
+        if self._under_way is not None and self._under_way.done():
+            self._wait()
         if self._made is None:
             self._made = ts.Transaction(atomic=True)  # else every block may become a file
         target.with_transaction(self._made).write(values).copy.result()
@@ -244,10 +249,14 @@ class Blocks:
         self._made, self._size = None, 0
 
     def _wait(self) -> None:
+        """Until what is under way is on disk, and noted."""
         error = None if self._under_way is None else self._under_way.exception()
         self._under_way = None
         if error is not None:
             raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
+        notes, self._notes = self._notes, []
+        for note in notes:
+            note()
 
     def _open(self, name: str) -> Any:
         """The array in this process's own store, which has its blocks only: it is described in the whole."""

@@ -120,6 +120,7 @@ def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Refere
     sources: dict[Reference, Source] = {}
     mistakes, notes = [], []
     for reference, mark in recipe.references().items():
+        at, of_adapter = recipe.parts.get(reference, (mark, mark))
         try:
             source = open_model(reference.model, earlier)
             if recipe.own.get("dequantize"):
@@ -131,10 +132,11 @@ def open_all(recipe: Recipe, earlier: Mapping[str, Source]) -> tuple[dict[Refere
                 if left is not None and not notes:
                     notes.append(Mistake(mark, f"of {reference} is left out: {left}; state: keep (--state keep) merges it."))
             if reference.lora is not None and source.leaves:
+                at = of_adapter
                 source = adapted(source, open_model(reference.lora, earlier))
             sources[reference] = source
         except ValueError as e:
-            mistakes.append(Mistake(mark, str(e)))
+            mistakes.append(Mistake(at, str(e)))
     return sources, mistakes, notes
 
 

@@ -65,6 +65,7 @@ class _Reader:
 
     def __init__(self, mistakes: list[Mistake]):
         self.mistakes, self.notes = mistakes, []
+        self.parts: dict[Reference, tuple[Mark, Mark]] = {}
 
     def wrong(self, mark: Mark, text: str) -> None:
         self.mistakes.append(Mistake(mark, text))
@@ -123,6 +124,7 @@ class _Reader:
             own=self.own(fields),
             text=text,
             marks=marks,
+            parts=self.parts,
             notes=tuple(self.notes),
         )
 
@@ -220,7 +222,10 @@ class _Reader:
             if "model" not in parts:
                 self.wrong(node.mark, "model is missing: name a path, or a model on the Hub.")
                 return None
-            return Reference(parts["model"], parts.get("lora"))
+            found = Reference(parts["model"], parts.get("lora"))
+            model, lora = (self.begin(fields[k]) if k in parts else node.mark for k in ("model", "lora"))
+            self.parts.setdefault(found, (model, lora))
+            return found
         if not isinstance(node.value, str) or not node.value.strip():
             self.wrong(node.mark, f"a model is named by its path, or its name on the Hub; got {node.plain!r}.")
             return None
@@ -239,6 +244,10 @@ class _Reader:
         if "@" in revision:
             self.wrong(node.mark, f"{node.value!r} has two revisions; write path@revision.")
         return Path(path, revision or None)
+
+    def begin(self, node: Node) -> Mark:
+        """Where a path stands, of one that is written with its revision as a mapping."""
+        return (node.value.get("path", node) if isinstance(node.value, dict) else node).mark
 
     # --- parameters ---
 

@@ -96,6 +96,7 @@ class Recipe(NamedTuple):
       own: our keys: seed, format, layout, memory, sharding, integers, nonfinite, state; rank, of adapters alone.
       text: the document as it is written.
       marks: where its keys stand.
+      parts: of models that are written as mappings, where the model and its adapter stand.
       notes: what has no effect.
     """
 
@@ -112,6 +113,7 @@ class Recipe(NamedTuple):
     own: dict[str, Any]
     text: str
     marks: dict[str, Mark]
+    parts: dict[Reference, tuple[Mark, Mark]]
     notes: tuple[Mistake, ...]
 
     def references(self) -> dict[Reference, Mark]:

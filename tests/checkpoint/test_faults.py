@@ -186,17 +186,54 @@ def test_what_is_there_stays(models, tmp_path):
 
 
 def test_a_full_disk(models, tmp_path):
-    """A limit on file size stands in for it: the room is taken before anything is computed."""
+    """A limit on file size stands in for it: the room is taken before anything is computed, and what was there stays."""
+    merge(models, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"no room for .*model\.safetensors"):
-            merge(models, tmp_path / "out")
+            merge(models, tmp_path / "out", overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def rewritten(path, change):
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+DAMAGE = {
+    "cut": (lambda one, two: os.truncate(two, two.stat().st_size - 10), "cut short"),
+    "header": (lambda one, two: rewritten(two, lambda data: data.__setitem__(9, 0xFF)), "a header that cannot be read"),
+    "zeros": (lambda one, two: rewritten(two, lambda data: data.__setitem__(slice(64), bytes(64))), "or is damaged"),
+    "gone": (lambda one, two: two.unlink(), "lacks 1 of its 2 files: model-00002"),
+    "twice": (shutil.copy, f"is in two files, {SHARDS[0]} and {SHARDS[1]}"),
+    "renamed": (lambda one, two: two.rename(two.with_name("model-00002-of-00003.safetensors")), "lacks"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_shard_that_is_wrong(models, tmp_path, name):
+    """One error before anything is written; what an earlier merge has left is as it was."""
+    (paths, trees), (damage, message), inputs = models, DAMAGE[name], tmp_path / "a"
+    leaves = list(trees["a"])
+    for shard, part in zip(SHARDS, (leaves[:3], leaves[3:]), strict=True):
+        save(inputs, {n: trees["a"][n] for n in part}).joinpath("model.safetensors").rename(inputs / shard)
+    out = tmp_path / "out"
+    checkpoint.merge(params.linear(), paths["base"], [inputs], out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    damage(*(inputs / shard for shard in SHARDS))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.merge(params.linear(), paths["base"], [inputs], out, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
 
 
 def test_a_disk_that_fills_up_under_a_tree(models, tmp_path, monkeypatch):

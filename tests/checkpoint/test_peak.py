@@ -41,16 +41,25 @@ def taken(cache: pathlib.Path, *arguments: str) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux")
-@pytest.mark.parametrize(("method", "memory"), [("linear", None), ("ties", None), ("ties", "40MB")])
-def test_the_memory_that_is_stated_is_taken(models, tmp_path, method, memory):
+@pytest.mark.parametrize(
+    ("method", "memory", "form"),
+    [
+        ("linear", None, "safetensors"),
+        ("linear", None, "orbax"),
+        ("ties", None, "safetensors"),
+        ("ties", "40MB", "safetensors"),
+    ],
+)
+def test_the_memory_that_is_stated_is_taken(models, tmp_path, method, memory, form):
     base = f'base_model: "{models}/base"\n' if method == "ties" else ""
     each = ", ".join(f'{{model: "{models}/{m}"}}' for m in "abc")
     density = ", density: 0.5" if method == "ties" else ""
     path = tmp_path / "recipe.yml"
     path.write_text(f"merge_method: {method}\n{base}models: [{each}]\nparameters: {{weight: 1{density}}}\n")
-    [plan] = recipe.plan(path, memory=memory)
+    [plan] = recipe.plan(path, memory=memory, format=form)
     stated = plan.headers.peak_bytes + plan.headers.runtime_bytes
-    measured = taken(models, "merge", str(path), str(tmp_path / "out"), *(["--memory", memory] if memory else []))
+    options = ["--format", form, *(["--memory", memory] if memory else [])]
+    measured = taken(models, "merge", str(path), str(tmp_path / "out"), *options)
     assert abs(measured / stated - 1) < 0.2, (measured, stated)
     if method == "ties" and memory is None:  # else it would pass without the buffers
         assert abs(measured / plan.headers.runtime_bytes - 1) > 0.3 and abs(measured / plan.headers.peak_bytes - 1) > 0.3

@@ -98,6 +98,11 @@ def test_parents_on_a_server(models, server, tmp_path):
     assert again.files == (f"file://{paths['a']}/model.safetensors",)
     np.testing.assert_array_equal(again.read("big", (slice(1, 3),)), trees["a"]["big"][1:3])
     assert not checkpoint.plan(tx, f"file://{paths['base']}", [again]).problems
+    (root / "model.safetensors").write_bytes((kind.root / "a/model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"holds two models: .* name the one that is meant"):
+        checkpoint.open(f"{url}/sharded")
+    named = checkpoint.open(f"{url}/sharded/model.safetensors.index.json")
+    np.testing.assert_array_equal(named.read("big"), trees["b"]["big"])
 
 
 def test_a_recipe_of_remote_models(models, server, tmp_path, capsys):

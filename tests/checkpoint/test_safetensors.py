@@ -1,5 +1,6 @@
 """Safetensors as sources: what is there, by ranges; what is wrong, said once and clearly; views."""
 
+import errno
 import json
 import os
 import shutil
@@ -110,6 +111,47 @@ def test_directories_of_several_files(models, tmp_path):
     index.write_text(json.dumps({"weight_map": where}))
     with pytest.raises(ValueError, match="lacks 1 of the 2 files that its index names: model-00002"):
         checkpoint.open(tmp_path)
+
+
+def test_two_models_in_one_folder(models, tmp_path):
+    """A file of the whole and an index of others: Transformers reads the one, mergekit the other; here it is asked which."""
+    paths, trees = models
+    parts = {"model-00001-of-00002.safetensors": ["odd"], "model-00002-of-00002.safetensors": ["big", "scale"]}
+    for file, names in parts.items():
+        shutil.move(save(tmp_path / "part", {n: trees["a"][n] for n in names}) / "model.safetensors", tmp_path / file)
+    (tmp_path / "part").rmdir()
+    index, whole = tmp_path / "model.safetensors.index.json", tmp_path / "model.safetensors"
+    index.write_text(json.dumps({"weight_map": {n: file for file, names in parts.items() for n in names}}))
+    shutil.copy(paths["b"] / "model.safetensors", whole)
+    message = r"holds two models: it has model.safetensors, and model.safetensors.index.json of 2 other files; name the one"
+    with pytest.raises(ValueError, match=f"{message} that is meant, {whole} or {index}"):
+        checkpoint.open(tmp_path)
+    for path, name, names in ((whole, "b", trees["b"].keys()), (index, "a", {"odd", "big", "scale"})):
+        source = checkpoint.open(path)
+        assert source.leaves.keys() == names
+        np.testing.assert_array_equal(source.read("odd"), trees[name]["odd"])
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(trees["b"], "model.safetensors")}))
+    assert checkpoint.open(tmp_path).leaves.keys() == trees["b"].keys()  # an index of the one file is no other model
+
+
+def test_what_may_not_be_read(models, tmp_path, monkeypatch):
+    path = save(tmp_path / "a", models[1]["a"]) / "model.safetensors"
+
+    def refuse(file, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    with monkeypatch.context() as m:
+        m.setattr(_remote, "open", refuse, raising=False)
+        with pytest.raises(PermissionError, match=rf"{path} may not be read by this user; have its mode"):
+            checkpoint.open(path.parent)
+    path.unlink()
+    path.symlink_to(tmp_path / "blobs/gone")  # as the cache of the Hub's client has it, cleaned up by hand
+    with pytest.raises(FileNotFoundError, match=rf"{path} is not there, or is a link that leads nowhere; fetch it again"):
+        checkpoint.open(path.parent)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"{path} is a folder where a file should be"):
+        checkpoint.open(path.parent)
 
 
 def test_what_is_no_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from jaxmerge import checkpoint, params
+from jaxmerge.checkpoint import _journal, _tree
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._stream import split
 from jaxmerge.checkpoint._units import span
@@ -69,6 +70,41 @@ def test_every_kind_of_leaf(tmp_path, on_devices):
             np.testing.assert_array_equal(loaded[n], x)
     assert len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) < 20
     assert not checkpoint.verify(tmp_path / "out", params.linear()).problems
+
+
+def test_a_group_is_written_while_the_next_is_made(models, tmp_path, monkeypatch):
+    """And what it makes safe is noted when it is there, not before; in order, each once."""
+    for module, size in (("_units.GROUP", 1 << 13), ("_ranges.CHECKPOINT", 1 << 13)):
+        monkeypatch.setattr(f"jaxmerge.checkpoint.{module}", size)
+    events, add, send, note = [], _tree.Blocks._add, _tree.Blocks._send, _journal.Workplace.note
+
+    class Late:
+        """What is never there before it is waited for."""
+
+        def __init__(self, future):
+            self.future, self.done = future, lambda: False
+
+        def exception(self):
+            events.append("there")
+            return self.future.exception()
+
+    def sent(self):
+        made = self._made is not None
+        send(self)
+        if made:
+            events.append("sent")
+            self._under_way = Late(self._under_way)
+
+    monkeypatch.setattr(_tree.Blocks, "_add", lambda self, *block: (events.append("made"), add(self, *block)))
+    monkeypatch.setattr(_tree.Blocks, "_send", sent)
+    monkeypatch.setattr(
+        _journal.Workplace, "note", lambda self, line: (events.extend(line.keys() & {"units"}), note(self, line))
+    )
+    checkpoint.merge(params.linear(), None, [models[0]["a"], models[0]["b"]], tmp_path / "out", format="orbax")
+    said = " ".join(events)
+    groups = said.count("sent")
+    assert groups == said.count("there units") == said.count("there") == said.count("units") > 3, said
+    assert said.count("sent made") == groups - 1, said  # the next is begun while one is under way, all but after the last
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])

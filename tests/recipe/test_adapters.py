@@ -195,6 +195,16 @@ def test_mistakes_with_adapters_name_their_lines(models, tmp_path):
     ):
         with pytest.raises(recipe.RecipeError, match=message):
             recipe.plan(form.format(first, second))
+    lines = form.partition("  - model")[0] + "  - model: {}\n"
+    lines += "  - model:\n      lora:\n        revision: null\n        path: {}\n      model: {}\n"
+    for model, adapter, message in (
+        (base, f"{models}/a", "recipe:7:15: a is no adapter"),
+        (base, wide, "recipe:7:15: wide updates"),
+        (base, f"{tmp_path}/none", "recipe:7:15: there is nothing at"),
+        (f"{tmp_path}/none", one, "recipe:8:14: there is nothing at"),
+    ):
+        with pytest.raises(recipe.RecipeError, match=message):
+            recipe.plan(lines.format(base, adapter, model) + "parameters: {weight: 1}\n")
     [plan] = recipe.plan(form.format(base, f"{base}+{one}") + "rank: 2\n")
     assert [note.text for note in plan.notes] == ["rank has no effect: it is of a merge of adapters alone."]
 
