@@ -108,6 +108,12 @@ def test_what_is_tuned_is_equal_and_fastest(monkeypatch, capsys):
     assert "{'tile': 8} is passed over: its result is not XLA's, but" in capsys.readouterr().out
 
 
+def test_what_rounding_may_choose_is_not_compared():
+    near, far, index = np.array([1.0, 8.0]), np.array([1.2, 8.0]), np.array([3, 4])
+    assert tune.difference([far], [near]) == "0.2 off, where the largest is 8"
+    assert tune.difference([far, index[::-1]], [near, index]) == ""
+
+
 def test_what_is_said_of_a_kernel():
     shapes, static = cases(VIT[2], 64, np.dtype("float32"))["merge"]
     taken = {"xla": 9e-6, "kernel": 4e-6}
