@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         b, n, d = x.shape
         eights = -n % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads where they lie
         heads = lambda a: a.astype(self.dtype).reshape(*a.shape[:-1], 3, self.num_heads, d // self.num_heads)
-        product, offset = heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(_bias(self.qkv))
+        product, offset = heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(bias_of(self.qkv))
         out = jm.attention.packed_attention(product, bias, offset=offset, length=n, implementation=self.implementation)
         q, k, v = (product[:, :n, i] + offset[None, None, i] for i in range(3))
         return _product(self.proj, out.reshape(b, n, d)), (q, k, v)
@@ -178,13 +178,15 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b m d"], AnyPlan | None, Float[Array, "b m"] | None]:
         bias = jm.attention.key_bias(sizes) if proportional and sizes is not None else None
         y, qkv = self.attn(self.norm1(x), bias)
-        offset = _bias(self.attn.proj)
+        offset = bias_of(self.attn.proj)
         if r and planner is token_merging and reduce == "mean":  # one kernel where there is one
             seen = Seen(x, *qkv, bias, self.protect, plan)
-            more = dict(sizes=sizes, residual=y, offset=offset, norm=self.next_norm, protect=self.protect)
-            x, sizes, step, normed = jm.tokens.merge_step(seen.keys, x, r, **more)
-            plan = step if plan is None else jm.compose(step, plan)
-            return x + self.mlp(normed), plan, sizes
+            merged = jm.tokens.merge_step(
+                seen.keys, x, r, sizes=sizes, residual=y, offset=offset, norm=self.next_norm, protect=self.protect
+            )
+            assert merged.normed is not None
+            plan = merged.plan if plan is None else jm.compose(merged.plan, plan)
+            return merged.x + self.mlp(merged.normed), plan, merged.sizes
         x = x + (y + offset.astype(y.dtype)[None, None])
         if r:
             seen = Seen(x, *qkv, bias, self.protect, plan)
@@ -347,7 +349,8 @@ def _product(linear: nnx.Linear, x: Array) -> Array:
     return linear.dot_general(x.astype(dtype), linear.kernel[...].astype(dtype), over, precision=linear.precision)
 
 
-def _bias(linear: nnx.Linear) -> Array:
+def bias_of(linear: nnx.Linear) -> Array:
+    """The bias that a linear map has."""
     assert linear.bias is not None
     return linear.bias[...]
 

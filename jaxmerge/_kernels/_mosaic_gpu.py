@@ -1,5 +1,6 @@
 """What the Hopper kernels share: how they are launched, and rows made ready for wgmma."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -246,7 +247,7 @@ def totals(ref: Any, *rows: Array) -> list[Array]:
 
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[layout] * len(rows)))(each)
     inlined(ref, *[plgpu.layout_cast(row, layout) for row in rows])
-    return [sum(ref[number * WARPS + warp] for warp in range(WARPS)) for number in range(len(rows))]
+    return [functools.reduce(jnp.add, [ref[number * WARPS + warp] for warp in range(WARPS)]) for number in range(len(rows))]
 
 
 def together() -> None:

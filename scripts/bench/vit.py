@@ -27,7 +27,7 @@ from rich.table import Table
 
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch
-from models.vit import VARIANTS, Flash, ViT, ViTConfig
+from models.vit import VARIANTS, Flash, ViT, ViTConfig, bias_of
 from scripts.bench import device, meter
 from scripts.refusals import refusals
 
@@ -177,7 +177,8 @@ def cut(model: ViT, images: jax.Array, r: int) -> jax.Array:
     x = model.tokens(images)
     layers = jm.tokens.schedule(model.config.depth, r, n=x.shape[1], protected=model.config.num_prefix)
     for block, fewer in zip(model.blocks, layers, strict=True):
-        x = (x + block.attn(block.norm1(x), None)[0] + block.attn.proj.bias[...][None, None])[:, : x.shape[1] - fewer]
+        added = block.attn(block.norm1(x), None)[0] + bias_of(block.attn.proj)[None, None]
+        x = (x + added)[:, : x.shape[1] - fewer]
         x = x + block.mlp(block.norm2(x))
     return model.classify(x, jm.identity(x.shape[1], like=x))
 

@@ -34,7 +34,7 @@ CANDIDATES = {
 LANES = mgpu.LANES
 THREADS = 2
 """Of a block that unmerges."""
-MOST_POSITIONS = 16384
+MOST_POSITIONS = 8192
 ROWS = 8 * 1024
 """Bytes of first members that are asked for in a turn, 16 registers of each lane."""
 AHEAD = 8

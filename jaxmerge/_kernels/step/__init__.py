@@ -1,7 +1,7 @@
 """A whole step of Token Merging: add the residual, match, choose, merge, normalise. Over any batch axes, with derivatives."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -63,21 +63,28 @@ def differentiable(module: Any, how: How, *arrays: Array | None) -> tuple[Array,
 
 @partial(differentiable.defjvp, symbolic_zeros=True)
 def _jvp(module, how, primals, tangents):
-    _, x, sizes, _, _, norm = (*primals, None, None, None)[:6]
-    _, *moving = (None if t is None or isinstance(t, SymbolicZero) else t for t in (*tangents, None, None, None)[:6])
-    y, mass, ids, *normed = differentiable(module, how, *primals)
-    dx, _, dresidual, doffset, dnorm = moving
+    every = lambda some: (*some, None, None, None)[:6]
+    moving = [None if isinstance(t, SymbolicZero) else t for t in every(tangents)]
+    found = differentiable(module, how, *primals)
+    dy = _merged(module, found, every(primals), moving)
+    changes = (dy, jnp.zeros_like(found[1]), zero_from_primal(found[2], symbolic_zeros=False))
+    if len(found) == len(changes):
+        return found, changes
+    norm, dnorm = primals[5], moving[5]
+    behind = lambda y, norm: normalised(y, _each(norm[:, 0], y), _each(norm[:, 1], y), how.epsilon, how.dtype)
+    dnormed = jax.jvp(behind, (found[0], norm), (dy, jnp.zeros_like(norm) if dnorm is None else dnorm))[1]
+    return found, (*changes, dnormed)
+
+
+def _merged(module: Any, found: tuple[Array, ...], primals: Any, moving: Any) -> Array:
+    """How merged x moves with x, residual and offset: as they move, merged."""
+    (_, x, sizes, *_), (_, dx, _, dresidual, doffset, _), (y, mass, ids, *_) = primals, moving, found
     some = [t.astype(x.dtype) for t in (dx, dresidual) if t is not None]
-    some += [jnp.broadcast_to(_each(over(doffset, x), x), x.shape).astype(x.dtype)] if doffset is not None else []
+    if doffset is not None:
+        some.append(jnp.broadcast_to(over(_each(doffset, x), x), x.shape).astype(x.dtype))
     if not some:
-        dy = jnp.zeros_like(y)
-    else:
-        dy = merge.apply(merge.beside(module), ids, sum(some[1:], some[0]), sizes, mass, m=y.shape[1])
-    tangents = dy, jnp.zeros_like(mass), zero_from_primal(ids, symbolic_zeros=False)
-    if normed:
-        behind = lambda y, norm: normalised(y, *jnp.moveaxis(_each(norm, y), 1, 0), how.epsilon, how.dtype)
-        tangents += (jax.jvp(behind, (y, norm), (dy, jnp.zeros_like(norm) if dnorm is None else dnorm))[1],)
-    return (y, mass, ids, *normed), tangents
+        return jnp.zeros_like(y)
+    return merge.apply(merge.beside(module), ids, reduce(jnp.add, some), sizes, mass, m=y.shape[1])
 
 
 def _each(a: Array, x: Array) -> Array:

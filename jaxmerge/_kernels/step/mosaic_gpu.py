@@ -116,7 +116,8 @@ def step(
     if norm is None or c.normalises:
         return Result(*found)
     each = norm if len(norm) == 1 else jnp.repeat(norm, B // len(norm), axis=0)
-    return Result(*found, normalised(found[0], each[:, 0], each[:, 1], epsilon, dtype))
+    normed = normalised(found[0], each[:, 0], each[:, 1], epsilon, dtype)
+    return Result(*found, normed=normed)
 
 
 def _keep(c: SimpleNamespace, B: int, offset: Any, norm: Any) -> None:
@@ -332,7 +333,8 @@ def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: A
 
     def whole(row, *more):
         offset = [None] * len(row) if c.added is None else [c.added[span] for span in spans]
-        return tuple(added(part, *(other or (None,)), one) for part, one, *other in zip(row, offset, *more, strict=True))
+        others = more[0] if more else [None] * len(row)
+        return tuple(added(part, other, one) for part, other, one in zip(row, others, offset, strict=True))
 
     def put(at, row, own):
         mgpu.write_row(y, c.row, at, row)

@@ -135,18 +135,19 @@ def faster(op: str, metric: Any, x: Any, *more: Any, r: int, kind: str, **how: A
 
 
 def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], has: Has, epsilon: float) -> None:
-    refs = iter(refs)
-    metric_ref, x_ref = next(refs), next(refs)
-    sizes_ref, residual_ref, offset_ref, norm_ref = (next(refs) if here else None for here in has)
-    y_ref, mass_ref, ids_ref, *normed_ref = refs
+    given = iter(refs)
+    metric_ref, x_ref = next(given), next(given)
+    sizes_ref, residual_ref, offset_ref, norm_ref = (next(given) if here else None for here in has)
+    y_ref, mass_ref, ids_ref, *normed_ref = given
     rows = range(x_ref.shape[0])
     plans = _segment_ids([metric_ref[b] for b in rows], r, runs)
     for b, ids in zip(rows, plans, strict=True):
         ids_ref[b] = ids
         x = added(x_ref[b], None if residual_ref is None else residual_ref[b], None if offset_ref is None else offset_ref[0])
         _merge(ids, x, None if sizes_ref is None else sizes_ref[b], y_ref.at[b], mass_ref.at[b])
-        for ref in normed_ref:
-            ref[b] = normalised(y_ref[b], norm_ref[0, :1], norm_ref[0, 1:], epsilon, ref.dtype)
+        if norm_ref is not None:
+            (normed,) = normed_ref
+            normed[b] = normalised(y_ref[b], norm_ref[0, :1], norm_ref[0, 1:], epsilon, normed.dtype)
 
 
 def _segment_ids(metrics: list[Array], r: int, runs: tuple[tuple[int, int], ...]) -> list[Array]:
