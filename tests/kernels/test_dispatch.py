@@ -111,6 +111,16 @@ def test_norms_that_differ_along_a_mapped_axis(arrays):
             near(mapped("mosaic_tpu")(*tokens, *some), wanted)
 
 
+@pytest.mark.parametrize("what", ["offset", "norm's scale", "norm's bias"])
+def test_vectors_of_another_width_are_refused(unchecked, arrays, what):
+    vectors = {name: jnp.zeros(D + (name == what)) for name in ("offset", "norm's scale", "norm's bias")}
+    norm = jm.tokens.LayerNorm(vectors["norm's scale"], vectors["norm's bias"])
+    with pytest.raises(
+        ValueError, match=rf"merge_step: {what} must have one number for each of {D} features, got \({D + 1},\)"
+    ):
+        jm.tokens.merge_step(*arrays[:2], R, offset=vectors["offset"], norm=norm)
+
+
 def test_all_reasons_are_named_at_once(arrays):
     metric, x, _ = arrays
     with pytest.raises(ValueError, match=r"(?s)it is for tpu, and this process runs on cpu.*metric is float16.*form 17 runs"):

@@ -21,6 +21,13 @@ class LayerNorm(NamedTuple):
     Attributes:
       scale, bias: one number for each feature.
       dtype: of the result, such as that of the product which reads it; None is x's.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> x = jnp.array([[1.0, 3.0], [1.0, 3.0], [5.0, 1.0]])
+      >>> norm = jm.tokens.LayerNorm(jnp.ones(2), jnp.zeros(2))
+      >>> jm.tokens.merge_step(x, x, 1, norm=norm).normed.round(3).tolist()
+      [[-1.0, 1.0], [1.0, -1.0]]
     """
 
     scale: Float[ArrayLike, "d"]
