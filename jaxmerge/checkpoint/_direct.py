@@ -36,6 +36,15 @@ def let_go(room: np.ndarray) -> None:
         room.base.obj.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
 
 
+def into_large_pages(address: int, size: int) -> None:
+    """Have memory of which nothing is wanted yet in large pages, as far as it fills such, when it is written to."""
+    begin, end = pages(address, HUGE), (address + size) // HUGE * HUGE
+    with contextlib.suppress(AttributeError, OSError):
+        advise = ctypes.CDLL(None).madvise
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED):
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(max(end - begin, 0)), advice)
+
+
 class Reader:
     """Ranges of files into memory; safe to use from several threads."""
 

@@ -1,12 +1,11 @@
-"""Reading ahead and writing behind: units of leaves into rooms that are used again and again, results in order to disk."""
+"""Reading ahead: units of leaves into rooms that are used again and again."""
 
 import collections
 import concurrent.futures
 import contextlib
 import functools
-import queue
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +23,6 @@ BESIDE = 1 << 26
 """Bytes of rooms beside the largest unit: what is small is read while that one is waited for, or worked on."""
 PREPARERS = 2
 """Units that are prepared at once."""
-FLUSH = 1 << 22
-"""Bytes that are written at once."""
 
 
 class Unit(NamedTuple):
@@ -69,9 +66,10 @@ def read_ahead(
         sizes = [part_of(s, unit).size * s.leaves[unit.name].dtype.itemsize for s in several[unit.name]]  # type: ignore[union-attr]
         return _direct.pages(max(sizes, default=0) + 2 * _direct.PAGE)
 
-    all_bytes = lambda unit: room_bytes(unit) * len(several[unit.name])
-    rooms = _Rooms(rooms_bytes([all_bytes(unit) for unit in units], limit), ROOMS)
-    todo, under_way = collections.deque(units), collections.deque()
+    each = [room_bytes(unit) for unit in units]
+    together = [n * len(several[unit.name]) for n, unit in zip(each, units, strict=True)]
+    rooms = _Rooms(rooms_bytes(together, limit), ROOMS)
+    todo, under_way = collections.deque(zip(units, each, together, strict=True)), collections.deque()
 
     def fill(source: Source, unit: Unit, room: np.ndarray) -> Run:
         unit, dtype, extent = part_of(source, unit), source.leaves[unit.name].dtype, source.extent(unit.name)
@@ -91,13 +89,13 @@ def read_ahead(
 
     with (
         contextlib.closing(rooms),
-        _Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
-        _Threads(PREPARERS, "jaxmerge-prepare") as preparers,
+        Threads(min(LANES, len(inputs)), "jaxmerge-lane") as lanes,
+        Threads(PREPARERS, "jaxmerge-prepare") as preparers,
     ):
         for _ in units:
-            while todo and (part := rooms.take(all_bytes(todo[0]))) is not None:
-                unit = todo.popleft()
-                pairs = zip(several[unit.name], rooms.split(part, room_bytes(unit)), strict=True)
+            while todo and (part := rooms.take(todo[0][2])) is not None:
+                unit, size, _ = todo.popleft()
+                pairs = zip(several[unit.name], rooms.split(part, size), strict=True)
                 reads = [lanes.submit(fill, source, unit, room) for source, room in pairs]
                 runs = functools.partial(ready, unit, reads)
                 under_way.append((unit, part, runs if prepare is None else preparers.submit(runs).result))
@@ -117,7 +115,7 @@ def rooms_bytes(sizes: Sequence[int], limit: int) -> int:
     return max(min(most, limit), largest)
 
 
-class _Threads(concurrent.futures.ThreadPoolExecutor):
+class Threads(concurrent.futures.ThreadPoolExecutor):
     """Threads of which nothing is wanted any more once the block is left."""
 
     def __exit__(self, *_: object) -> None:
@@ -172,121 +170,3 @@ def flat_range(source: Source, unit: Unit) -> np.ndarray:
             break
     block = source.read(unit.name, () if unit.size == leaf.size else tuple(index))
     return np.ascontiguousarray(block).reshape(-1)[start:stop]
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """What takes an output's bytes."""
-
-    buffered: set[str]
-
-    def write(self, file: str, offset: int, data: np.ndarray) -> None: ...
-
-    def mark(self, note: Callable[[], None]) -> None: ...
-
-    def close(self) -> None: ...
-
-    def abandon(self) -> None: ...
-
-
-class WriteBehind:
-    """Bytes to a few files; a thread writes them while the next are computed, another says what is safe."""
-
-    def __init__(self, rooms: int = 4):
-        self._free: queue.Queue = queue.Queue()
-        for _ in range(rooms):
-            self._free.put(_direct.buffer(FLUSH))
-        self._writer, self._keeper = _Threads(1, "jaxmerge-write"), _Threads(1, "jaxmerge-keep")
-        self._files: dict[str, _direct.Writer] = {}
-        self._file, self._at, self._begin = "", 0, 0
-        self._room: np.ndarray | None = None
-        self._last: concurrent.futures.Future | None = None
-        self._error: Exception | None = None
-        self.buffered: set[str] = set()
-
-    def write(self, file: str, offset: int, data: np.ndarray) -> None:
-        """Write bytes, soon."""
-        if (file, offset) != (self._file, self._at):
-            self._flush()
-            self._file, self._at = file, offset
-        done = 0
-        while done < data.size:
-            if self._room is None:
-                self._room, self._begin = self._take(), self._at
-            lead = self._begin % _direct.PAGE
-            used = lead + self._at - self._begin
-            n = min(data.size - done, FLUSH - used)
-            self._room[used : used + n] = data[done : done + n]
-            done, self._at = done + n, self._at + n
-            if used + n == FLUSH:
-                self._flush()
-
-    def mark(self, note: Callable[[], None]) -> None:
-        """Call `note` when all that came before is on disk."""
-        self._flush()
-        self._keeper.submit(self._keep, self._last, note)
-        self._check()
-
-    def close(self) -> None:
-        """Wait until everything is written, and noted.
-
-        Raises:
-          OSError: it could not be written.
-        """
-        self._flush()
-        self._leave(cancel=False)
-        self._check()
-
-    def abandon(self) -> None:
-        """Leave off, whatever is under way."""
-        self._leave(cancel=True)
-
-    def _leave(self, *, cancel: bool) -> None:
-        for threads in (self._writer, self._keeper):
-            threads.shutdown(cancel_futures=cancel)
-        for file, writer in self._files.items():
-            if writer.buffered:
-                self.buffered.add(file)
-            writer.close()
-        self._files.clear()
-
-    def _take(self) -> np.ndarray:
-        room = self._free.get()
-        self._check()
-        return room
-
-    def _flush(self) -> None:
-        if self._room is None:
-            return
-        if self._file not in self._files:
-            self._files[self._file] = _direct.Writer(self._file)
-        lead = self._begin % _direct.PAGE
-        part = slice(lead, lead + self._at - self._begin)
-        self._last = self._writer.submit(self._put, self._files[self._file], self._begin, self._room, part)
-        self._room = None
-
-    def _put(self, writer: _direct.Writer, offset: int, room: np.ndarray, part: slice) -> None:
-        with self._noting_errors():
-            writer.write(room[part], offset)
-        self._free.put(room)
-
-    def _keep(self, last: concurrent.futures.Future | None, note: Callable[[], None]) -> None:
-        """What was written last, and all before it, made safe; not where one failed, or was not begun."""
-        with self._noting_errors():
-            if last is not None:
-                last.result()
-            self._check()
-            for writer in list(self._files.values()):
-                writer.sync()
-            note()
-
-    @contextlib.contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as e:
-            self._error = self._error or e
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error

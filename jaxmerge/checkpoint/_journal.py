@@ -2,7 +2,11 @@
 
 out.merging/            locked while someone works there
   *.safetensors         of their final sizes from the start; or a tree of Orbax, whose arrays have their shapes
-  journal-0.jsonl       one line for what is safely on disk; one file per process
+  journal-0.jsonl       one line for what is done; one file per process
+
+A process that is killed leaves what it has written with the kernel, a machine that goes down does not: to have all of it put on
+the disk each time takes as long as to write it. So most lines hold for as long as this machine runs, by their "boot"; those
+without hold for good, and so do all before them.
 """
 
 import base64
@@ -14,7 +18,7 @@ import os
 import pathlib
 import shutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,14 +103,21 @@ class Workplace:
             _processes.wait("place prepared")
             lines = [{"merge": identity, **about}]
             self.note(lines[0])
+        else:
+            self._keep(lines)
         return lines[1:]
 
-    def note(self, line: Mapping[str, Any]) -> None:
-        """Add a line, for good."""
+    def note(self, line: Mapping[str, Any], *, for_good: bool = True) -> None:
+        """Add a line; what it says is done is on the disk, or else with the kernel."""
         with open(self._journal(), "a") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(json.dumps(line if for_good else {**line, "boot": boot()}) + "\n")
             f.flush()
-            os.fsync(f.fileno())
+            if for_good:
+                os.fsync(f.fileno())
+
+    def forget(self) -> None:
+        """What is not on the disk will not be there."""
+        self._keep(holding(self._lines(), None))
 
     def finish(self, files: Mapping[str, str | bytes]) -> None:
         """Write what goes beside the tensors, and make the output appear."""
@@ -142,13 +153,35 @@ class Workplace:
     def _journal(self) -> pathlib.Path:
         return self.directory / f"journal-{self.rank}.jsonl"
 
+    def _keep(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """These lines and no others: none that is torn, none that no longer holds."""
+        text, journal = "".join(json.dumps(line) + "\n" for line in lines), self._journal()
+        if journal.read_text() != text:
+            new = journal.with_suffix(".new")
+            new.write_text(text)
+            sync(new)
+            new.rename(journal)
+
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be torn
             for line in self._journal().read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     lines.append(json.loads(line))
-        return lines
+        return holding(lines, boot())
+
+
+def boot() -> str | None:
+    """What tells one run of this machine from the next; None where it does not say."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def holding(lines: Sequence[dict[str, Any]], here: str | None) -> list[dict[str, Any]]:
+    """The lines of a journal up to the last one that holds for good, or while this runs."""
+    holds = [i for i, line in enumerate(lines) if line.get("boot", here) == here]
+    return list(lines[: holds[-1] + 1]) if holds else []
 
 
 def begun(out: Any, **asked: Any) -> list[list[str]]:
@@ -214,6 +247,8 @@ def unpack(packed: Any) -> Any:
 
 def fingerprint(value: Any, depth: int = 12) -> Any:
     """What a function does, as far as its name, its code and what it closes over tell: JSON."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
     if depth == 0:
         return "..."
     inner = functools.partial(fingerprint, depth=depth - 1)
@@ -236,6 +271,4 @@ def fingerprint(value: Any, depth: int = 12) -> Any:
     if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__jax_array__") or type(value).__name__ == "ArrayImpl":
         array = np.asarray(value)
         return [str(array.dtype), list(array.shape), digest(array.tobytes().hex())]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmerge.checkpoint._behind import WriteBehind
 from jaxmerge.checkpoint._budget import show_size
-from jaxmerge.checkpoint._feed import WriteBehind
 from jaxmerge.checkpoint._safetensors import NAMES, header_bytes
 from jaxmerge.checkpoint._source import Extent, Leaf
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxmerge.checkpoint import _direct
-from jaxmerge.checkpoint._feed import FLUSH, Unit, rooms_bytes
+from jaxmerge.checkpoint._behind import ROOMS, room_bytes
+from jaxmerge.checkpoint._feed import Unit, rooms_bytes
 from jaxmerge.checkpoint._source import Source
 
 RUNTIME, OF_ORBAX, OF_WHOLE = 220_000_000, 30_000_000, 120_000_000
@@ -61,10 +62,10 @@ def decoded(held: int) -> int:
     return held + held // 4
 
 
-def written(out_bytes: int, group: int | None) -> int:
-    """Bytes on their way to the disk: four buffers of a safetensors file; of Orbax one `group` of blocks is under way while the
-    next is made."""
-    return min(4 * FLUSH if group is None else 2 * group, out_bytes)
+def written(out_bytes: int, group: int | None, width: int) -> int:
+    """Bytes on their way to the disk: of safetensors the rooms for entries of that width; of Orbax one `group` of blocks is
+    under way while the next is made."""
+    return ROOMS * room_bytes(width) if group is None else min(2 * group, out_bytes)
 
 
 def runtime(*, orbax: bool, whole: bool) -> int:

@@ -31,13 +31,20 @@ ANY_ORDER = {"xla_cpu_enable_fast_math": True} | {
 """Of what is called fast math, that terms of a sum are added in any order: in vectors, while they are made."""
 
 
-def pieces(size: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, size of the program) of the blocks that make up so many entries."""
+def pieces(size: int, sizes: Sequence[int] = SIZES, page: int = 1, lead: int = 0) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, size of the program) of the blocks that make up so many entries.
+
+    The first is the `lead`-th of a page of the output: what a block has of a page that it does not fill is the next one's.
+    """
     start = 0
     while start < size:
         fits = next((s for s in sizes if s <= size - start), sizes[-1])
-        yield start, min(start + fits, size), fits
-        start += fits
+        stop = min(start + fits, size)
+        over = (lead + stop) % page
+        if stop < size and over < stop - start:
+            stop -= over
+        yield start, stop, fits
+        start = stop
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,6 +68,22 @@ def merger(steps: tuple[Step, ...], has_base: bool, cast: Any, out: Any, parents
         return rounded(x if zero is None else zero + x, out), plans, _strange(windows)
 
     return jax.jit(merge)
+
+
+@functools.lru_cache(maxsize=64)
+def placer(*merged: Any) -> Any:
+    """(room, at, settings, origin, inputs) -> the room, which is donated, with the bits of the block that `merger` makes of the
+    rest from the at-th entry on; the plans, and of each input whether it has NaN or inf.
+
+    One loop, in one thread: nothing is written but the room.
+    """
+    merge = merger(*merged)
+
+    def place(room: Array, at: Array, settings: Any, origin: Array, windows: Sequence[Window]) -> tuple:
+        block, *found = merge(settings, origin, windows)
+        return lax.dynamic_update_slice(room, lax.bitcast_convert_type(block.reshape(-1), room.dtype), (at,)), *found
+
+    return jax.jit(place, donate_argnums=0)
 
 
 class Ahead:
@@ -88,7 +111,10 @@ class Ahead:
 
     def _make_ready(self, look: Any, front: Sequence[Any], seen: Sequence[Window]) -> None:
         def try_on_zeros(size: int) -> None:
-            look(*front, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
+            here = [
+                jnp.zeros(x.shape, x.dtype) if isinstance(x, Array) and x.is_deleted() else x for x in front
+            ]  # what was donated
+            look(*here, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
 
         thread = concurrent.futures.ThreadPoolExecutor(1, "jaxmerge-ahead")
         for size in self._sizes:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _journal, _processes, _receipt
+from jaxmerge.checkpoint._behind import Lost
 from jaxmerge.checkpoint._feed import read_ahead
 from jaxmerge.checkpoint._plan import CheckpointPlan
 from jaxmerge.checkpoint._refusals import differing, strange
@@ -17,7 +18,7 @@ from jaxmerge.checkpoint._task import make_task, unit_bytes
 from jaxmerge.params._transform import MergeTransform
 
 CHECKPOINT = 1 << 26
-"""Bytes of output after which the journal says what is safe."""
+"""Bytes of output after which the journal says what is done."""
 
 
 def run(
@@ -81,6 +82,8 @@ def run(
             files[_receipt.NAME] = _receipt.write(headers, made, hashes, settings, options, recipe)
         place.finish(files)
     except BaseException as e:
+        if isinstance(e, Lost):
+            place.forget()
         place.leave(keep=(keep or _safe(place)) and not isinstance(e, ValueError))
         raise
     by_step = tuple({n: found[n][i] for n in headers.floating if n in found} for i in range(len(task.steps)))
@@ -148,7 +151,7 @@ def _write(stream: Stream, place: _journal.Workplace, headers: CheckpointPlan, d
     noted, since = set(stream.found), 0
     units = stream.task.units
 
-    def mark(n: int) -> Callable[[], None] | None:
+    def mark(n: int) -> Callable[[bool], None] | None:
         nonlocal noted, since
         since += units[n - 1].size * where[units[n - 1].name].bytes // max(headers.out[units[n - 1].name].size, 1)
         if since < CHECKPOINT and n < len(units):
@@ -157,7 +160,7 @@ def _write(stream: Stream, place: _journal.Workplace, headers: CheckpointPlan, d
         new = {k: v for k, v in stream.found.items() if k not in noted}
         noted |= set(new)
         line = {"units": n, "found": _journal.pack(new), "bad": {k: list(v) for k, v in stream.bad.items()}}
-        return lambda: place.note(line)
+        return lambda for_good: place.note(line, for_good=for_good)
 
     try:
         stream.merge(sink, where, done, mark)

@@ -5,8 +5,10 @@ numpy finds it, or, where it does not fit, read again. One that a method must se
 and counts against the memory. Every process has units of its own; only counts travel.
 """
 
+import collections
 import concurrent.futures
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,8 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
-from jaxmerge.checkpoint._feed import Sink, Unit, read_ahead
+from jaxmerge.checkpoint._behind import SIDE_BY_SIDE, Sink, WriteBehind, can_fill
+from jaxmerge.checkpoint._feed import Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.checkpoint._windows import Run, Window, copied, windows
 from jaxmerge.params._transform import Step, Survey
@@ -121,20 +124,23 @@ class Stream:
     def merge(self, sink: Sink, where: Mapping[str, Extent], done: int, mark: Callable[[int], Any]) -> None:
         """Write every unit from the `done`-th on; `mark(n)`, when n are handed over, says what to do once they are safe."""
         task, units = self.task, self.task.units[done:]
-        blockwise = [u for u in units if u.name in task.floating - task.entire and row_of(task.steps, self._shape(u.name)) == 1]
-        self._ahead = programs.Ahead(dict.fromkeys(size for u in blockwise for _, _, size in programs.pieces(u.size)))
+        blockwise = task.floating - task.entire
+        flat = {u: None for u in units if u.name in blockwise and row_of(task.steps, self._shape(u.name)) == 1}
+        self._ahead = programs.Ahead(dict.fromkeys(size for u in flat for _, _, size in programs.pieces(u.size)))
+        fills = can_fill()
         n = done
         for unit, runs in self.units(units, len(task.steps)):
-            if unit.name in task.floating:
-                blocks = self.merged(unit, runs)
-            else:
-                blocks = [(0, runs[0].entries)]
+            width = task.out[unit.name].itemsize
+            here = Extent(where[unit.name].file, where[unit.name].offset + unit.start * width, unit.size * width)
+            if unit.name not in task.floating:
                 if count := programs.unfinite(runs[0].entries):
                     self.bad[unit.name] = [count + self.bad.get(unit.name, [0])[0]]
-            width = task.out[unit.name].itemsize
-            for start, block in blocks:
-                at = where[unit.name].offset + (unit.start + start) * width
-                sink.write(where[unit.name].file, at, block.view(np.uint8))
+                sink.write(here.file, here.offset, runs[0].entries.view(np.uint8))
+            elif isinstance(sink, WriteBehind) and fills and unit in flat and here.offset % width == 0:
+                self._fill(unit, runs, sink, here)
+            else:
+                for start, block in self.merged(unit, runs):
+                    sink.write(here.file, here.offset + start * width, block.view(np.uint8))
             self.advance(sum(run.nbytes for run in runs), unit.size * width)
             n += 1
             if (note := mark(n)) is not None:
@@ -143,15 +149,35 @@ class Stream:
     def merged(self, unit: Unit, runs: list[Run]) -> Iterator[tuple[int, np.ndarray]]:
         """(offset in the unit, block) of the output."""
         task, name = self.task, unit.name
-        data = task.parents if len(task.inputs) > task.parents else None
-        look = programs.merger(task.steps, task.has_base, task.cast, task.out[name], data)
-        settings = self._placed(len(task.steps), name)
+        look, settings = programs.merger(*self._program(name)), self._placed(len(task.steps), name)
         for start, stop, seen in self._windows(unit, runs):
             block, plans, strange = self._ahead.run(look, settings, self._origin(unit, start), seen)
             block = np.asarray(block).reshape(-1)
             part = [(run if name in task.entire else run.part(start, stop)).entries for run in runs]
             self._note(name, plans, strange, part)
             yield start, block[: stop - start]
+
+    def _fill(self, unit: Unit, runs: list[Run], sink: WriteBehind, where: Extent) -> None:
+        """Merge a unit into a sink's rooms, several blocks side by side; the inputs are let go when all are there."""
+        name, dtype = unit.name, self.task.out[unit.name]
+        look, settings, width = programs.placer(*self._program(name)), self._placed(len(self.task.steps), name), dtype.itemsize
+        under_way: collections.deque[tuple[Any, Any, list[np.ndarray]]] = collections.deque()
+        page, lead = _direct.PAGE // width, where.offset // width
+        for start, stop, seen in self._pieces(unit, runs, programs.SIZES, page=page, lead=lead):
+            front = settings, self._origin(unit, start)
+            program = lambda room, at, front=front, seen=seen: self._ahead.run(look, room, at, *front, seen)
+            part = Extent(where.file, where.offset + start * width, (stop - start) * width)
+            found = sink.fill(part, math.prod(seen[0].shape) * width, dtype, program)
+            under_way.append((*found, [run.part(start, stop).entries for run in runs]))
+            if len(under_way) == SIDE_BY_SIDE:
+                self._note(name, *under_way.popleft())
+        for found in under_way:
+            self._note(name, *found)
+
+    def _program(self, name: str) -> tuple[Any, ...]:
+        """What `programs.merger` is to be given for a leaf."""
+        task = self.task
+        return task.steps, task.has_base, task.cast, task.out[name], task.parents if len(task.inputs) > task.parents else None
 
     def _windows(self, unit: Unit, runs: Sequence[Run], *, fill: bool = True) -> Iterator[tuple[int, int, list[Window]]]:
         """`_pieces` for all steps; of a leaf that must be seen whole, the one."""
@@ -161,13 +187,14 @@ class Stream:
         return self._pieces(unit, runs, programs.SIZES, fill=fill)
 
     def _pieces(
-        self, unit: Unit, runs: Sequence[Run], sizes: Sequence[int], *, fill: bool = True
+        self, unit: Unit, runs: Sequence[Run], sizes: Sequence[int], *, fill: bool = True, page: int = 1, lead: int = 0
     ) -> Iterator[tuple[int, int, list[Window]]]:
         """(start, stop, that piece of each input), the last filled up with zeros; in rows where a step looks at those."""
         row = row_of(self.task.steps, self._shape(unit.name))
-        for start, stop, size in programs.pieces(unit.size, [max(size // row, 1) * row for size in sizes]):
+        for start, stop, size in programs.pieces(unit.size, [max(size // row, 1) * row for size in sizes], page, lead):
             size = size if fill else stop - start
-            yield start, stop, windows(runs, start, stop, (size,) if row == 1 else (size // row, row))
+            seen = min(start + size, unit.size)  # beyond `stop` where the next one begins within a page
+            yield start, stop, windows(runs, start, seen, (size,) if row == 1 else (size // row, row))
 
     def _note(self, name: str, plans: Any, strange: Any, arrays: Sequence[np.ndarray]) -> None:
         if name not in self.found:

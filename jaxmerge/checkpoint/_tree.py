@@ -149,7 +149,7 @@ class Blocks:
         self._own = base / f"ocdbt.process_{jax.process_index()}"
         self._made: Any = None
         self._under_way: Any = None
-        self._notes: list[Callable[[], None]] = []
+        self._notes: list[Callable[[bool], None]] = []
         self._size = 0
         self._name, self._at, self._begin = "", 0, 0
         self._room: np.ndarray | None = None
@@ -183,7 +183,7 @@ class Blocks:
         for index, values in parts if isinstance(array, jax.Array) else [((), array)]:
             self._add(target[index], np.asarray(values))
 
-    def mark(self, note: Callable[[], None]) -> None:
+    def mark(self, note: Callable[[bool], None]) -> None:
         """Call `note` when all that came before is on disk: while what comes next is made."""
         self._flush()
         if self._made is not None:
@@ -256,7 +256,7 @@ class Blocks:
             raise OSError(f"{self._own} cannot be written: {str(error).splitlines()[0]}") from error
         notes, self._notes = self._notes, []
         for note in notes:
-            note()
+            note(True)
 
     def _open(self, name: str) -> Any:
         """The array in this process's own store, which has its blocks only: it is described in the whole."""

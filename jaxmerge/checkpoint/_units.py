@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmerge.checkpoint import _programs as programs
+from jaxmerge.checkpoint._behind import SIDE_BY_SIDE
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._peak import Peak, decoded, of_block, rooms, written
@@ -66,9 +67,10 @@ def by_ranges(
     width = max((leaf.dtype.itemsize for s in inputs for leaf in s.leaves.values() if leaf.dtype is not None), default=1)
     copies = 4 * len(inputs) * width + 4 * len(inputs) * 4  # rooms, and what is computed of one block
     block = next((s for s in programs.SIZES if s * copies <= hold), programs.SIZES[-1])
+    side_by_side = max(min(SIDE_BY_SIDE, hold // (block * copies)), 1) if shards is None else 1
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
-    largest = block * len(inputs) * width
+    largest = block * side_by_side * len(inputs) * width
     work = of_block(block, LOOK, len(inputs), max((leaves[n].size for n in merged), default=0))
     encoded = 0  # of inputs that are no runs of bytes: what is read, and what comes of it, until it is where it belongs
     units: list[tuple[Unit, ...]] = []
@@ -90,7 +92,7 @@ def by_ranges(
         whole = Unit(name, 0, leaf.size)
         there = [s.leaves[name] for s in inputs if name in s.leaves]
         held = sum(o.bytes for o in there)
-        parts = cut(name, leaf, block)
+        parts = cut(name, leaf, block * side_by_side)
         if name not in merged or not leaf.size:
             units += [(part,) for part in parts]
             continue
@@ -134,7 +136,7 @@ def by_ranges(
             encoded = max(encoded, 0 if local else held)
         largest = max(largest, held)
     together = min(GROUP, hold // 8)
-    out = written(sum(leaf.bytes for leaf in leaves.values()), None if shards is None else together)
+    out = written(sum(leaf.bytes for leaf in leaves.values()), None if shards is None else together, width)
     limit = hold if memory is None else max(hold - work - decoded(encoded) - out, largest)
     room = rooms((unit for group in units for unit in group), inputs, merged, limit)
     peak = Peak(room, work, decoded(encoded), out)

@@ -225,6 +225,8 @@ def find(source: Source, layout: str) -> list[Found]:
 def layout_of(source: Source) -> str:
     """The layout that a source is in: "hf" where no other fits every one of its names. State of an optimiser does not count."""
     names = [n for n in source.leaves if not STATE.match(n)]
+    if not any("/" in n for n in names):  # all layouts of `LAYOUTS` have paths
+        return "hf"
     known = lambda layout, name: any(pattern.fullmatch(bare(name)) for pattern, *_ in _patterns(layout))
     fits = [layout for layout in LAYOUTS if names and all(known(layout, n) for n in names)]
     if any(f.startswith("maxtext") for f in fits):  # of the same names: Llama's, without norms and biases, is turned otherwise

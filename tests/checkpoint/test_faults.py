@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmerge import checkpoint, params
-from jaxmerge.checkpoint import _direct, _journal
+from jaxmerge.checkpoint import _behind, _direct, _journal
 from tests.checkpoint.conftest import save
 
 # Merges in forked children: each is killed at its k-th event, looked at, and run again to the end. An event is a range written
@@ -350,6 +350,70 @@ def test_another_merge_does_not_go_on_from_this_one(models, tmp_path, monkeypatc
         report = merge(models, tmp_path / "out", overwrite=True)
         assert (report.resumed > 0) == (left[1] == paths["b"])
         assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_machine_that_went_down(models, tmp_path, monkeypatch, synced):
+    """What a process that was killed had written is there; after the machine went down, only what had been put on the disk."""
+    merge(models, tmp_path / "want")
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+    monkeypatch.setattr(_behind, "SYNC", -1 if synced else 3600)
+    for here, resumed in (("one", True), ("another", synced)):
+        with monkeypatch.context() as m:
+            m.setattr(_journal, "boot", lambda: "one")
+            m.setattr(_journal.Workplace, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                merge(models, tmp_path / "out", overwrite=True)
+        monkeypatch.setattr(_journal, "boot", lambda here=here: here)
+        assert (merge(models, tmp_path / "out", overwrite=True).resumed > 0) == resumed
+        assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
+
+
+def test_lines_that_no_longer_hold(tmp_path):
+    """All up to the last that holds: of an earlier run of the machine those before one that was for good."""
+    good, one, two = {"n": 0}, {"n": 1, "boot": "one"}, {"n": 2, "boot": "two"}
+    holding = _journal.holding
+    assert holding([good, one], "one") == [good, one] and holding([good, one], "two") == [good]
+    assert holding([good, one, good, two], "three") == [good, one, good] and holding([one], "two") == []
+    assert holding([good, one], None) == [good]  # a machine that does not say which run this is
+    place = _journal.Workplace(tmp_path / "out", rank=0, overwrite=False)
+    assert place.begin("m", lambda: None, resume=True) == []
+    place.note({"n": 1})
+    place.note({"n": 2}, for_good=False)
+    assert [line["n"] for line in place.begin("m", lambda: None, resume=True)] == [1, 2]
+    place.forget()
+    assert [line["n"] for line in place.begin("m", lambda: None, resume=True)] == [1]
+
+
+def test_where_a_machine_does_not_say_which_run_this_is(models, tmp_path, monkeypatch):
+    """All that is noted is on the disk first."""
+    syncs, sync = [], _direct.Writer.sync
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+    monkeypatch.setattr(_direct.Writer, "sync", lambda self: [syncs.append(1), sync(self)])
+    for known in (False, True):
+        if not known:
+            monkeypatch.setattr(_behind, "boot", lambda: None)
+        merge(models, tmp_path / f"out{known}")
+        assert (len(syncs) == 1) == known and syncs
+        syncs.clear()
+        monkeypatch.setattr(_behind, "boot", _journal.boot)
+
+
+def test_what_does_not_reach_the_disk_is_written_again(models, tmp_path, monkeypatch):
+    """The kernel takes over what the disk then refuses: that is told, and nothing that was noted is believed."""
+    monkeypatch.setattr("jaxmerge.checkpoint._ranges.CHECKPOINT", 1 << 14)
+
+    def refuse(self):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as m:
+        m.setattr(_direct.Writer, "sync", refuse)
+        with pytest.raises(OSError, match="did not reach the disk: Input/output error"):
+            merge(models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert merge(models, tmp_path / "out").resumed == 0
+    merge(models, tmp_path / "undisturbed")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "undisturbed/model.safetensors").read_bytes()
 
 
 def test_without_direct_io(models, tmp_path, monkeypatch):
