@@ -51,9 +51,15 @@ class Sink(Protocol):
 
 
 class WriteBehind:
-    """Bytes to a few files; a thread writes them while the next are computed, another says what is safe."""
+    """Bytes to a few files; a thread writes them while the next are computed, another says what is done.
+
+    Attributes:
+      fills: whether programs can `fill` its rooms.
+      buffered: files that could not be written past the page cache.
+    """
 
     def __init__(self):
+        self.fills = _on_host()
         self._free: dict[int, queue.Queue[_Room]] = {}  # by width
         self._made: dict[int, int] = {}
         self._writer, self._keeper = Threads(1, "jaxmerge-write"), Threads(1, "jaxmerge-keep")
@@ -148,7 +154,7 @@ class WriteBehind:
         free, self._made[width] = self._free.setdefault(width, queue.Queue()), self._made.get(width, 0)
         if free.empty() and self._made[width] < ROOMS:
             self._made[width] += 1
-            return _Room(width)
+            return _Room(width, self.fills)
         room = free.get()
         self._check()
         return room
@@ -203,22 +209,30 @@ class WriteBehind:
 
 
 class _Room:
-    """An array that programs write into, and its bytes; a block fits in wherever in a page it begins, behind a rest of one.
+    """Memory that a block fits into, wherever in a page it begins, behind a rest of one.
 
     Attributes:
+      array: what programs write into; None where they cannot.
       first, last: the bytes of it that are used: from the beginning of a large page on.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, fills: bool):
         self.width, size = width, room_bytes(width)
-        self.array = lax.broadcast(np.dtype(f"uint{8 * width}").type(0), ((_direct.HUGE + size) // width,))
-        address = self.array.unsafe_buffer_pointer()
-        self.first = -address % _direct.HUGE
+        self.array: Any = None
+        self.first = 0
+        if fills:
+            self.array = lax.broadcast(np.dtype(f"uint{8 * width}").type(0), ((_direct.HUGE + size) // width,))
+            address = self.array.unsafe_buffer_pointer()
+            _direct.into_large_pages(address, self.array.nbytes)
+            self.first = -address % _direct.HUGE
+        else:
+            self._host = _direct.buffer(size)
         self.last = self.first + size
-        _direct.into_large_pages(address, self.array.nbytes)
 
     def memory(self) -> np.ndarray:
         """Its bytes, once those are there that are being computed."""
+        if self.array is None:
+            return self._host
         address = self.array.block_until_ready().unsafe_buffer_pointer()  # the same, where what is donated is used
         return np.ctypeslib.as_array((ctypes.c_uint8 * self.array.nbytes).from_address(address))
 
@@ -228,7 +242,7 @@ def room_bytes(width: int) -> int:
     return programs.SIZES[0] * width + 2 * _direct.PAGE
 
 
-def can_fill() -> bool:
-    """Whether programs write into the host's memory: they run on one CPU device."""
+def _on_host() -> bool:
+    """Whether programs run where the files are: on one CPU device."""
     devices = jnp.asarray(np.zeros(0, np.uint8)).devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"

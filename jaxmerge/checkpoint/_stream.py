@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoint import _direct, _processes, _programs as programs
-from jaxmerge.checkpoint._behind import SIDE_BY_SIDE, Sink, WriteBehind, can_fill
+from jaxmerge.checkpoint._behind import SIDE_BY_SIDE, Sink, WriteBehind
 from jaxmerge.checkpoint._feed import Unit, read_ahead
 from jaxmerge.checkpoint._source import Extent, Source
 from jaxmerge.checkpoint._windows import Run, Window, copied, windows
@@ -127,7 +127,6 @@ class Stream:
         blockwise = task.floating - task.entire
         flat = {u: None for u in units if u.name in blockwise and row_of(task.steps, self._shape(u.name)) == 1}
         self._ahead = programs.Ahead(dict.fromkeys(size for u in flat for _, _, size in programs.pieces(u.size)))
-        fills = can_fill()
         n = done
         for unit, runs in self.units(units, len(task.steps)):
             width = task.out[unit.name].itemsize
@@ -136,7 +135,7 @@ class Stream:
                 if count := programs.unfinite(runs[0].entries):
                     self.bad[unit.name] = [count + self.bad.get(unit.name, [0])[0]]
                 sink.write(here.file, here.offset, runs[0].entries.view(np.uint8))
-            elif isinstance(sink, WriteBehind) and fills and unit in flat and here.offset % width == 0:
+            elif isinstance(sink, WriteBehind) and sink.fills and unit in flat and here.offset % width == 0:
                 self._fill(unit, runs, sink, here)
             else:
                 for start, block in self.merged(unit, runs):

@@ -1,5 +1,6 @@
 """What is merged goes to the disk from where a program put it: nothing is copied, whatever the place in the file."""
 
+import contextlib
 import functools
 import time
 
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 
-from jaxmerge import params
+from jaxmerge import checkpoint, params
 from jaxmerge.checkpoint import _behind, _direct, _programs
 from jaxmerge.checkpoint._source import Extent
 from jaxmerge.checkpoint._windows import Run, windows
+from tests.checkpoint.conftest import save
 
 SIZE = 1 << 14
 """Entries of the largest block here."""
@@ -74,6 +77,25 @@ def test_a_file_is_what_was_written_into_it(tmp_path, monkeypatch, width, direct
     assert addresses == {0}  # the memory that was given is the memory that is written
     if direct:
         assert not sink.buffered or not _direct._open(file, _direct.os.O_WRONLY)[1]
+
+
+@pytest.mark.parametrize("other", ["gpu", "mesh"])
+def test_programs_that_run_elsewhere_do_not_write_here(tmp_path, monkeypatch, other):
+    """Rooms are the host's then, and take bytes: where JAX has an accelerator, or a mesh of several devices is in use."""
+    if other == "gpu":
+        monkeypatch.setattr(_behind, "_on_host", lambda: False)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    tree = {"w": np.arange(50_000, dtype=np.float32).astype(jnp.bfloat16), "n": np.arange(3)}
+    for name, factor in (("a", 1), ("b", 3)):
+        save(tmp_path / name, {"w": tree["w"] * factor, "n": tree["n"]})
+    with jax.set_mesh(mesh) if other == "mesh" else contextlib.nullcontext():
+        assert not _behind.WriteBehind().fills
+        checkpoint.merge(params.linear(), None, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    merged = checkpoint.open(tmp_path / "out")
+    np.testing.assert_array_equal(
+        merged.read("w"), params.merge(params.linear(), None, [tree, {**tree, "w": tree["w"] * 3}])["w"]
+    )
+    np.testing.assert_array_equal(merged.read("n"), tree["n"])
 
 
 def test_a_block_that_lies_as_its_page_does_passes_the_page_cache(tmp_path, monkeypatch):
