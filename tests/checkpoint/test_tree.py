@@ -98,7 +98,7 @@ def test_a_group_is_written_while_the_next_is_made(models, tmp_path, monkeypatch
     monkeypatch.setattr(_tree.Blocks, "_add", lambda self, *block: (events.append("made"), add(self, *block)))
     monkeypatch.setattr(_tree.Blocks, "_send", sent)
     monkeypatch.setattr(
-        _journal.Workplace, "note", lambda self, line: (events.extend(line.keys() & {"units"}), note(self, line))
+        _journal.Workplace, "note", lambda self, line, **how: (events.extend(line.keys() & {"units"}), note(self, line, **how))
     )
     checkpoint.merge(params.linear(), None, [models[0]["a"], models[0]["b"]], tmp_path / "out", format="orbax")
     said = " ".join(events)

@@ -1,5 +1,7 @@
 """Every kernel against its reference at real sizes, on a Hopper GPU: `JAX_PLATFORMS=cuda pytest -m gpu`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,8 @@ def test_match(spec, dtype):
     rng = np.random.default_rng(0)
     a, b = cases.exact(rng, 2, spec.n, spec.k, dtype), cases.exact(rng, 2, spec.n - 1, spec.k, dtype)
     same(lambda which, a, b: jm.tokens.nearest(a, b, implementation=which), a, b)
+    found, wanted = (jax.jit(f)(a, b) for f in (partial(matching.match, split=3), match_ref.match))
+    assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
 
 
 @both

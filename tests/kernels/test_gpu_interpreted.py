@@ -71,13 +71,16 @@ def test_step_whose_tiles_are_shared_by_threads(interpret):
 
 
 @both
+@pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"window": 40}], ids=["all", "window"])
-def test_match(interpret, dtype, options):
+def test_match(interpret, dtype, options, split):
+    """Keys may be split among blocks, of which some may see none that they may look at; the first of equals wins."""
     rng = np.random.default_rng(0)
-    a, b = cases.exact(rng, 2, 130, 64, dtype), cases.exact(rng, 2, 200, 64, dtype)
+    a, b = cases.exact(rng, 2, 130, 64, dtype), cases.exact(rng, 2, 200 * split, 64, dtype)
     if not options:
-        options = {"a_ok": jnp.asarray(rng.random((2, 130)) < 0.8), "b_ok": jnp.asarray(rng.random((1, 200)) < 0.8)}
-    similarity, index = matching.match(a, b, **options, interpret=interpret)
+        ok = lambda *shape: jnp.asarray(rng.random(shape) < 0.8)
+        options = {"a_ok": ok(2, 130), "b_ok": ok(1, 200 * split).at[:, : 140 * (split > 1)].set(False)}
+    similarity, index = matching.match(a, b, **options, split=split, interpret=interpret)
     wanted, index_ref = match_ref.match(a, b, **options)
     assert (index == index_ref).all() and (similarity == wanted).all()
 

@@ -72,6 +72,7 @@ def test_match_and_energy_are_two_launches():
     spec = LONG[1]
     near = partial(jm.tokens.nearest, implementation="mosaic_gpu")
     assert lowered(near, shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
+    assert lowered(partial(matching.match, split=3, window=300), shape(2, spec.n, spec.k), shape(2, spec.n, spec.k)) == 2
     energy = partial(jm.tokens.energy, margin=0.5, implementation="mosaic_gpu")
     assert lowered(energy, shape(2, spec.n, spec.k)) == 2
 

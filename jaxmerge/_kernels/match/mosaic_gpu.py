@@ -15,7 +15,7 @@ the heads of its columns' lists, one by one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels._dispatch import target, tuned
+from jaxmerge._kernels.match import _collect as collecting
 from jaxmerge._kernels.match._peaks import by_sweeps
 from jaxmerge._kernels.match.ref import Kernel, resemblance
 
@@ -34,17 +35,17 @@ TILE = 64
 QUERIES = 2 * TILE
 KEYS = 128
 """Keys of a tile."""
-NONE = 1 << 30
 MOST_NEIGHBORS = 16
 LISTS = 80
 """Registers of each lane, at most, for what is nearest to a query in each column."""
 CANDIDATES = {
-    "match": tuple({"slots": slots} for slots in (32, 16, 64)),
+    "match": (*({"slots": slots} for slots in (32, 16, 64)), *({"split": split} for split in (2, 3, 4))),
     "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
     "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
     "nearest_ahead": tuple({"slots": slots} for slots in (32, 16, 64)),
 }
-"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end."""
+"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end. Where there are few blocks, or
+a few more than multiprocessors, the keys are split among several."""
 
 
 def match(
@@ -55,22 +56,35 @@ def match(
     b_ok: Bool[Array, "#B m"] | None = None,
     window: int | None = None,
     slots: int | None = None,
+    split: int | None = None,
     stages: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`ref.match`."""
-    n, slots = a.shape[1], slots or _slots("match", (a, b), 32)
-    similarity, index = best(a, b, b_ok=b_ok, window=window, slots=slots, stages=stages, interpret=interpret)
+    n, slots, split = (
+        a.shape[1],
+        slots or _setting("slots", "match", (a, b), 32),
+        split or _setting("split", "match", (a, b), 1),
+    )
+    options = {"b_ok": b_ok, "window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
+    similarity, index = best(a, b, **options)
     similarity, index = similarity[:, :n], index[:, :n]
     if a_ok is not None:
         similarity, index = jnp.where(a_ok, similarity, -jnp.inf), jnp.where(a_ok, index, 0)
     return similarity, index
 
 
-def best(a, b, *, b_ok=None, window=None, slots=32, stages=None, interpret=None):
-    """`match` of queries padded to whole blocks."""
+def best(a, b, *, b_ok=None, window=None, slots=32, split=1, stages=None, interpret=None):
+    """`match` of queries padded to whole blocks; each looks at a part of the keys, if they are split."""
     queries, keys = prepare((a, b), interpret=interpret)
-    return sweep(queries, keys, opened(b, b_ok), window, _Best(), slots, stages, interpret)
+    split = min(split, keys[0].shape[2] // KEYS)
+    found = sweep(queries, keys, opened(b, b_ok), window, collecting.Best(), slots, stages, interpret, split=split)
+    if split == 1:
+        return found
+    products, index = found
+    part = jnp.argmax(products, axis=0)[None]  # the first of equals
+    pick = lambda x: jnp.take_along_axis(x, part, axis=0)[0]
+    return pick(products) * queries[1], pick(index)
 
 
 def energy(
@@ -85,10 +99,10 @@ def energy(
     interpret=None,
 ) -> Float[Array, "B n"]:
     """`ref.energy`."""
-    slots = slots or _slots("energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
+    slots = slots or _setting("slots", "energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
     f = lambda cosine: resemblance(cosine, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
     queries, keys = prepare((a, b), interpret=interpret)
-    return sweep(queries, keys, opened(b, None), None, _Sums(f), slots, stages, interpret)[0][:, : a.shape[1]]
+    return sweep(queries, keys, opened(b, None), None, collecting.Sums(f), slots, stages, interpret)[0][:, : a.shape[1]]
 
 
 def nearest_k(
@@ -102,9 +116,10 @@ def nearest_k(
     interpret=None,
 ) -> Float[Array, "B n count"]:
     """`ref.nearest_k`, where all rows are finite; one that is not is infinitely far from all."""
-    slots = slots or _slots("nearest_k", (a, b), next(s for s in (32, 16, 8) if count * s // 2 <= LISTS or s == 8), count=count)
+    most = next(s for s in (32, 16, 8) if count * s // 2 <= LISTS or s == 8)
+    slots = slots or _setting("slots", "nearest_k", (a, b), most, count=count)
     queries, keys = prepare((a, b), scaled=False, interpret=interpret)
-    least = sweep(queries, keys, opened(b, b_ok), None, _Least(count), slots, stages, interpret)
+    least = sweep(queries, keys, opened(b, b_ok), None, collecting.Least(count), slots, stages, interpret)
     return jnp.stack(least, axis=-1)[:, : a.shape[1]]
 
 
@@ -120,22 +135,22 @@ def nearest_ahead(
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
     """`ref.nearest_ahead`."""
-    slots = slots or _slots("nearest_ahead", (a, b), 32)
+    slots = slots or _setting("slots", "nearest_ahead", (a, b), 32)
     places = tuple(
         None if place is None else jnp.pad(place.astype(jnp.float32), ((0, 0), (0, -place.shape[1] % KEYS)))
         for place in (a_place, b_place)
     )
     queries, keys = prepare((a, b), scaled=False, interpret=interpret)
-    found = sweep(queries, keys, opened(b, b_ok), None, _Ahead(), slots, stages, interpret, places=places)
+    found = sweep(queries, keys, opened(b, b_ok), None, collecting.Ahead(), slots, stages, interpret, places=places)
     return tuple(one[:, : a.shape[1]] for one in found)
 
 
 peaks = by_sweeps(nearest_k, nearest_ahead)
 
 
-def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
-    """Columns in which a thread collects: as measured on this kind of device, or else as given."""
-    return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get("slots", default))
+def _setting(name: str, op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
+    """Such as the columns in which a thread collects: as measured on this kind of device, or else as given."""
+    return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get(name, default))
 
 
 def opened(b: Array, b_ok: Array | None) -> Array | None:
@@ -214,106 +229,11 @@ def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[A
     return jnp.stack(found), inverse
 
 
-class _Best(NamedTuple):
-    """The best key of each query: its cosine and its position."""
+def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places=(None, None), split=1):
+    """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it.
 
-    outputs: tuple[Any, ...] = (jnp.float32, jnp.int32)
-    start: tuple[Any, ...] = ((-jnp.inf, jnp.float32), (0, jnp.int32))
-    """What a thread holds for each query and each of its columns, at first."""
-
-    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        """What it holds after the products with one more group of keys: what each key brings, -inf where it is closed."""
-        best, at = found
-        score = dot * _along(of_key, dot.shape)
-        score = score if add is None else score + _along(add, dot.shape)
-        score = score if near is None else jnp.where(near, score, -jnp.inf)
-        better = score > best
-        return jnp.where(better, score, best), jnp.where(better, group, at)
-
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
-        """What it comes to."""
-        best, group = found
-        highest, slots = jnp.max(best, axis=1), best.shape[1]
-        key = group * slots + mgpu.iota(best.shape, 1)
-        key = jnp.min(jnp.where(best == _across(highest, best.shape), key, NONE), axis=1)
-        return highest * of_query, jnp.where(highest > -jnp.inf, key, 0)
-
-
-class _Sums(NamedTuple):
-    """The sum of f of a query's cosines."""
-
-    f: Callable[[Array], Array]
-    outputs: tuple[Any, ...] = (jnp.float32,)
-    start: tuple[Any, ...] = ((0, jnp.float32),)
-
-    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        one = self.f(dot * _along(of_key, dot.shape) * of_query)
-        return (found[0] + (one if add is None else jnp.where(_along(add, dot.shape) == 0, one, 0.0)),)
-
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
-        return (jnp.sum(found[0], axis=1),)
-
-
-class _Least(NamedTuple):
-    """The `count` least squared distances of a query, in order: |b|² - 2 a·b, and |a|² at the end."""
-
-    count: int
-
-    @property
-    def outputs(self) -> tuple[Any, ...]:
-        return (jnp.float32,) * self.count
-
-    @property
-    def start(self) -> tuple[Any, ...]:
-        return ((jnp.inf, jnp.float32),) * self.count
-
-    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        score = _along(of_key if add is None else of_key - add, dot.shape) - 2 * dot
-        kept = []
-        for one in found:  # an insertion into an ordered list
-            kept.append(jnp.minimum(score, one))
-            score = jnp.maximum(score, one)
-        return tuple(kept)
-
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
-        lists, least, shape = list(found), [], found[0].shape
-        column = mgpu.iota(shape, 1)
-        for _ in range(self.count):  # the least of all heads; the first list that has it moves up
-            low = jnp.min(lists[0], axis=1)
-            least.append(jnp.maximum(low + of_query, 0.0))
-            first = jnp.min(jnp.where(lists[0] == _across(low, shape), column, NONE), axis=1)
-            here, behind = column == _across(first, shape), [*lists[1:], jnp.full_like(lists[0], jnp.inf)]
-            lists = [jnp.where(here, after, one) for one, after in zip(lists, behind, strict=True)]
-        return tuple(least)
-
-
-class _Ahead(NamedTuple):
-    """The nearest key ahead of a query: its squared distance and its position; and the largest distance of all."""
-
-    outputs: tuple[Any, ...] = (jnp.float32, jnp.int32, jnp.float32)
-    start: tuple[Any, ...] = ((jnp.inf, jnp.float32), (0, jnp.int32), (-jnp.inf, jnp.float32))
-
-    def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        least, at, most = found
-        away = _along(of_key, dot.shape) - 2 * dot
-        bias = None if add is None else _along(add, dot.shape)
-        most = jnp.maximum(most, away if bias is None else away + bias)
-        away = away if bias is None else away - bias
-        away = away if near is None else jnp.where(near, away, jnp.inf)
-        nearer = away < least
-        return jnp.where(nearer, away, least), jnp.where(nearer, group, at), most
-
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
-        least, group, most = found
-        low, high, slots = jnp.min(least, axis=1), jnp.max(most, axis=1), least.shape[1]
-        key = group * slots + mgpu.iota(least.shape, 1)
-        key = jnp.min(jnp.where(least == _across(low, least.shape), key, NONE), axis=1)
-        most = jnp.where(high > -jnp.inf, jnp.maximum(high + of_query, 0.0), high)
-        return jnp.maximum(low + of_query, 0.0), jnp.where(low < jnp.inf, key, 0), most
-
-
-def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places=(None, None)):
-    """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it."""
+    Of keys that are split, (split, B, n') each, as if the queries' numbers were 1.
+    """
     (a, inverse_a), (b, inverse_b) = queries, keys
     parts, B, n, k = a.shape
     m = b.shape[2]
@@ -337,12 +257,11 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
 
     def body(a, b, inverse_a, inverse_b, bias, place_a, place_b, *outputs, queries, keys, ready, full, free):
         row, block, t = lax.axis_index("row"), lax.axis_index("block"), lax.axis_index("thread")
-        if window is None:
-            low, high = jnp.int32(0), jnp.int32(tiles)
-        else:
-            low = jnp.minimum(jnp.maximum(block * QUERIES - window, 0) // KEYS, tiles)
-            high = jnp.minimum((block * QUERIES + QUERIES - 1 + window) // KEYS + 1, tiles)
-            high = jnp.maximum(low, high)
+        part = lax.axis_index("part")
+        low, high = (part * tiles // split, (part + 1) * tiles // split) if split > 1 else (jnp.int32(0), jnp.int32(tiles))
+        if window is not None:
+            low = jnp.minimum(jnp.maximum(low, jnp.maximum(block * QUERIES - window, 0) // KEYS), tiles)
+            high = jnp.maximum(low, jnp.minimum((block * QUERIES + QUERIES - 1 + window) // KEYS + 1, high))
         slot = lambda step: lax.rem(step, jnp.int32(stages))
 
         @pl.when(t < 2)
@@ -353,8 +272,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                 plgpu.barrier_wait(ready.at[t])
 
             of_query = lambda: mgpu.rows(inverse_a.at[row, here])
-            each_query = _across(of_query(), (TILE, slots)) if isinstance(collect, _Sums) else None
-            place = None if place_a is None else _across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
+            each_query = collecting.across(of_query(), (TILE, slots)) if isinstance(collect, collecting.Sums) else None
+            place = None if place_a is None else collecting.across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
 
             def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
@@ -390,7 +309,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                         away = away - mgpu.iota((TILE, slots), 1)
                         near = (away <= window) & (away >= -window)
                     if places is not None and place is not None:
-                        near = _along(places[cut], (TILE, slots)) < place
+                        near = collecting.along(places[cut], (TILE, slots)) < place
                     found = collect.fold(
                         found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
                     )
@@ -398,8 +317,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
 
             matrix = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE, slots), value, dtype), plgpu.Layout.WGMMA)
             found = lax.fori_loop(low, high, tile, tuple(matrix(*one) for one in collect.start))
-            for ref, value in zip(outputs, collect.finish(found, of_query()), strict=True):
-                ref[row, here] = value
+            for ref, value in zip(outputs, collect.finish(found, of_query() if split == 1 else 1.0), strict=True):
+                ref[part, row, here] = value
 
         @pl.when(t == 2)
         def _():
@@ -442,21 +361,12 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
         full=plgpu.Barrier(num_arrivals=depth + passing, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
-    return mgpu.kernel(
+    found = mgpu.kernel(
         body, (a, b, inverse_a, inverse_b, bias, *places), scratch,
-        out=[jax.ShapeDtypeStruct((B, n), dtype) for dtype in collect.outputs],
-        grid=dict(row=B, block=blocks), threads=3, interpret=interpret,
+        out=[jax.ShapeDtypeStruct((split, B, n), dtype) for dtype in collect.outputs],
+        grid=dict(row=B, block=blocks, part=split), threads=3, interpret=interpret,
     )  # fmt: skip
-
-
-def _along(of_key: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each key, for every query."""
-    return lax.broadcast_in_dim(of_key, shape, (1,))
-
-
-def _across(of_query: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each query, for every key."""
-    return lax.broadcast_in_dim(of_query, shape, (0,))
+    return found if split > 1 else [one.reshape(B, n) for one in found]
 
 
 device_refusals = mgpu.device_refusals
