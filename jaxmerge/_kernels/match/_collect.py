@@ -31,7 +31,7 @@ class Best(NamedTuple):
         better = score > best
         return jnp.where(better, score, best), jnp.where(better, group, at)
 
-    def finish(self, found: Any, of_query: Array | float) -> tuple[Array, ...]:
+    def finish(self, found: Any, of_query: Any) -> tuple[Array, ...]:
         """What it comes to."""
         best, group = found
         highest, slots = jnp.max(best, axis=1), best.shape[1]
@@ -51,7 +51,7 @@ class Sums(NamedTuple):
         one = self.f(dot * along(of_key, dot.shape) * of_query)
         return (found[0] + (one if add is None else jnp.where(along(add, dot.shape) == 0, one, 0.0)),)
 
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+    def finish(self, found: Any, of_query: Any) -> tuple[Array, ...]:
         return (jnp.sum(found[0], axis=1),)
 
 
@@ -76,7 +76,7 @@ class Least(NamedTuple):
             score = jnp.maximum(score, one)
         return tuple(kept)
 
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+    def finish(self, found: Any, of_query: Any) -> tuple[Array, ...]:
         lists, least, shape = list(found), [], found[0].shape
         column = mgpu.iota(shape, 1)
         for _ in range(self.count):  # the least of all heads; the first list that has it moves up
@@ -104,7 +104,7 @@ class Ahead(NamedTuple):
         nearer = away < least
         return jnp.where(nearer, away, least), jnp.where(nearer, group, at), most
 
-    def finish(self, found: Any, of_query: Array) -> tuple[Array, ...]:
+    def finish(self, found: Any, of_query: Any) -> tuple[Array, ...]:
         least, group, most = found
         low, high, slots = jnp.min(least, axis=1), jnp.max(most, axis=1), least.shape[1]
         key = group * slots + mgpu.iota(least.shape, 1)
