@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmerge.checkpoint import _programs as programs
-from jaxmerge.checkpoint._behind import SIDE_BY_SIDE
 from jaxmerge.checkpoint._budget import available, parse_size, show_size
 from jaxmerge.checkpoint._feed import Unit
 from jaxmerge.checkpoint._peak import Peak, decoded, of_block, rooms, written
@@ -14,6 +13,8 @@ from jaxmerge.checkpoint._stream import LOOK, parts_of, row_of, split
 from jaxmerge.params._transform import Step
 from jaxmerge.params.order._quantile import row_size
 
+BLOCKS = 2
+"""Blocks of a unit of a leaf that streams through: they are computed side by side. The same on all hosts, as all units are."""
 HOLD = 1 << 30
 GROUP = 1 << 26
 """Bytes of blocks that become one file, at most."""
@@ -67,10 +68,10 @@ def by_ranges(
     width = max((leaf.dtype.itemsize for s in inputs for leaf in s.leaves.values() if leaf.dtype is not None), default=1)
     copies = 4 * len(inputs) * width + 4 * len(inputs) * 4  # rooms, and what is computed of one block
     block = next((s for s in programs.SIZES if s * copies <= hold), programs.SIZES[-1])
-    side_by_side = max(min(SIDE_BY_SIDE, hold // (block * copies)), 1) if shards is None else 1
+    blocks = BLOCKS if shards is None and BLOCKS * block * copies <= hold else 1
     merged = frozenset(floating)
     blockwise = all(step.blocks for step in steps)
-    largest = block * side_by_side * len(inputs) * width
+    largest = block * blocks * len(inputs) * width
     work = of_block(block, LOOK, len(inputs), max((leaves[n].size for n in merged), default=0))
     encoded = 0  # of inputs that are no runs of bytes: what is read, and what comes of it, until it is where it belongs
     units: list[tuple[Unit, ...]] = []
@@ -92,7 +93,7 @@ def by_ranges(
         whole = Unit(name, 0, leaf.size)
         there = [s.leaves[name] for s in inputs if name in s.leaves]
         held = sum(o.bytes for o in there)
-        parts = cut(name, leaf, block * side_by_side)
+        parts = cut(name, leaf, block * blocks)
         if name not in merged or not leaf.size:
             units += [(part,) for part in parts]
             continue
