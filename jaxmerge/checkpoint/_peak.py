@@ -65,7 +65,7 @@ def decoded(held: int) -> int:
 def written(out_bytes: int, group: int | None, width: int) -> int:
     """Bytes on their way to the disk: of safetensors the rooms for entries of that width; of Orbax one `group` of blocks is
     under way while the next is made."""
-    return ROOMS * room_bytes(width) if group is None else min(2 * group, out_bytes)
+    return min(ROOMS * room_bytes(width) if group is None else 2 * group, out_bytes)
 
 
 def runtime(*, orbax: bool, whole: bool) -> int:
