@@ -104,6 +104,10 @@ class Workplace:
             lines = [{"merge": identity, **about}]
             self.note(lines[0])
         else:
+            if any("boot" in line for line in lines):  # what is put on the disk later is in files that are written to later
+                for path in self.directory.iterdir():
+                    sync(path)
+                lines = [{k: v for k, v in line.items() if k != "boot"} for line in lines]
             self._keep(lines)
         return lines[1:]
 

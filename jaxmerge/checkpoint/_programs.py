@@ -111,9 +111,8 @@ class Ahead:
 
     def _make_ready(self, look: Any, front: Sequence[Any], seen: Sequence[Window]) -> None:
         def try_on_zeros(size: int) -> None:
-            here = [
-                jnp.zeros(x.shape, x.dtype) if isinstance(x, Array) and x.is_deleted() else x for x in front
-            ]  # what was donated
+            donated = lambda x: isinstance(x, Array) and x.is_deleted()
+            here = [jnp.zeros(x.shape, x.dtype) if donated(x) else x for x in front]
             look(*here, [copied(np.zeros(0, w.dtype), size).window((size,)) for w in seen])
 
         thread = concurrent.futures.ThreadPoolExecutor(1, "jaxmerge-ahead")

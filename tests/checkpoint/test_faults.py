@@ -369,20 +369,26 @@ def test_a_machine_that_went_down(models, tmp_path, monkeypatch, synced):
         assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
 
 
-def test_lines_that_no_longer_hold(tmp_path):
+def test_lines_that_no_longer_hold(tmp_path, monkeypatch):
     """All up to the last that holds: of an earlier run of the machine those before one that was for good."""
     good, one, two = {"n": 0}, {"n": 1, "boot": "one"}, {"n": 2, "boot": "two"}
     holding = _journal.holding
     assert holding([good, one], "one") == [good, one] and holding([good, one], "two") == [good]
     assert holding([good, one, good, two], "three") == [good, one, good] and holding([one], "two") == []
     assert holding([good, one], None) == [good]  # a machine that does not say which run this is
+    synced, sync = [], _journal.sync
+    monkeypatch.setattr(_journal, "sync", lambda path: [synced.append(path), sync(path)])
     place = _journal.Workplace(tmp_path / "out", rank=0, overwrite=False)
     assert place.begin("m", lambda: None, resume=True) == []
     place.note({"n": 1})
     place.note({"n": 2}, for_good=False)
-    assert [line["n"] for line in place.begin("m", lambda: None, resume=True)] == [1, 2]
     place.forget()
     assert [line["n"] for line in place.begin("m", lambda: None, resume=True)] == [1]
+    place.note({"n": 2}, for_good=False)
+    assert place.begin("m", lambda: None, resume=True) == [{"n": 1}, {"n": 2}]
+    assert set(synced) >= set(place.directory.iterdir())  # what an earlier process left with the kernel is on the disk now
+    place.forget()
+    assert place.begin("m", lambda: None, resume=True) == [{"n": 1}, {"n": 2}]
 
 
 def test_where_a_machine_does_not_say_which_run_this_is(models, tmp_path, monkeypatch):
