@@ -4,6 +4,7 @@ XLA lets a program write into memory that is there, if it is XLA's own and donat
 outside as bytes. What is written lies in a room as in its page of the file, and goes past the page cache.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -26,7 +27,6 @@ SIDE_BY_SIDE = min(os.cpu_count() or 1, 8)
 """Blocks that are computed at once: each by one thread."""
 ROOMS = SIDE_BY_SIDE + 2
 """Of which one is written, and one begun."""
-
 SYNC = 30
 """Seconds after which all is put on the disk: it takes as long as to write it, and little less if it is done more often."""
 
@@ -60,8 +60,8 @@ class WriteBehind:
 
     def __init__(self):
         self.fills = _on_host()
-        self._free: dict[int, queue.Queue[_Room]] = {}  # by width
-        self._made: dict[int, int] = {}
+        self._free: dict[int, queue.Queue[_Room]] = collections.defaultdict(queue.Queue)  # by width
+        self._made: collections.Counter[int] = collections.Counter()
         self._writer, self._keeper = Threads(1, "jaxmerge-write"), Threads(1, "jaxmerge-keep")
         self._files: dict[str, _direct.Writer] = {}
         self._file, self._at = "", 0  # where what comes next goes
@@ -151,7 +151,7 @@ class WriteBehind:
         return room
 
     def _take(self, width: int) -> "_Room":
-        free, self._made[width] = self._free.setdefault(width, queue.Queue()), self._made.get(width, 0)
+        free = self._free[width]
         if free.empty() and self._made[width] < ROOMS:
             self._made[width] += 1
             return _Room(width, self.fills)

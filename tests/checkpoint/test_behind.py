@@ -127,7 +127,7 @@ def test_nothing_is_written_but_the_room(tx):
     assert memory.temp_size_in_bytes < size / 4 and memory.alias_size_in_bytes == room.nbytes
 
 
-def test_errors_of_a_program_or_the_disk_are_told(tmp_path, monkeypatch):
+def test_nothing_is_noted_after_an_error_of_the_disk(tmp_path, monkeypatch):
     def full(fd, data, offset):
         raise OSError(28, "No space left on device")
 
@@ -139,7 +139,7 @@ def test_errors_of_a_program_or_the_disk_are_told(tmp_path, monkeypatch):
     noted, deadline = [], time.monotonic() + 20
     with pytest.raises(OSError, match="No space left"):
         while time.monotonic() < deadline:
-            sink.mark(lambda: noted.append(True))
+            sink.mark(noted.append)
     with pytest.raises(OSError, match="No space left"):
         sink.close()
     assert not noted

@@ -61,13 +61,10 @@ def match(
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`ref.match`."""
-    n, slots, split = (
-        a.shape[1],
-        slots or _setting("slots", "match", (a, b), 32),
-        split or _setting("split", "match", (a, b), 1),
-    )
-    options = {"b_ok": b_ok, "window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
-    similarity, index = best(a, b, **options)
+    n, slots = a.shape[1], slots or _setting("slots", "match", (a, b), 32)
+    split = split or _setting("split", "match", (a, b), 1)
+    how = {"window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
+    similarity, index = best(a, b, b_ok=b_ok, **how)
     similarity, index = similarity[:, :n], index[:, :n]
     if a_ok is not None:
         similarity, index = jnp.where(a_ok, similarity, -jnp.inf), jnp.where(a_ok, index, 0)
