@@ -289,6 +289,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                             for p in range(parts - q):
                                 left = (t * parts + p) * chunks + c if stay else (s * 2 + t) * parts + p
                                 plgpu.wgmma(acc, queries.at[left], keys.at[s * depth + at].transpose((1, 0)))
+                        plgpu.wgmma_wait(sum(parts - q for q in some))  # the step before has been read
 
                         @pl.when(step > 0)
                         def _():
