@@ -86,7 +86,7 @@ def test_keys_are_let_go_when_the_products_that_read_them_have_ended(k, dtype):
     with dispatch.aim("gpu", H200):
         text = str(jax.make_jaxpr(matching.match)(x, x))
     order = re.findall(r"\b(wgmma_ref|wgmma_wait|wgmma_accumulator_deref|barrier_arrive)", text)
-    assert order.count("barrier_arrive") >= 2 and ("wgmma_ref", "barrier_arrive") not in itertools.pairwise(order)
+    assert "barrier_arrive" in order and ("wgmma_ref", "barrier_arrive") not in itertools.pairwise(order)
 
 
 @pytest.mark.parametrize("spec, dtype, count", [(LONG[1], jnp.bfloat16, 5), (VIT[3], jnp.float32, 16)], ids=str)
