@@ -122,14 +122,22 @@ def tiled(width: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
-def product(a: Any, b: Any) -> Array:
-    """a b in float32, by wgmma: a in shared memory or in registers, b in shared memory."""
+def accumulated(shape: tuple[int, int], body: Callable[[Callable[[Any, Any], None]], None]) -> Array:
+    """The sum, in float32, of all a b that `body(multiply)` multiplies by wgmma, while the thread goes on.
+
+    a is in shared memory or in registers, b in shared memory.
+    """
 
     def into(acc):
-        plgpu.wgmma(acc, a, b)
+        body(functools.partial(plgpu.wgmma, acc))
         return acc[...]
 
-    return pl.run_scoped(into, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
+
+
+def product(a: Any, b: Any) -> Array:
+    """a b in float32."""
+    return accumulated((a.shape[0], b.shape[1]), lambda multiply: multiply(a, b))
 
 
 Row = tuple[Array, ...]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxmerge as jm
@@ -25,6 +26,28 @@ def interpret():
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("this jax does not offer its GPU interpreter")
     return plgpu.InterpretGPUParams()
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch):
+    """Products of what is in registers, which the interpreter does not have."""
+
+    def accumulated(shape, body):
+        def into(acc):
+            beside = []
+
+            def multiply(a, b):
+                if isinstance(a, jax.Array):
+                    beside.append(jnp.dot(a, b[...], preferred_element_type=jnp.float32))
+                else:
+                    plgpu.wgmma(acc, a, b)
+
+            body(multiply)
+            return sum(beside, acc[...])
+
+        return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
+
+    monkeypatch.setattr(mgpu, "accumulated", accumulated)
 
 
 @both
@@ -238,14 +261,7 @@ def test_pack(interpret, dtype):
     assert all((a == b).all() for a, b in zip(found, pack_ref.pack(keep, x, capacity=40), strict=True))
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """Products of what is in registers, which the interpreter does not have."""
-    on_chip, in_registers = mgpu.product, lambda a, b: jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    monkeypatch.setattr(mgpu, "product", lambda a, b: (in_registers if isinstance(a, jax.Array) else on_chip)(a, b))
-
-
-def test_attention_over_batch_axes_and_its_gradient(interpret, products):
+def test_attention_over_batch_axes_and_its_gradient(interpret):
     rng, length = np.random.default_rng(0), 69
     packed = jnp.asarray(rng.standard_normal((2, 1, 72, 3, 2, 64)), jnp.bfloat16)
     bias, offset = jnp.zeros((2, 1, length)), jnp.asarray(rng.standard_normal((3, 2, 64)), jnp.float32)
@@ -266,7 +282,7 @@ def test_attention_over_batch_axes_and_its_gradient(interpret, products):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", ["packed", "ring", "shared heads"])
-def test_attend(monkeypatch, interpret, products, case, bias):
+def test_attend(monkeypatch, interpret, case, bias):
     rng, (n, s, h, g, f, threads) = np.random.default_rng(0), (150, 150, 2, 2, 64, None)
     if case == "ring":
         monkeypatch.setattr(attending, "SHARED", 1)  # one tile at a time

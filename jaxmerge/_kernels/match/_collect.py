@@ -18,6 +18,8 @@ NONE = 1 << 30
 class Best(NamedTuple):
     """The best key of each query: its cosine and its position."""
 
+    scaled = True
+    """Whether it is made of cosines, or else of distances."""
     outputs: tuple[Any, ...] = (jnp.float32, jnp.int32)
     start: tuple[Any, ...] = ((-jnp.inf, jnp.float32), (0, jnp.int32))
     """What a thread holds for each query and each of its columns, at first."""
@@ -43,6 +45,7 @@ class Best(NamedTuple):
 class Sums(NamedTuple):
     """The sum of f of a query's cosines."""
 
+    scaled = True
     f: Callable[[Array], Array]
     outputs: tuple[Any, ...] = (jnp.float32,)
     start: tuple[Any, ...] = ((0, jnp.float32),)
@@ -58,6 +61,7 @@ class Sums(NamedTuple):
 class Least(NamedTuple):
     """The `count` least squared distances of a query, in order: |b|² - 2 a·b, and |a|² at the end."""
 
+    scaled = False
     count: int
 
     @property
@@ -91,6 +95,7 @@ class Least(NamedTuple):
 class Ahead(NamedTuple):
     """The nearest key ahead of a query: its squared distance and its position; and the largest distance of all."""
 
+    scaled = False
     outputs: tuple[Any, ...] = (jnp.float32, jnp.int32, jnp.float32)
     start: tuple[Any, ...] = ((jnp.inf, jnp.float32), (0, jnp.int32), (-jnp.inf, jnp.float32))
 

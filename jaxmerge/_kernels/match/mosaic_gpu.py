@@ -36,6 +36,8 @@ QUERIES = 2 * TILE
 KEYS = 128
 """Keys of a tile."""
 MOST_NEIGHBORS = 16
+HELD = 112
+"""Registers of each lane, at most, for its queries, what is collected of them, and what is added to scores or compared."""
 LISTS = 80
 """Registers of each lane, at most, for what is nearest to a query in each column."""
 CANDIDATES = {
@@ -73,15 +75,15 @@ def match(
 
 def best(a, b, *, b_ok=None, window=None, slots=32, split=1, stages=None, interpret=None):
     """`match` of queries padded to whole blocks; each looks at a part of the keys, if they are split."""
-    queries, keys = prepare((a, b), interpret=interpret)
-    split = min(split, keys[0].shape[2] // KEYS)
-    found = sweep(queries, keys, opened(b, b_ok), window, collecting.Best(), slots, stages, interpret, split=split)
+    split = min(split, -(-b.shape[1] // KEYS))
+    how = {"window": window, "stages": stages, "interpret": interpret, "split": split}
+    found, inverse = sweep(a, b, opened(b, b_ok), collecting.Best(), slots, **how)
     if split == 1:
-        return found
+        return tuple(found)
     products, index = found
     part = jnp.argmax(products, axis=0)[None]  # the first of equals
     pick = lambda x: jnp.take_along_axis(x, part, axis=0)[0]
-    return pick(products) * queries[1], pick(index)
+    return pick(products) * inverse, pick(index)
 
 
 def energy(
@@ -98,8 +100,8 @@ def energy(
     """`ref.energy`."""
     slots = slots or _setting("slots", "energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
     f = lambda cosine: resemblance(cosine, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
-    queries, keys = prepare((a, b), interpret=interpret)
-    return sweep(queries, keys, opened(b, None), None, collecting.Sums(f), slots, stages, interpret)[0][:, : a.shape[1]]
+    (sums,), _ = sweep(a, b, opened(b, None), collecting.Sums(f), slots, stages=stages, interpret=interpret)
+    return sums[:, : a.shape[1]]
 
 
 def nearest_k(
@@ -115,8 +117,7 @@ def nearest_k(
     """`ref.nearest_k`, where all rows are finite; one that is not is infinitely far from all."""
     most = next(s for s in (32, 16, 8) if count * s // 2 <= LISTS or s == 8)
     slots = slots or _setting("slots", "nearest_k", (a, b), most, count=count)
-    queries, keys = prepare((a, b), scaled=False, interpret=interpret)
-    least = sweep(queries, keys, opened(b, b_ok), None, collecting.Least(count), slots, stages, interpret)
+    least, _ = sweep(a, b, opened(b, b_ok), collecting.Least(count), slots, stages=stages, interpret=interpret)
     return jnp.stack(least, axis=-1)[:, : a.shape[1]]
 
 
@@ -137,8 +138,7 @@ def nearest_ahead(
         None if place is None else jnp.pad(place.astype(jnp.float32), ((0, 0), (0, -place.shape[1] % KEYS)))
         for place in (a_place, b_place)
     )
-    queries, keys = prepare((a, b), scaled=False, interpret=interpret)
-    found = sweep(queries, keys, opened(b, b_ok), None, collecting.Ahead(), slots, stages, interpret, places=places)
+    found, _ = sweep(a, b, opened(b, b_ok), collecting.Ahead(), slots, stages=stages, interpret=interpret, places=places)
     return tuple(one[:, : a.shape[1]] for one in found)
 
 
@@ -166,12 +166,10 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     rows are not scaled, their squared lengths come in place of the norms: inf for a row that is not finite, whose parts are 0.
     """
     given, (B, _, k) = xs, xs[0].shape
-    parts = 3 if xs[0].dtype == jnp.float32 else 1
-    kp = _features(k)
+    parts, kp = _parts(xs[0]), _features(k)
     rows = [x.shape[1] for x in xs]
     lengths = [-(-n // QUERIES) * QUERIES for n in rows]
-    flat = [x.reshape(-1, k) for x in xs]
-    xs = tuple(jnp.pad(x, ((0, max(0, TILE - len(x))), (0, kp - k))) for x in flat)
+    xs = tuple(map(_flat, xs))
     counts = [length // TILE for length in lengths]
     if not _resident(parts, kp):
         return [_cut(x, (length, kp), parts, scaled) for x, length in zip(given, lengths, strict=True)]
@@ -189,13 +187,9 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
                 here = pl.ds((tile - before) * TILE, TILE)
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(row * rows[i] + (tile - before) * TILE, TILE)], raw, loaded)
                 plgpu.barrier_wait(loaded)
-                v = plgpu.layout_cast(mgpu.load(raw).astype(jnp.float32), plgpu.Layout.WGMMA)
-                v, inverse = mgpu.unit(v) if scaled else mgpu.squared(v)
-                inv[...] = inverse
-                for p in range(parts):
-                    part = v.astype(jnp.bfloat16)
+                some, inv[...] = parted(raw, parts, scaled)
+                for p, part in enumerate(some):
                     cut[p] = part
-                    v = v - part.astype(jnp.float32)
                 plgpu.commit_smem()
                 for p in range(parts):
                     plgpu.copy_smem_to_gmem(cut.at[p], part_ref.at[p, row, here])
@@ -215,6 +209,22 @@ def prepare(xs: tuple[Array, ...], *, scaled: bool = True, interpret=None) -> li
     return list(zip(found[::2], found[1::2], strict=True))
 
 
+def parted(raw: Any, parts: int, scaled: bool) -> tuple[list[Array], Array]:
+    """Of rows in shared memory their bfloat16 parts, in registers, and their inverse norms, or squared lengths."""
+    v = plgpu.layout_cast(mgpu.load(raw).astype(jnp.float32), plgpu.Layout.WGMMA)
+    (v, inverse), some = (mgpu.unit(v) if scaled else mgpu.squared(v)), []
+    for _ in range(parts):
+        some.append(v.astype(jnp.bfloat16))
+        v = v - some[-1].astype(jnp.float32)
+    return some, inverse
+
+
+def _flat(x: Array) -> Array:
+    """The rows of all the batch, (rows, k'), as many as a tile has or more."""
+    x = x.reshape(-1, x.shape[-1])
+    return jnp.pad(x, ((0, max(0, TILE - len(x))), (0, _features(x.shape[1]) - x.shape[1])))
+
+
 def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[Array, Array]:
     """What `prepare` makes of one x, by XLA: for rows that do not fit on chip, of which a sweep costs far more than this."""
     x = jnp.pad(x, ((0, 0), *((0, whole - size) for whole, size in zip(padded, x.shape[1:], strict=True))))
@@ -226,21 +236,24 @@ def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[A
     return jnp.stack(found), inverse
 
 
-def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places=(None, None), split=1):
+def sweep(a, b, bias, collect, slots, *, window=None, stages=None, interpret=None, places=(None, None), split=1):
     """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it.
 
-    Of keys that are split, (split, B, n') each, as if the queries' numbers were 1.
+    Of keys that are split, (split, B, n') each, as if the queries' numbers were 1; these come beside, (B, n').
     """
-    (a, inverse_a), (b, inverse_b) = queries, keys
-    parts, B, n, k = a.shape
-    m = b.shape[2]
-    stay = _resident(parts, k)
+    B, rows, parts = *a.shape[:2], _parts(a)
+    of_keys = [x for x in (bias, places[1]) if x is not None]
+    held = parts * _features(a.shape[2]) // 4 + len(collect.start) * slots // 2 + len(of_keys) * KEYS // 4 <= HELD
+    *queries, (b, inverse_b) = prepare((b,) if held else (a, b), scaled=collect.scaled, interpret=interpret)
+    ((a, inverse_a),) = queries or [(_flat(a), None)]
+    (m, k), n = b.shape[2:], rows + -rows % QUERIES
+    stay = held or _resident(parts, k)
     wide = _chunk(k) if stay else 64 if parts == 1 else 32  # features of a chunk
     chunks = k // wide
     tiles, blocks = m // KEYS, n // QUERIES
     steps, depth = (parts * chunks, 1) if stay else (chunks, parts)  # ring steps a tile, of so many parts of the keys' chunk
-    held, passing = (2 * parts * chunks, 0) if stay else (0, 2 * parts)  # chunks of queries: for good, and in a ring step
-    ring = mgpu.SHARED - held * TILE * wide * 2
+    lasting, passing = (2 * parts * chunks, 0) if stay else (0, 2 * parts)  # chunks of queries: for good, and in a ring step
+    ring = mgpu.SHARED - (QUERIES * k * a.dtype.itemsize if held else lasting * TILE * wide * 2)
     stages = stages or min(8, ring // ((depth * KEYS + passing * TILE) * wide * 2))
     groups = KEYS // slots
 
@@ -267,8 +280,8 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
             here = pl.ds(block * QUERIES + t * TILE, TILE)
             if stay:
                 plgpu.barrier_wait(ready.at[t])
-
-            of_query = lambda: mgpu.rows(inverse_a.at[row, here])
+            own, inverse = parted(queries.at[t], parts, collect.scaled) if held else (None, None)
+            of_query = lambda: mgpu.rows(inverse_a.at[row, here]) if inverse is None else inverse
             each_query = collecting.across(of_query(), (TILE, slots)) if isinstance(collect, collecting.Sums) else None
             place = None if place_a is None else collecting.across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
 
@@ -278,7 +291,7 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                 add = None if bias is None else mgpu.columns(bias.at[row if bias.shape[0] > 1 else 0, at])
                 places = None if place_b is None else mgpu.columns(place_b.at[row, at])
 
-                def product(acc):
+                def products(multiply):
                     first = (i - low) * steps
 
                     @each_step
@@ -287,17 +300,18 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                         plgpu.barrier_wait(full.at[s])
                         for at, q in enumerate(some):
                             for p in range(parts - q):
-                                left = (t * parts + p) * chunks + c if stay else (s * 2 + t) * parts + p
-                                plgpu.wgmma(acc, queries.at[left], keys.at[s * depth + at].transpose((1, 0)))
+                                if own is not None:
+                                    left = own[p][:, c * wide : (c + 1) * wide]
+                                else:
+                                    left = queries.at[(t * parts + p) * chunks + c if stay else (s * 2 + t) * parts + p]
+                                multiply(left, keys.at[s * depth + at].transpose((1, 0)))
                         plgpu.wgmma_wait(sum(parts - q for q in some))  # the step before has been read
 
                         @pl.when(step > 0)
                         def _():
                             plgpu.barrier_arrive(free.at[slot(first + step - 1)])
 
-                    return acc[...]
-
-                score = pl.run_scoped(product, plgpu.ACC((TILE, KEYS), jnp.float32))
+                score = mgpu.accumulated((TILE, KEYS), products)
                 plgpu.barrier_arrive(free.at[slot((i - low) * steps + steps - 1)])
                 for g in range(groups):
                     cut = slice(g * slots, (g + 1) * slots)
@@ -315,8 +329,10 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
 
             matrix = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE, slots), value, dtype), plgpu.Layout.WGMMA)
             found = lax.fori_loop(low, high, tile, tuple(matrix(*one) for one in collect.start))
-            for ref, value in zip(outputs, collect.finish(found, of_query() if split == 1 else 1.0), strict=True):
+            for ref, value in zip(outputs, collect.finish(found, of_query() if split == 1 else 1.0), strict=False):
                 ref[part, row, here] = value
+            if split > 1:
+                outputs[-1][part, row, here] = of_query()
 
         @pl.when(t == 2)
         def _():
@@ -328,7 +344,10 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
                     for p in range(parts):
                         plgpu.copy_gmem_to_smem(a.at[p, row, rows, pl.ds(c * wide, wide)], queries.at[to(w, p)], barrier(w))
 
-            for c in range(chunks if stay else 0):
+            for w in range(2 if held else 0):
+                there = pl.ds(row * rows + block * QUERIES + w * TILE, TILE)
+                plgpu.copy_gmem_to_smem(a.at[there], queries.at[w], ready.at[w])
+            for c in range(chunks if stay and not held else 0):
                 load_queries(c, lambda w, p, c=c: (w * parts + p) * chunks + c, lambda w: ready.at[w])
 
             @pl.loop(low, high)
@@ -352,19 +371,20 @@ def sweep(queries, keys, bias, window, collect, slots, stages, interpret, places
             def _(step):  # leave when all has been read
                 plgpu.barrier_wait(free.at[slot(step)])
 
+    chunk_of = lambda count, rows: plgpu.SMEM((count, rows, wide), jnp.bfloat16, transforms=mgpu.tiled(wide))
     scratch = dict(
-        queries=plgpu.SMEM((held + stages * passing, TILE, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        keys=plgpu.SMEM((stages * depth, KEYS, wide), jnp.bfloat16, transforms=mgpu.tiled(wide)),
-        ready=plgpu.Barrier(num_arrivals=parts * chunks, num_barriers=2) if stay else None,
+        queries=plgpu.SMEM((2, TILE, k), a.dtype) if held else chunk_of(lasting + stages * passing, TILE),
+        keys=chunk_of(stages * depth, KEYS),
+        ready=plgpu.Barrier(num_arrivals=1 if held else parts * chunks, num_barriers=2) if stay else None,
         full=plgpu.Barrier(num_arrivals=depth + passing, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
     found = mgpu.kernel(
         body, (a, b, inverse_a, inverse_b, bias, *places), scratch,
-        out=[jax.ShapeDtypeStruct((split, B, n), dtype) for dtype in collect.outputs],
+        out=[jax.ShapeDtypeStruct((split, B, n), dtype) for dtype in (*collect.outputs, *[jnp.float32] * (split > 1))],
         grid=dict(row=B, block=blocks, part=split), threads=3, interpret=interpret,
     )  # fmt: skip
-    return found if split > 1 else [one.reshape(B, n) for one in found]
+    return (found[:-1], found[-1][0]) if split > 1 else ([one.reshape(B, n) for one in found], None)
 
 
 device_refusals = mgpu.device_refusals
@@ -390,6 +410,11 @@ def refusals(op: str, a: Any, b: Any, *rest: Any, **static: Any) -> list[str]:
 def faster(op: str, a: Any, b: Any, *rest: Any, kind: str, **static: Any) -> bool:
     """Where scores are many: XLA takes them to memory and back."""
     return a.shape[1] * (a if op == "peaks" else b).shape[1] >= 2**16
+
+
+def _parts(x: Array) -> int:
+    """How many bfloat16 numbers a number is cut into."""
+    return 3 if x.dtype == jnp.float32 else 1
 
 
 def _features(k: int) -> int:

@@ -221,14 +221,13 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
             highest, index = found
             other = part + i * c.of_b
 
-            def product(acc):
+            def products(multiply):
                 for p in range(c.parts):
                     for q in range(c.parts - p):
                         left, right = p * (c.ta + c.tb) + tile, q * (c.ta + c.tb) + c.ta + other
-                        plgpu.wgmma(acc, c.tiles.at[left], c.tiles.at[right].transpose((1, 0)))
-                return acc[...]
+                        multiply(c.tiles.at[left], c.tiles.at[right].transpose((1, 0)))
 
-            score = pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
+            score = mgpu.accumulated(square, products)
             score = score * wide(c.inverse.at[rows(c.ta + other)]) + wide(open_b.at[rows(other)])
             high = jnp.max(score, axis=1)
             is_high = score == lax.broadcast_in_dim(high, square, (0,))
