@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch, _mosaic_gpu as mgpu
@@ -19,35 +17,6 @@ from tests.kernels import cases
 
 pytestmark = pytest.mark.slow
 both = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-
-
-@pytest.fixture
-def interpret():
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("this jax does not offer its GPU interpreter")
-    return plgpu.InterpretGPUParams()
-
-
-@pytest.fixture(autouse=True)
-def products(monkeypatch):
-    """Products of what is in registers, which the interpreter does not have."""
-
-    def accumulated(shape, body):
-        def into(acc):
-            beside = []
-
-            def multiply(a, b):
-                if isinstance(a, jax.Array):
-                    beside.append(jnp.dot(a, b[...], preferred_element_type=jnp.float32))
-                else:
-                    plgpu.wgmma(acc, a, b)
-
-            body(multiply)
-            return sum(beside, acc[...])
-
-        return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
-
-    monkeypatch.setattr(mgpu, "accumulated", accumulated)
 
 
 @both

@@ -79,6 +79,14 @@ def test_match_and_energy_are_two_launches():
     assert lowered(energy, shape(2, spec.n, spec.k)) == 2
 
 
+@pytest.mark.parametrize("rows, split", [(8, 1), (1, 2)])
+def test_keys_are_split_where_that_saves_rounds_of_blocks(rows, split):
+    """SD 128x128: 64 blocks a row for 132 multiprocessors. Eight rows, 512 blocks, are four rounds with or without."""
+    shapes = shape(rows, 8192, 320), shape(rows, 8192, 320)
+    default, asked = (program(partial(matching.match, **how), *shapes) for how in ({}, {"split": split}))
+    assert default == asked != program(partial(matching.match, split=3 - split), *shapes)
+
+
 @pytest.mark.parametrize("k, dtype", [(k, dtype) for k in (64, 320, 1024) for dtype in (jnp.bfloat16, jnp.float32)], ids=str)
 def test_keys_are_let_go_when_the_products_that_read_them_have_ended(k, dtype):
     """Products go on while the thread does; queries stay on chip, or pass through the ring."""

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
@@ -68,10 +67,8 @@ def test_the_answer_is_that_of_all_distances(dtype):
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("what", WHAT)
-def test_on_hopper(dtype, what):
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("this jax does not offer its GPU interpreter")
-    with dispatch.aim("gpu", "NVIDIA H200", interpret=plgpu.InterpretGPUParams()):
+def test_on_hopper(interpret, dtype, what):
+    with dispatch.aim("gpu", "NVIDIA H200", interpret=interpret):
         same(what, dtype, "mosaic_gpu")
 
 

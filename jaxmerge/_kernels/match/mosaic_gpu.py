@@ -1,12 +1,14 @@
 """`match`, `energy` and the nearest on Hopper: similarities by wgmma, what they come to in registers, no score in memory.
 
-Two launches. `prepare` scales every row by a power of two and takes its inverse norm. The products are then of raw bfloat16
+Two launches. `prepare` scales every key by a power of two and takes its inverse norm. The products are then of raw bfloat16
 numbers, exact in float32; the inverse norms are applied to the sums, so one pass is as good as float32. A float32 metric is
 cut into three bfloat16 parts, high to low, and the six products that matter are added. For distances rows stay as they are,
 and their squared lengths take the place of inverse norms.
 
-A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. Queries
-too wide to stay on chip pass through the ring too, a chunk of features beside the keys' same chunk; XLA makes such rows ready.
+A block of `sweep` has 128 queries, two compute threads of 64 each, and a thread that keeps a ring of key tiles full. A thread
+makes its own queries ready and holds them in registers. Those that do not fit there are made ready with the keys and stay in
+shared memory, which the matrix unit then reads for both; those too wide for that pass through the ring too, a chunk of features
+beside the keys' same chunk, and XLA makes such rows ready. The keys of a query may be split among blocks.
 A compute thread holds, for each query and each of `slots` columns, the best score yet and the group of `slots` keys that it
 is from: four instructions a score. Rows are reduced once, at the end; strict comparisons and a minimum over positions make the
 first of equals win. For the energy it holds sums there instead; for the nearest a list, in order, of the least that each
@@ -41,13 +43,13 @@ HELD = 112
 LISTS = 80
 """Registers of each lane, at most, for what is nearest to a query in each column."""
 CANDIDATES = {
-    "match": (*({"slots": slots} for slots in (32, 16, 64)), *({"split": split} for split in (2, 3, 4))),
+    "match": (*({"slots": slots} for slots in (32, 16, 64)), *({"split": split} for split in (1, 2, 3, 4))),
     "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
     "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
     "nearest_ahead": tuple({"slots": slots} for slots in (32, 16, 64)),
 }
-"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end. Where there are few blocks, or
-a few more than multiprocessors, the keys are split among several."""
+"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end. What `split` is for, `_split`
+says."""
 
 
 def match(
@@ -64,7 +66,7 @@ def match(
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`ref.match`."""
     n, slots = a.shape[1], slots or _setting("slots", "match", (a, b), 32)
-    split = split or _setting("split", "match", (a, b), 1)
+    split = split or _setting("split", "match", (a, b), _split(*a.shape[:2], b.shape[1]))
     how = {"window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
     similarity, index = best(a, b, b_ok=b_ok, **how)
     similarity, index = similarity[:, :n], index[:, :n]
@@ -148,6 +150,17 @@ peaks = by_sweeps(nearest_k, nearest_ahead)
 def _setting(name: str, op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
     """Such as the columns in which a thread collects: as measured on this kind of device, or else as given."""
     return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get(name, default))
+
+
+def _split(batch: int, n: int, m: int) -> int:
+    """Among how many blocks the keys of a query are split: in one go where that leaves every multiprocessor its work.
+
+    Else as few as save most rounds of tiles, a quarter at least; eight pay for putting the parts together.
+    """
+    blocks, tiles = batch * -(-n // QUERIES), -(-m // KEYS)
+    rounds = {split: -(-blocks * split // mgpu.BLOCKS) * -(-tiles // split) for split in (1, 2, 3, 4)}
+    split = min(rounds, key=lambda split: rounds[split])
+    return split if rounds[1] - rounds[split] >= max(8, rounds[1] / 4) else 1
 
 
 def opened(b: Array, b_ok: Array | None) -> Array | None:

@@ -1,0 +1,34 @@
+"""JAX's interpreter of Hopper kernels, where it has one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmerge._kernels import _mosaic_gpu as mgpu
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    """The interpreter, and products of what is in registers, which it does not have."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this jax does not offer its GPU interpreter")
+
+    def accumulated(shape, body):
+        def into(acc):
+            beside = []
+
+            def multiply(a, b):
+                if isinstance(a, jax.Array):
+                    beside.append(jnp.dot(a, b[...], preferred_element_type=jnp.float32))
+                else:
+                    plgpu.wgmma(acc, a, b)
+
+            body(multiply)
+            return sum(beside, acc[...])
+
+        return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
+
+    monkeypatch.setattr(mgpu, "accumulated", accumulated)
+    return plgpu.InterpretGPUParams()
