@@ -136,10 +136,10 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, tuple[Array, Array, Array]]:
         b, n, d = x.shape
         eights = -n % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads where they lie
-        heads = lambda a: a.astype(self.dtype).reshape(*a.shape[:-1], 3, self.num_heads, d // self.num_heads)
+        heads = lambda a: a.reshape(*a.shape[:-1], 3, self.num_heads, d // self.num_heads)
         product, offset = heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(bias_of(self.qkv))
         out = jm.attention.packed_attention(product, bias, offset=offset, length=n, implementation=self.implementation)
-        q, k, v = (product[:, :n, i] + offset[None, None, i] for i in range(3))
+        q, k, v = ((product[:, :n, i] + offset[None, None, i]).astype(self.dtype) for i in range(3))
         return _product(self.proj, out.reshape(b, n, d)), (q, k, v)
 
 

@@ -113,7 +113,7 @@ def kernel(op: str, spec: Tokens, static: dict):
     if op == "peaks":
         return lambda x, *_: density_peaks(x, spec, static, "mosaic_tpu")
     if op == "step":
-        return lambda *a: steps.differentiable(module, static["r"], static["protected"], *a)
+        return lambda *a: steps.differentiable(module, steps.How(**static), *a)
     if op == "merge":
         return lambda *a: merges.differentiable(module, static["m"], static["mean"], *a)
     if op == "pack":

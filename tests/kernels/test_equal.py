@@ -51,7 +51,8 @@ def test_step(spec, dtype):
     sizes, residual = cases.sizes(rng, batch, spec.n), cases.tokens(rng, batch, spec.n, spec.d, BF16)
     offset, norm = cases.tokens(rng, 1, 1, spec.d, jnp.float32)[0], cases.tokens(rng, 1, 2, spec.d, jnp.float32)
     how = steps.How(spec.r, protected, 1e-6, BF16)
-    every = (sizes, None, None, None), (None, residual, None, norm), (sizes, residual, offset, norm)
+    norm = norm[:, 0], norm[:, 1]
+    every = (sizes, None, None), (None, residual, None, *norm), (sizes, residual, offset, *norm)
     for more in every[slice(1, 3) if dtype == BF16 else slice(1)]:
         reference = lambda x, more=more: step_ref.step(metric, x, *more, **how._asdict())
         kernel = lambda x, more=more: steps.differentiable(step_tpu, how, metric, x, *more)
@@ -60,9 +61,7 @@ def test_step(spec, dtype):
         terms = int(jnp.max(jnp.sum(ids[0][:, None] == ids[0][None, :], axis=0)))
         cases.close(y, y_ref, terms=terms, largest=largest(x) + largest(residual) + largest(offset))
         for found in normed:  # of the rows as this kernel rounded them
-            cases.close(
-                found, step_ref.normalised(y, norm[:, 0], norm[:, 1], 1e-6, BF16), terms=spec.d, largest=largest(normed_ref)
-            )
+            cases.close(found, step_ref.normalised(y, *norm, 1e-6, BF16), terms=spec.d, largest=largest(normed_ref))
     if dtype == F32:
         loss = lambda f: lambda x: jnp.sum(f(x)[0].astype(jnp.float32) * cotangent)
         back = [jax.jit(jax.grad(loss(f)))(x) for f in (kernel, reference)]

@@ -42,13 +42,13 @@ def test_step_that_adds_and_normalises(monkeypatch, interpret, dtype, d, norms):
     monkeypatch.setattr(mgpu, "totals", lambda ref, *rows: [jnp.sum(row) for row in rows])  # instructions are not interpreted
     rng, n, r = np.random.default_rng(0), 137, 9
     metric, x = cases.exact(rng, 2, n, 32, jnp.bfloat16), cases.tokens(rng, 2, n, d, dtype)
-    offset, norm = cases.tokens(rng, 1, norms, d, jnp.float32)[0], cases.tokens(rng, norms, 2, d, jnp.float32)
+    offset, norm = cases.tokens(rng, 1, norms, d, jnp.float32)[0], cases.tokens(rng, 2, norms, d, jnp.float32)
     how = dict(r=r, protected=(True,) + (False,) * (n - 1), epsilon=1e-6, dtype=dtype)
-    found = jax.jit(lambda *a: stepping.step(*a, **how, interpret=interpret))(metric, x, None, x, offset, norm)
-    wanted = step_ref.step(metric, x, None, x, offset, norm, **how)
+    found = jax.jit(lambda *a: stepping.step(*a, **how, interpret=interpret))(metric, x, None, x, offset, *norm)
+    wanted = step_ref.step(metric, x, None, x, offset, *norm, **how)
     assert (found.ids == wanted.ids).all()
     cases.close(found.x, wanted.x, terms=r + 1, largest=2 * float(jnp.abs(x).max()))
-    again = step_ref.normalised(found.x, norm[:, 0], norm[:, 1], 1e-6, dtype)
+    again = step_ref.normalised(found.x, *norm, 1e-6, dtype)
     cases.close(found.normed, again, terms=d, largest=float(jnp.abs(again).max()))
 
 

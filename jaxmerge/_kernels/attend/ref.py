@@ -29,6 +29,6 @@ def unpacked(
     qkv: Float[Array, "*batch rows three h f"], offset: Float[Array, "*one three h f"] | None, length: int | None
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values of one product: the rows that are there, with what they lack."""
-    qkv = qkv if offset is None else qkv + offset[..., None, :, :, :].astype(qkv.dtype)
+    qkv = qkv if offset is None else (qkv + offset[..., None, :, :, :]).astype(qkv.dtype)
     q, k, v = (qkv[..., :length, i, :, :] for i in range(3))
     return q, k, v

@@ -30,7 +30,8 @@ def step(
     sizes: Float[Array, "*batch n"] | None = None,
     residual: Float[Array, "*batch n d"] | None = None,
     offset: Float[Array, "d"] | None = None,
-    norm: Float[Array, "2 d"] | None = None,
+    scale: Float[Array, "d"] | None = None,
+    shift: Float[Array, "d"] | None = None,
     *,
     implementation: Implementation | None = None,
     xla: Callable[[], Any],
@@ -43,12 +44,11 @@ def step(
         x,
         None if sizes is None else lax.stop_gradient(sizes),
         residual,
-        every(offset),
-        every(norm),
+        *map(every, (offset, scale, shift)),
     )
-    width = "d" if norm is None else "w"  # what is normalised lies together
-    roles = ("nk", f"n{width}", "n", f"n{width}", f"*{width}", f"*2{width}")
-    outputs = (f"m{width}", "m", "n", *([] if norm is None else ["mw"]))
+    width = "d" if scale is None else "w"  # what is normalised lies together
+    roles = ("nk", f"n{width}", "n", f"n{width}", *[f"*{width}"] * 3)
+    outputs = (f"m{width}", "m", "n", *([] if scale is None else ["mw"]))
     call = lambda module, *arrays: differentiable(module, How(**how), *arrays)
     found = run("step", arrays, roles, outputs, implementation=implementation, call=call, xla=xla, **how)
     return Result(*found)
@@ -63,22 +63,23 @@ def differentiable(module: Any, how: How, *arrays: Array | None) -> tuple[Array,
 
 @partial(differentiable.defjvp, symbolic_zeros=True)
 def _jvp(module, how, primals, tangents):
-    every = lambda some: (*some, None, None, None)[:6]
+    every = lambda some: (*some, *[None] * 5)[:7]
     moving = [None if isinstance(t, SymbolicZero) else t for t in every(tangents)]
     found = differentiable(module, how, *primals)
     dy = _merged(module, found, every(primals), moving)
     changes = (dy, jnp.zeros_like(found[1]), zero_from_primal(found[2], symbolic_zeros=False))
     if len(found) == len(changes):
         return found, changes
-    norm, dnorm = primals[5], moving[5]
-    behind = lambda y, norm: normalised(y, _each(norm[:, 0], y), _each(norm[:, 1], y), how.epsilon, how.dtype)
-    dnormed = jax.jvp(behind, (found[0], norm), (dy, jnp.zeros_like(norm) if dnorm is None else dnorm))[1]
+    vectors = zip(primals[5:], moving[5:], strict=True)
+    behind = lambda y, *vectors: normalised(y, *(_each(v, y) for v in vectors), how.epsilon, how.dtype)
+    dvectors = [jnp.zeros_like(v) if dv is None else dv for v, dv in vectors]
+    dnormed = jax.jvp(behind, (found[0], *primals[5:]), (dy, *dvectors))[1]
     return found, (*changes, dnormed)
 
 
 def _merged(module: Any, found: tuple[Array, ...], primals: Any, moving: Any) -> Array:
     """How merged x moves with x, residual and offset: as they move, merged."""
-    (_, x, sizes, *_), (_, dx, _, dresidual, doffset, _), (y, mass, ids, *_) = primals, moving, found
+    (_, x, sizes, *_), (_, dx, _, dresidual, doffset, *_), (y, mass, ids, *_) = primals, moving, found
     some = [t.astype(x.dtype) for t in (dx, dresidual) if t is not None]
     if doffset is not None:
         some.append(jnp.broadcast_to(over(_each(doffset, x), x), x.shape).astype(x.dtype))

@@ -53,7 +53,8 @@ def step(
     sizes: Float[Array, "B n"] | None = None,
     residual: Float[Array, "B n d"] | None = None,
     offset: Float[Array, "one d"] | None = None,
-    norm: Float[Array, "one 2 d"] | None = None,
+    scale: Float[Array, "one d"] | None = None,
+    shift: Float[Array, "one d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
@@ -66,7 +67,7 @@ def step(
 ) -> Result:
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time.
 
-    Offsets and norms may be fewer than rows of the batch: each is then for as many rows in turn.
+    Offsets, scales and shifts may be fewer than rows of the batch: each is then for as many rows in turn.
     """
     B, n, d = x.shape
     if threads is None:
@@ -74,7 +75,7 @@ def step(
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
     blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
-    c, scratch = _laid_out(metric, d, offset, norm, r=r, threads=threads)
+    c, scratch = _laid_out(metric, d, offset, scale, r=r, threads=threads)
     share = -(-c.na // blocks)
     c.share, c.pairs, c.epsilon = -(-share // (threads * pairs)) * threads * pairs, pairs, epsilon
     closed = np.array(protected)
@@ -86,10 +87,10 @@ def step(
         given = [*matching.best(metric[:, ::2], metric[:, 1::2], b_ok=b_ok, interpret=interpret), open_a]
 
     def token_merge_step(*refs, **scratch):
-        given, (x, sizes, residual, offset, norm, y, mass, ids, *normed) = refs[:3], refs[3:]
+        given, (x, sizes, residual, offset, scale, shift, y, mass, ids, *normed) = refs[:3], refs[3:]
         here = SimpleNamespace(**vars(c), **scratch)
         here.row, here.share_at, here.t = (lax.axis_index(name) for name in ("row", "share", "thread"))
-        _keep(here, B, offset, norm)
+        _keep(here, B, offset, scale, shift)
         if c.slots:
             flat, open_a, open_b = given
             _cosines(here, flat, open_b)
@@ -102,9 +103,10 @@ def step(
         _chains(here)
         _move(here, x, sizes, residual, y, mass, ids, *normed)
 
-    wide = lambda a: None if a is None else a.astype(jnp.float32)
+    wide = lambda a, there: a.astype(jnp.float32) if there else None
+    vectors = wide(offset, offset is not None), wide(scale, c.normalises), wide(shift, c.normalises)
     found = mgpu.kernel(
-        token_merge_step, (*given, x, sizes, residual, wide(offset), wide(norm) if c.normalises else None), scratch,
+        token_merge_step, (*given, x, sizes, residual, *vectors), scratch,
         out=(
             jax.ShapeDtypeStruct((B, n - r, d), x.dtype),
             jax.ShapeDtypeStruct((B, n - r), jnp.float32),
@@ -113,26 +115,24 @@ def step(
         ),
         grid=dict(row=B, share=-(-c.na // c.share)), threads=threads, interpret=interpret,
     )  # fmt: skip
-    if norm is None or c.normalises:
+    if scale is None or shift is None or c.normalises:
         return Result(*found)
-    each = norm if len(norm) == 1 else jnp.repeat(norm, B // len(norm), axis=0)
-    normed = normalised(found[0], each[:, 0], each[:, 1], epsilon, dtype)
-    return Result(*found, normed=normed)
+    each = lambda v: v if len(v) == 1 else jnp.repeat(v, B // len(v), axis=0)
+    return Result(*found, normed=normalised(found[0], each(scale), each(shift), epsilon, dtype))
 
 
-def _keep(c: SimpleNamespace, B: int, offset: Any, norm: Any) -> None:
+def _keep(c: SimpleNamespace, B: int, *vectors: Any) -> None:
     """On chip: what every token gets."""
     own = lambda ref: c.row * ref.shape[0] // B
 
     @pl.when(c.t == 0)
     def _():
-        if offset is not None:
-            c.added[...] = offset[own(offset)]
-        if norm is not None:
-            c.scale[...], c.shift[...] = norm[own(norm), 0], norm[own(norm), 1]
+        for kept, vector in zip((c.added, c.scale, c.shift), vectors, strict=True):
+            if vector is not None:
+                kept[...] = vector[own(vector)]
 
 
-def _laid_out(metric: Any, d: int, offset: Any, norm: Any, *, r: int, threads: int) -> tuple[SimpleNamespace, dict[str, Any]]:
+def _laid_out(metric: Any, d: int, offset: Any, scale: Any, *, r: int, threads: int) -> tuple[SimpleNamespace, dict[str, Any]]:
     """How much there is of what, and the scratch. `slots` is for how many tiles of the metric there is room as they come: for
     all, or for one of each thread; 0 where it does not fit on chip."""
     n, k = metric.shape[1:]
@@ -142,7 +142,7 @@ def _laid_out(metric: Any, d: int, offset: Any, norm: Any, *, r: int, threads: i
     rounds = lambda parts: -(-c.ta * parts // threads) * -(-c.tb // parts)
     c.of_b = min(range(1, c.tb + 1), key=rounds)  # parts that a tile of sources is compared in, by different threads
     c.parts = 3 if metric.dtype == jnp.float32 else 1
-    c.normalises = norm is not None and d % LANES == 0
+    c.normalises = scale is not None and d % LANES == 0
     own = lambda parts, groups, dtype=jnp.int32: plgpu.SMEM((parts, groups * LANES), dtype)
     row = lambda there: plgpu.SMEM((d,), jnp.float32) if there else None
     scratch = dict(
@@ -473,7 +473,7 @@ device_refusals = mgpu.device_refusals
 
 
 def refusals(
-    op: str, metric: Any, x: Any, sizes: Any, residual: Any, offset: Any = None, norm: Any = None, *, r: int, **how: Any
+    op: str, metric: Any, x: Any, sizes: Any, residual: Any, offset: Any = None, scale: Any = None, *_: Any, r: int, **how: Any
 ) -> list[str]:
     """Why this step cannot be one kernel."""
     n, k = x.shape[1], metric.shape[2]
@@ -485,7 +485,7 @@ def refusals(
     if not 0 < r < n:
         why.append(f"r={r}: there is nothing to do")
     if not why:
-        c, scratch = _laid_out(metric, x.shape[2], offset, norm, r=r, threads=4)
+        c, scratch = _laid_out(metric, x.shape[2], offset, scale, r=r, threads=4)
         half = lambda n: jax.ShapeDtypeStruct((metric.shape[0], n, k), metric.dtype)
         if not c.slots:
             why += matching.refusals("match", half(n - n // 2), half(n // 2))

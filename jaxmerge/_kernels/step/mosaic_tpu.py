@@ -30,7 +30,8 @@ def step(
     sizes: Float[Array, "B n"] | None = None,
     residual: Float[Array, "B n d"] | None = None,
     offset: Float[Array, "one d"] | None = None,
-    norm: Float[Array, "one 2 d"] | None = None,
+    scale: Float[Array, "one d"] | None = None,
+    shift: Float[Array, "one d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
@@ -41,17 +42,17 @@ def step(
 ) -> Result:
     """`ref.step`; `rows` of the batch at a time, by what was measured or else up to four that fill two MiB.
 
-    Offsets and norms may be fewer than rows of the batch: each is then for as many rows in turn.
+    Offsets, scales and shifts may be fewer than rows of the batch: each is then for as many rows in turn.
     """
     batch, n, d = x.shape
     k, m, here = metric.shape[-1], n - r, target()
     interpret = here.interpret if interpret is None else interpret
     rows = rows or tuned("step", "mosaic_tpu", here.kind, (metric, x, sizes, residual), r=r).get("rows")
-    shared = [a[:, None] if a.ndim == 2 else a for a in (offset, norm) if a is not None]
+    shared = [a[:, None] for a in (offset, scale, shift) if a is not None]
     alike = min([batch, *(batch // len(a) for a in shared)])  # rows that have the same
     rows = tpu.divisor(alike, rows or min(4, 2 * tpu.MIB // tpu.nbytes((n, d), x.dtype)))
     item = lambda a: jnp.dtype(a.dtype).itemsize
-    normed = None if norm is None else tpu.out((batch, m, d), dtype, x)
+    normed = None if scale is None else tpu.out((batch, m, d), dtype, x)
     moved = (
         sum(a.size * item(a) for a in (metric, x, residual) if a is not None)
         + batch * m * d * (item(x) + (0 if normed is None else item(normed)))
@@ -59,26 +60,26 @@ def step(
     )
     highest = metric.dtype != jnp.bfloat16
     pick, compare = n * n * k * (3 if highest else 1), n * n // 4 * k * (6 if highest else 1)
-    flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype)) + (0 if norm is None else 8 * batch * m * d)
+    flops = 2 * batch * (pick + compare + n * m * d * _passes(x.dtype)) + (0 if normed is None else 8 * batch * m * d)
     per_row = lambda *shape: pl.BlockSpec((rows, *shape), lambda b: (b, 0, 0))
     one = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b: (b * rows * len(a) // batch, 0, 0))
     given = [metric, x] + ([] if sizes is None else [sizes.astype(jnp.float32)[:, None, :]])
     specs = [per_row(n, k), per_row(n, d)] + ([] if sizes is None else [per_row(1, n)])
     if residual is not None:
         given, specs = [*given, residual], [*specs, per_row(n, d)]
-    has = Has(sizes is not None, residual is not None, offset is not None, norm is not None)
+    has = Has(*(a is not None for a in (sizes, residual, offset, scale, shift)))
     y, mass, ids, *more = pl.pallas_call(
         partial(_kernel, r=r, runs=_runs(protected), has=has, epsilon=epsilon),
         grid=(batch // rows,),
         in_specs=[*specs, *map(one, shared)],
-        out_specs=[per_row(m, d), per_row(1, m), per_row(1, n)] + ([] if norm is None else [per_row(m, d)]),
+        out_specs=[per_row(m, d), per_row(1, m), per_row(1, n)] + ([] if normed is None else [per_row(m, d)]),
         out_shape=[
             tpu.out((batch, m, d), x.dtype, x),
             tpu.out((batch, 1, m), jnp.float32, x),
             tpu.out((batch, 1, n), jnp.int32, x),
             *([] if normed is None else [normed]),
         ],
-        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, residual, r, None if norm is None else dtype)),
+        compiler_params=tpu.params(("parallel",), _need(rows, metric, x, residual, r, None if normed is None else dtype)),
         cost_estimate=tpu.cost(flops, moved, batch * (n + m)),
         interpret=interpret,
         name="token_merge_step",
@@ -92,7 +93,8 @@ class Has(NamedTuple):
     sizes: bool
     residual: bool
     offset: bool
-    norm: bool
+    scale: bool
+    shift: bool
 
 
 def refusals(
@@ -137,7 +139,7 @@ def faster(op: str, metric: Any, x: Any, *more: Any, r: int, kind: str, **how: A
 def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], has: Has, epsilon: float) -> None:
     given = iter(refs)
     metric_ref, x_ref = next(given), next(given)
-    sizes_ref, residual_ref, offset_ref, norm_ref = (next(given) if here else None for here in has)
+    sizes_ref, residual_ref, offset_ref, scale_ref, shift_ref = (next(given) if here else None for here in has)
     y_ref, mass_ref, ids_ref, *normed_ref = given
     rows = range(x_ref.shape[0])
     plans = _segment_ids([metric_ref[b] for b in rows], r, runs)
@@ -145,9 +147,9 @@ def _kernel(*refs: Any, r: int, runs: tuple[tuple[int, int], ...], has: Has, eps
         ids_ref[b] = ids
         x = added(x_ref[b], None if residual_ref is None else residual_ref[b], None if offset_ref is None else offset_ref[0])
         _merge(ids, x, None if sizes_ref is None else sizes_ref[b], y_ref.at[b], mass_ref.at[b])
-        if norm_ref is not None:
+        if scale_ref is not None and shift_ref is not None:
             (normed,) = normed_ref
-            normed[b] = normalised(y_ref[b], norm_ref[0, :1], norm_ref[0, 1:], epsilon, normed.dtype)
+            normed[b] = normalised(y_ref[b], scale_ref[0], shift_ref[0], epsilon, normed.dtype)
 
 
 def _segment_ids(metrics: list[Array], r: int, runs: tuple[tuple[int, int], ...]) -> list[Array]:

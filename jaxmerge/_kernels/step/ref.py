@@ -28,7 +28,8 @@ def step(
     sizes: Float[Array, "B n"] | None = None,
     residual: Float[Array, "B n d"] | None = None,
     offset: Float[Array, "one d"] | None = None,
-    norm: Float[Array, "one 2 d"] | None = None,
+    scale: Float[Array, "one d"] | None = None,
+    shift: Float[Array, "one d"] | None = None,
     *,
     r: int,
     protected: tuple[bool, ...],
@@ -39,15 +40,15 @@ def step(
 
     The groups are those of `tokens.bipartite_matching`, the rows their means weighted by `sizes`, in the order of the tokens
     that stay. Sizes are whole numbers below 2^24 and stay exact. `protected` positions neither move nor receive. What is merged
-    is x + residual + offset, rounded to x's dtype. `normed` is the layer norm of the rows that are left, as they were rounded.
+    is x + residual + offset, rounded to x's dtype. `normed` is the layer norm of the rows that are left, as they were rounded,
+    where `scale` and `shift` are given.
     """
     metric, closed = lax.stop_gradient(metric), np.array(protected)
     best, to = match.match(metric[:, ::2], metric[:, 1::2][:, np.flatnonzero(~closed[1::2])])
     ids = jax.vmap(lambda best, to: segment_ids(best, to, r, closed))(best, to)
     y, mass = merge.merge(ids, added(x, residual, offset), sizes, m=x.shape[1] - r, mean=True)
-    return Result(
-        y, lax.stop_gradient(mass), ids, None if norm is None else normalised(y, norm[:, 0], norm[:, 1], epsilon, dtype)
-    )
+    normed = None if scale is None or shift is None else normalised(y, scale, shift, epsilon, dtype)
+    return Result(y, lax.stop_gradient(mass), ids, normed)
 
 
 def added(

@@ -122,16 +122,17 @@ def merge_step(
         return a
 
     offset = None if offset is None else vector("offset", offset)
-    scale_shift, how = None, {}
+    scale = shift = None
+    how: dict[str, Any] = {}
     if norm is not None:
-        scale_shift = jnp.stack([vector("norm's scale", norm.scale), vector("norm's bias", norm.bias)])
+        scale, shift = vector("norm's scale", norm.scale), vector("norm's bias", norm.bias)
         how = {"epsilon": float(norm.epsilon), "dtype": jnp.dtype(x.dtype if norm.dtype is None else norm.dtype)}
 
     def apart() -> Result:
         plan = bipartite_matching(metric, r, protect=protect)
         merged = plan.sizes.astype(jnp.float32) if sizes is None else merge(plan, sizes, reduce="sum")
         y = merge(plan, added(x, residual, offset), weight=sizes)
-        normed = None if scale_shift is None else normalised(y, *scale_shift, **how)
+        normed = None if scale is None or shift is None else normalised(y, scale, shift, **how)
         return Result(y, merged, plan.segment_ids, normed)
 
     fixed = protected_mask(name, protect, n)
@@ -139,6 +140,6 @@ def merge_step(
     if r == 0:
         found = apart()
     else:
-        arrays = metric, x, sizes, residual, offset, scale_shift
+        arrays = metric, x, sizes, residual, offset, scale, shift
         found = step(*arrays, r=r, protected=tuple(fixed.tolist()), implementation=implementation, xla=apart, **how)
     return MergeStep(found.x, found.sizes, Plan(found.ids, n - r), found.normed)
