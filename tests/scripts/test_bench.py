@@ -86,6 +86,17 @@ def test_kernels_ahead_of_time_know_the_floor():
     assert flops == 2 * 2 * 99 * 98 * 64 and moved == 4 * 2 * (197 * 64 + 2 * 99)
 
 
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_kernels_ahead_of_time(tmp_path):
+    """Every operation of a layer that has it, none below its floor."""
+    layers, ops = ("ViT-B/16@224", "ByT5-small 1024"), ("step", "match", "energy", "merge", "unmerge", "pack", "attend")
+    kernels_aot.main(chips=("v5e",), layers=layers, ops=ops, out=tmp_path)
+    rows = json.loads((tmp_path / "kernels_aot.json").read_text())
+    assert {row["op"] for row in rows} == set(ops) and {row["layer"] for row in rows} == set(layers)
+    assert all(row["floor_us"] < row["kernel_us"] for row in rows)
+
+
 def test_tune_needs_an_accelerator():
     with pytest.raises(ValueError, match="no kernels for cpu"):
         tune.main()
