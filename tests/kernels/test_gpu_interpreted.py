@@ -78,6 +78,16 @@ def test_match(interpret, dtype, options, split):
 
 
 @both
+@pytest.mark.parametrize("split", [1, 2])
+def test_match_of_queries_that_do_not_fit_in_registers(interpret, dtype, split):
+    """They are made ready with the keys, and stay in shared memory."""
+    rng, k = np.random.default_rng(0), 256 if dtype == jnp.bfloat16 else 128
+    a, b = cases.exact(rng, 1, 130, k, dtype), cases.exact(rng, 1, 300, k, dtype)
+    found, wanted = matching.match(a, b, split=split, interpret=interpret), match_ref.match(a, b)
+    assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
+
+
+@both
 @pytest.mark.parametrize("kernel", ["shifted", "gaussian"])
 def test_energy(interpret, dtype, kernel):
     x = cases.tokens(np.random.default_rng(0), 2, 200, 64, dtype)

@@ -43,13 +43,12 @@ HELD = 112
 LISTS = 80
 """Registers of each lane, at most, for what is nearest to a query in each column."""
 CANDIDATES = {
-    "match": (*({"slots": slots} for slots in (32, 16, 64)), *({"split": split} for split in (1, 2, 3, 4))),
+    "match": tuple({"slots": slots} for slots in (32, 16, 64)),
     "energy": tuple({"slots": slots} for slots in (32, 16, 64)),
     "nearest_k": tuple({"slots": slots} for slots in (32, 16, 8)),
     "nearest_ahead": tuple({"slots": slots} for slots in (32, 16, 64)),
 }
-"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end. What `split` is for, `_split`
-says."""
+"""Of more columns each has fewer scores to walk through, and there is more to reduce at the end."""
 
 
 def match(
@@ -65,8 +64,8 @@ def match(
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`ref.match`."""
-    n, slots = a.shape[1], slots or _setting("slots", "match", (a, b), 32)
-    split = split or _setting("split", "match", (a, b), _split(*a.shape[:2], b.shape[1]))
+    n, slots = a.shape[1], slots or _slots("match", (a, b), 32)
+    split = split or _split(*a.shape[:2], b.shape[1])
     how = {"window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
     similarity, index = best(a, b, b_ok=b_ok, **how)
     similarity, index = similarity[:, :n], index[:, :n]
@@ -100,7 +99,7 @@ def energy(
     interpret=None,
 ) -> Float[Array, "B n"]:
     """`ref.energy`."""
-    slots = slots or _setting("slots", "energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
+    slots = slots or _slots("energy", (a, b), 32, margin=margin, kernel=kernel, alpha=alpha)
     f = lambda cosine: resemblance(cosine, margin, kernel, alpha, expm1=lambda x: jnp.exp(x) - 1)
     (sums,), _ = sweep(a, b, opened(b, None), collecting.Sums(f), slots, stages=stages, interpret=interpret)
     return sums[:, : a.shape[1]]
@@ -118,7 +117,7 @@ def nearest_k(
 ) -> Float[Array, "B n count"]:
     """`ref.nearest_k`, where all rows are finite; one that is not is infinitely far from all."""
     most = next(s for s in (32, 16, 8) if count * s // 2 <= LISTS or s == 8)
-    slots = slots or _setting("slots", "nearest_k", (a, b), most, count=count)
+    slots = slots or _slots("nearest_k", (a, b), most, count=count)
     least, _ = sweep(a, b, opened(b, b_ok), collecting.Least(count), slots, stages=stages, interpret=interpret)
     return jnp.stack(least, axis=-1)[:, : a.shape[1]]
 
@@ -135,7 +134,7 @@ def nearest_ahead(
     interpret=None,
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Float[Array, "B n"]]:
     """`ref.nearest_ahead`."""
-    slots = slots or _setting("slots", "nearest_ahead", (a, b), 32)
+    slots = slots or _slots("nearest_ahead", (a, b), 32)
     places = tuple(
         None if place is None else jnp.pad(place.astype(jnp.float32), ((0, 0), (0, -place.shape[1] % KEYS)))
         for place in (a_place, b_place)
@@ -147,15 +146,15 @@ def nearest_ahead(
 peaks = by_sweeps(nearest_k, nearest_ahead)
 
 
-def _setting(name: str, op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
-    """Such as the columns in which a thread collects: as measured on this kind of device, or else as given."""
-    return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get(name, default))
+def _slots(op: str, arrays: tuple[Array, Array], default: int, **static: Any) -> int:
+    """The columns in which a thread collects: as measured on this kind of device, or else as given."""
+    return int(tuned(op, "mosaic_gpu", target().kind, arrays, **static).get("slots", default))
 
 
 def _split(batch: int, n: int, m: int) -> int:
-    """Among how many blocks the keys of a query are split: in one go where that leaves every multiprocessor its work.
+    """Among how many blocks the keys of a query are split: as few as save the most rounds of tiles, if a quarter or more.
 
-    Else as few as save most rounds of tiles, a quarter at least; eight pay for putting the parts together.
+    Where blocks are few, or a few more than multiprocessors, some have nothing to do. Eight rounds pay for what follows.
     """
     blocks, tiles = batch * -(-n // QUERIES), -(-m // KEYS)
     rounds = {split: -(-blocks * split // mgpu.BLOCKS) * -(-tiles // split) for split in (1, 2, 3, 4)}
@@ -255,7 +254,7 @@ def sweep(a, b, bias, collect, slots, *, window=None, stages=None, interpret=Non
     Of keys that are split, (split, B, n') each, as if the queries' numbers were 1; these come beside, (B, n').
     """
     B, rows, parts = *a.shape[:2], _parts(a)
-    of_keys = [x for x in (bias, places[1]) if x is not None]
+    of_keys = [x for x in (bias, places[1]) if x is not None]  # a number for each column of a tile
     held = parts * _features(a.shape[2]) // 4 + len(collect.start) * slots // 2 + len(of_keys) * KEYS // 4 <= HELD
     *queries, (b, inverse_b) = prepare((b,) if held else (a, b), scaled=collect.scaled, interpret=interpret)
     ((a, inverse_a),) = queries or [(_flat(a), None)]
