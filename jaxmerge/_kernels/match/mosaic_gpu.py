@@ -65,7 +65,7 @@ def match(
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`ref.match`."""
     n, slots = a.shape[1], slots or _slots("match", (a, b), 32)
-    split = split or _split(*a.shape[:2], b.shape[1])
+    split = split or _split(a.shape[0], n, b.shape[1])
     how = {"window": window, "slots": slots, "split": split, "stages": stages, "interpret": interpret}
     similarity, index = best(a, b, b_ok=b_ok, **how)
     similarity, index = similarity[:, :n], index[:, :n]
@@ -79,7 +79,7 @@ def best(a, b, *, b_ok=None, window=None, slots=32, split=1, stages=None, interp
     split = min(split, -(-b.shape[1] // KEYS))
     how = {"window": window, "stages": stages, "interpret": interpret, "split": split}
     found, inverse = sweep(a, b, opened(b, b_ok), collecting.Best(), slots, **how)
-    if split == 1:
+    if inverse is None:
         return tuple(found)
     products, index = found
     part = jnp.argmax(products, axis=0)[None]  # the first of equals
@@ -251,7 +251,7 @@ def _cut(x: Array, padded: tuple[int, int], parts: int, scaled: bool) -> tuple[A
 def sweep(a, b, bias, collect, slots, *, window=None, stages=None, interpret=None, places=(None, None), split=1):
     """What is collected over the keys for each query, (B, n') each. Of `places`, keys below the query's are ahead of it.
 
-    Of keys that are split, (split, B, n') each, as if the queries' numbers were 1; these come beside, (B, n').
+    Of keys that are split, (split, B, n') each, as if the queries' numbers were 1; these come beside, (B, n'), else None.
     """
     B, rows, parts = *a.shape[:2], _parts(a)
     of_keys = [x for x in (bias, places[1]) if x is not None]  # a number for each column of a tile

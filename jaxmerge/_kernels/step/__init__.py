@@ -70,9 +70,8 @@ def _jvp(module, how, primals, tangents):
     changes = (dy, jnp.zeros_like(found[1]), zero_from_primal(found[2], symbolic_zeros=False))
     if len(found) == len(changes):
         return found, changes
-    vectors = zip(primals[5:], moving[5:], strict=True)
-    behind = lambda y, *vectors: normalised(y, *(_each(v, y) for v in vectors), how.epsilon, how.dtype)
-    dvectors = [jnp.zeros_like(v) if dv is None else dv for v, dv in vectors]
+    behind = lambda y, scale, shift: normalised(y, _each(scale, y), _each(shift, y), how.epsilon, how.dtype)
+    dvectors = [jnp.zeros_like(v) if dv is None else dv for v, dv in zip(primals[5:], moving[5:], strict=True)]
     dnormed = jax.jvp(behind, (found[0], *primals[5:]), (dy, *dvectors))[1]
     return found, (*changes, dnormed)
 
