@@ -11,7 +11,6 @@ lane; "waits" are products of which ptxas says that it lets none begin before th
 
 import contextlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -29,6 +28,8 @@ from rich.table import Table
 
 from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, cases
+from scripts.bench import device
+from scripts.bench.kernels import ROWS
 from scripts.refusals import refusals
 
 KIND = "NVIDIA H200"
@@ -49,8 +50,6 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{KIND}"
 """
 """What XLA has to know of the device, in its own words."""
-ROWS = 20_000
-"""Tokens of a batch, as in scripts.bench.kernels."""
 
 
 class Kernel(NamedTuple):
@@ -80,7 +79,7 @@ def main(
       out: directory for hopper.json.
     """
     if not at_hand():
-        raise ValueError('hopper: there is no CUDA compiler in this environment: pip install "jaxmerge[cuda13]".')
+        raise ValueError('hopper: there is no CUDA compiler in this environment: pip install -e ".[cuda13]".')
     out.mkdir(parents=True, exist_ok=True)
     console, rows = Console(width=120), []
     table = Table(title=f"compiled for {KIND}, {dtype}")
@@ -94,10 +93,12 @@ def main(
                 continue
             found = kernels(getattr(dispatch.implementation(op, "mosaic_gpu"), op), *shapes, **static)
             rows.append(dict(op=op, model=spec.name, batch=shapes[0].shape[0], kernels=[k._asdict() for k in found]))
-            (out / "hopper.json").write_text(json.dumps(dict(kind=KIND, dtype=dtype, rows=rows), indent=1) + "\n")
+            device.write(out / "hopper.json", dict(kind=KIND, dtype=dtype, rows=rows))
             each = (", ".join(str(getattr(k, field)) for k in found) for field in Kernel._fields)
             table.add_row(op, spec.name, str(shapes[0].shape[0]), *each)
             console.print(f"{op} {spec.name}: {found}", highlight=False)
+    if not rows:
+        raise ValueError(f"hopper: no kernel is of {' or '.join(ops)} and of a model named like {only!r}; see --help.")
     console.print(table)
 
 

@@ -27,6 +27,12 @@ def test_without_the_compiler_there_is_one_error(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_to_compile_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(hopper, "at_hand", lambda: True)
+    with pytest.raises(ValueError, match=r"no kernel is of match and of a model named like 'VGG'"):
+        hopper.main(ops=("match",), only="VGG", out=tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hopper.at_hand(), reason="the CUDA plugin is not installed (the extra cuda13)")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxmerge._kernels import merge
 from jaxmerge._kernels._dispatch import Implementation, folded, run
-from jaxmerge._kernels.step.ref import Result, normalised, over
+from jaxmerge._kernels.step.ref import Result, in_turn, normalised, over
 
 
 class How(NamedTuple):
@@ -70,7 +70,7 @@ def _jvp(module, how, primals, tangents):
     changes = (dy, jnp.zeros_like(found[1]), zero_from_primal(found[2], symbolic_zeros=False))
     if len(found) == len(changes):
         return found, changes
-    behind = lambda y, scale, shift: normalised(y, _each(scale, y), _each(shift, y), how.epsilon, how.dtype)
+    behind = lambda y, scale, shift: normalised(y, in_turn(scale, y), in_turn(shift, y), how.epsilon, how.dtype)
     dvectors = [jnp.zeros_like(v) if dv is None else dv for v, dv in zip(primals[5:], moving[5:], strict=True)]
     dnormed = jax.jvp(behind, (found[0], *primals[5:]), (dy, *dvectors))[1]
     return found, (*changes, dnormed)
@@ -81,12 +81,7 @@ def _merged(module: Any, found: tuple[Array, ...], primals: Any, moving: Any) ->
     (_, x, sizes, *_), (_, dx, _, dresidual, doffset, *_), (y, mass, ids, *_) = primals, moving, found
     some = [t.astype(x.dtype) for t in (dx, dresidual) if t is not None]
     if doffset is not None:
-        some.append(jnp.broadcast_to(over(_each(doffset, x), x), x.shape).astype(x.dtype))
+        some.append(jnp.broadcast_to(over(in_turn(doffset, x), x), x.shape).astype(x.dtype))
     if not some:
         return jnp.zeros_like(y)
     return merge.apply(merge.beside(module), ids, reduce(jnp.add, some), sizes, mass, m=y.shape[1])
-
-
-def _each(a: Array, x: Array) -> Array:
-    """One for each row of the batch, of as many as there are, in turn."""
-    return a if len(a) == 1 else jnp.repeat(a, len(x) // len(a), axis=0)

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels._dispatch import target, tuned
 from jaxmerge._kernels.match import mosaic_gpu as matching
-from jaxmerge._kernels.step.ref import Result, added, normalised
+from jaxmerge._kernels.step.ref import Result, added, in_turn, normalised
 
 CANDIDATES = {"step": ({"threads": 4}, {"threads": 2})}
 TILE = 64
@@ -117,8 +117,7 @@ def step(
     )  # fmt: skip
     if scale is None or shift is None or c.normalises:
         return Result(*found)
-    each = lambda v: v if len(v) == 1 else jnp.repeat(v, B // len(v), axis=0)
-    return Result(*found, normed=normalised(found[0], each(scale), each(shift), epsilon, dtype))
+    return Result(*found, normed=normalised(found[0], in_turn(scale, x), in_turn(shift, x), epsilon, dtype))
 
 
 def _keep(c: SimpleNamespace, B: int, *vectors: Any) -> None:

@@ -76,6 +76,11 @@ def over(a: Float[Array, "*one d"], x: Float[Array, "*n d"]) -> Float[Array, "..
     return a if x.ndim == a.ndim else lax.expand_dims(a, (*range(x.ndim - a.ndim - 1), -2))
 
 
+def in_turn(a: Float[Array, "some d"], x: Float[Array, "B n d"]) -> Float[Array, "_ d"]:
+    """A vector for each row of the batch, of as many as there are, in turn; one as it is."""
+    return a if len(a) == 1 else jnp.repeat(a, len(x) // len(a), axis=0)
+
+
 def segment_ids(best: Float[Array, "a"], to: Int[Array, "a"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
     """Segment ids of a row: of each even position the best odd one that is not protected, by its place among those."""
     n, closed = len(protected), np.flatnonzero(protected[1::2])
