@@ -262,3 +262,12 @@ def together() -> None:
     """All lanes of a thread have come here, and see what each has written to shared memory."""
     barrier: Any = plgpu.inline_mgpu()(lambda _: mosaic.warpgroup_barrier())
     barrier()
+
+
+def each(t: Array, threads: int, count: int, do: Callable[[Any], None]) -> None:
+    """do(i) for every i below count, shared out among the threads, of which this is one."""
+    for i in range(0, count, threads):
+        if i + threads <= count:
+            do(i + t)
+        else:
+            pl.when(i + t < count)(lambda i=i: do(i + t))

@@ -3,6 +3,7 @@
 A block computes one batch row's matching and moves a share of its tokens. So several blocks repeat the matching, which is
 short, and none waits for another. Even tokens are sources, `a`, odd ones destinations, `b`.
 
+    ahead    while a block matches, the beginning of its share of x is on its way to the second cache.
     cosines  a (na, k) . b (nb, k) from shared memory, 64 x 64 at a time. Products of bfloat16 numbers are exact in float32, and
              the inverse norms are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products
              that matter are added. A row whose metric does not fit on chip is matched by the kernel of `match`, two launches
@@ -33,12 +34,14 @@ from jaxtyping import Float
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels._dispatch import target, tuned
 from jaxmerge._kernels.match import mosaic_gpu as matching
-from jaxmerge._kernels.step.ref import Result, added, in_turn, normalised
+from jaxmerge._kernels.step import _move
+from jaxmerge._kernels.step.ref import Result, in_turn, normalised
 
-CANDIDATES = {"step": ({"threads": 4}, {"threads": 2})}
+AHEAD = 192 * 1024
+"""Bytes, of every block: half of the 50 MB of an H100's or H200's second cache."""
+CANDIDATES = {"step": tuple({"threads": threads, "ahead": ahead} for threads in (4, 2) for ahead in (AHEAD, 0))}
 TILE = 64
 LANES = mgpu.LANES
-WARPS = mgpu.WARPS
 REGISTERS = 48
 """Of each lane, at most, for the rows that a thread reads at a time."""
 UNROLLED = 4
@@ -63,21 +66,25 @@ def step(
     threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
+    ahead: int | None = None,
     interpret: Any = None,
 ) -> Result:
-    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time.
+    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time, and
+    how many bytes of x a block asks for before it matches.
 
     Offsets, scales and shifts may be fewer than rows of the batch: each is then for as many rows in turn.
     """
     B, n, d = x.shape
-    if threads is None:
-        threads = int(tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r).get("threads", 4))
+    if threads is None or ahead is None:
+        best = tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r)
+        threads, ahead = threads or int(best.get("threads", 4)), int(best.get("ahead", AHEAD)) if ahead is None else ahead
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
     blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
     c, scratch = _laid_out(metric, d, offset, scale, r=r, threads=threads)
     share = -(-c.na // blocks)
     c.share, c.pairs, c.epsilon = -(-share // (threads * pairs)) * threads * pairs, pairs, epsilon
+    c.ahead = ahead
     closed = np.array(protected)
     open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], c.tb * TILE)
     if c.slots:
@@ -93,15 +100,18 @@ def step(
         _keep(here, B, offset, scale, shift)
         if c.slots:
             flat, open_a, open_b = given
-            _cosines(here, flat, open_b)
+            _prepare(here, flat)
+            _move.ask(here, x)
+            _cosines(here, open_b)
             _choose(here, [(here.best_parts.at[p], here.to_parts.at[p]) for p in range(here.of_b)], here.inverse, open_a)
         else:
             similarity, index, open_a = given
+            _move.ask(here, x)
             _choose(here, [(similarity.at[here.row], index.at[here.row])], None, open_a)
         _ranks(here)
         _edges(here)
         _chains(here)
-        _move(here, x, sizes, residual, y, mass, ids, *normed)
+        _move.move(here, x, sizes, residual, y, mass, ids, *normed)
 
     wide = lambda a, there: a.astype(jnp.float32) if there else None
     vectors = wide(offset, offset is not None), wide(scale, c.normalises), wide(shift, c.normalises)
@@ -179,13 +189,9 @@ def _in_pairs(c: SimpleNamespace, metric: Array) -> Array:
     return flat.reshape(-1, 2, c.k)
 
 
-def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
-    """best_parts, to_parts: a . b / |b| for the best b of a part, and which it is."""
+def _prepare(c: SimpleNamespace, flat: Any) -> None:
+    """tiles, inverse: rows of the metric scaled, and what their norms are divided by."""
     odd = (c.row * c.n) % 2  # where the row's even tokens are in `flat`
-    rows = lambda tile: pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
-    square = (TILE, TILE)
-    wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), square, (1,))
-    start = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
 
     def given(tile):
         side = jnp.where(tile < c.ta, 0, 1)
@@ -207,11 +213,23 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
             plgpu.barrier_wait(c.loaded.at[slot(tile)])
             here = c.raw.at[slot(tile)]
         v = plgpu.layout_cast(mgpu.load(here).astype(jnp.float32), plgpu.Layout.WGMMA)
-        v, c.inverse[rows(tile)] = mgpu.unit(v)
+        v, c.inverse[_rows(tile)] = mgpu.unit(v)
         for p in range(c.parts):
             part = v.astype(jnp.bfloat16)
             c.tiles[p * (c.ta + c.tb) + tile] = part
             v = v - part.astype(jnp.float32)
+
+    if at_first:
+        mgpu.each(c.t, c.threads, c.ta + c.tb, ask)
+    mgpu.each(c.t, c.threads, c.ta + c.tb, normalise)
+    plgpu.commit_smem()
+
+
+def _cosines(c: SimpleNamespace, open_b: Any) -> None:
+    """best_parts, to_parts: a . b / |b| for the best b of a part, and which it is."""
+    square = (TILE, TILE)
+    wide = lambda ref: lax.broadcast_in_dim(mgpu.columns(ref), square, (1,))
+    start = lambda value, dtype: plgpu.layout_cast(jnp.full((TILE,), value, dtype), plgpu.Layout.WGMMA.reduce(1))
 
     def match(unit):
         tile, part = (unit, 0) if c.of_b == 1 else (lax.rem(unit, c.ta), unit // c.ta)
@@ -227,7 +245,7 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
                         multiply(c.tiles.at[left], c.tiles.at[right].transpose((1, 0)))
 
             score = mgpu.accumulated(square, products)
-            score = score * wide(c.inverse.at[rows(c.ta + other)]) + wide(open_b.at[rows(other)])
+            score = score * wide(c.inverse.at[_rows(c.ta + other)]) + wide(open_b.at[_rows(other)])
             high = jnp.max(score, axis=1)
             is_high = score == lax.broadcast_in_dim(high, square, (0,))
             at = jnp.min(jnp.where(is_high, mgpu.iota(square, 1), NONE), axis=1) + other * TILE
@@ -236,15 +254,11 @@ def _cosines(c: SimpleNamespace, flat: Any, open_b: Any) -> None:
 
         rounds = c.tb if c.of_b == 1 else (c.tb - part + c.of_b - 1) // c.of_b
         highest, index = lax.fori_loop(0, rounds, against, (start(-jnp.inf, jnp.float32), start(0, jnp.int32)))
-        c.best_parts[part, rows(tile)] = highest
-        c.to_parts[part, rows(tile)] = index
+        c.best_parts[part, _rows(tile)] = highest
+        c.to_parts[part, _rows(tile)] = index
 
-    if at_first:
-        _each(c, c.ta + c.tb, ask)
-    _each(c, c.ta + c.tb, normalise)
-    plgpu.commit_smem()
     _together(c)
-    _each(c, c.ta * c.of_b, match)
+    mgpu.each(c.t, c.threads, c.ta * c.of_b, match)
     _together(c)
 
 
@@ -324,102 +338,14 @@ def _chains(c: SimpleNamespace) -> None:
     _together(c)
 
 
-def _move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: Any, ids: Any, normed: Any = None) -> None:
-    """This block's tokens: written where they stay, with what joins them."""
-    weight = (lambda p: sizes[c.row, p]) if sizes is not None else (lambda p: jnp.float32(1))
-    spans = mgpu.spans(c.d)
-
-    def whole(row, *more):
-        offset = [None] * len(row) if c.added is None else [c.added[span] for span in spans]
-        others = more[0] if more else [None] * len(row)
-        return tuple(added(part, other, one) for part, other, one in zip(row, others, offset, strict=True))
-
-    def put(at, row, own):
-        mgpu.write_row(y, c.row, at, row)
-        mass[c.row, at] = own
-        if normed is not None:
-            mgpu.write_row(normed, c.row, at, _normalised(c, row[0].astype(y.dtype).astype(jnp.float32)))
-
-    def ask(i):
-        """Some tokens, in pairs, all asked for before any is waited for."""
-        pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
-        at = [2 * jnp.minimum(p, c.na - 1) for p in pairs] + [2 * jnp.minimum(p, c.nb - 1) + 1 for p in pairs]
-        more = () if residual is None else tuple(mgpu.read_row(residual, c.row, p) for p in at)
-        return tuple(mgpu.read_row(x, c.row, p) for p in at), more, tuple(weight(p) for p in at)
-
-    def write(i, rows, more, weights):
-        pairs = [c.share_at * c.share + (i * c.threads + c.t) * c.pairs + u for u in range(c.pairs)]
-        rows = [whole(row, *other) for row, *other in zip(rows, *([more] if more else []), strict=True)]
-
-        def source(p, row, own):
-            stays = c.rank[c.t, p] >= c.r
-
-            @pl.when(stays)
-            def _():
-                at = c.stay[0, p] - 1 + p
-                put(at, row, own)
-                ids[c.row, 2 * p] = at
-
-            @pl.when(jnp.logical_not(stays))
-            def _():
-                to = c.to[0, p]
-                ids[c.row, 2 * p] = c.stay[0, to] + to
-
-        def destination(p, row, own):
-            at, edge = c.stay[0, p] + p, c.first[0, p]
-            ids[c.row, 2 * p + 1] = at
-
-            @pl.when(edge >= c.r)
-            def _():
-                put(at, row, own)
-
-            @pl.when(edge < c.r)
-            def _():
-                def add(state):
-                    edge, total, sum = state
-                    q = 2 * c.source[c.t, edge]
-                    w, more = weight(q), () if residual is None else (mgpu.read_row(residual, c.row, q),)
-                    joined = lambda sum, row: sum + row.astype(jnp.float32) * w
-                    return c.next[0, edge], total + w, mgpu.per_part(joined, sum, whole(mgpu.read_row(x, c.row, q), *more))
-
-                begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
-                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, (edge, own, begin))
-                put(at, mgpu.per_part(lambda row: row * (1 / total), sum), total)
-
-        for u, p in enumerate(pairs):
-            pl.when(p < c.na)(lambda p=p, u=u: source(p, rows[u], weights[u]))
-            pl.when(p < c.nb)(lambda p=p, u=u: destination(p, rows[c.pairs + u], weights[c.pairs + u]))
-
-    turns = c.share // (c.threads * c.pairs)
-
-    def turn(i, asked):
-        more = ask(jnp.minimum(i + 1, turns - 1))
-        write(i, *asked)
-        return more
-
-    lax.fori_loop(0, turns, turn, ask(jnp.int32(0)))
-
-
-def _normalised(c: SimpleNamespace, row: Array) -> mgpu.Row:
-    """A row's layer norm."""
-    sums = mgpu.totals(c.best.at[c.t, pl.ds(0, 2 * WARPS)], row, row * row)  # the best are no longer needed
-    mean, square = (total * (1 / c.d) for total in sums)
-    over = lax.rsqrt(jnp.maximum(square - mean * mean, 0) + c.epsilon)
-    return ((row - mean) * (over * c.scale[...]) + c.shift[...],)
-
-
 def _bias(open: np.ndarray, length: int) -> Array:
     """0 where a token may take part, -inf where it may not, and behind the end."""
     return jnp.asarray(np.where(np.pad(open, (0, length - len(open))), 0, -np.inf), jnp.float32)
 
 
-def _each(c: SimpleNamespace, count: int, do: Any) -> None:
-    """do(i) for every i below count, shared out among the threads."""
-    for i in range(0, count, c.threads):
-        if i + c.threads <= count:
-            do(i + c.t)
-        else:
-            pl.when(i + c.t < count)(lambda i=i: do(i + c.t))
+def _rows(tile: Any) -> Any:
+    """Where the rows of a tile are."""
+    return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
 
 
 def _groups(count: int) -> list[Any]:
