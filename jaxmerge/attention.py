@@ -5,7 +5,7 @@ A key that stands for s tokens weighs log s (proportional attention); a softly d
 extra feature columns, [q, 1]·[k, bias], which any attention kernel can take without change.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -194,11 +194,33 @@ def proportional_attention(
             )
         bias = None if bias is None else jnp.broadcast_to(bias, k.shape[:-2])
         ours: Any = dict(implementation=implementation, beside=_with_gradient(**options))
-        return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)
+        return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)[0]
     options |= dict(bias=None if bias is None else bias[..., None, None, :], mask=mask, implementation=implementation)
     return jax.nn.dot_product_attention(q, k, v, **options)
 
 
+@overload
+def packed_attention(
+    qkv: Float[Array, "..."],
+    bias: Float[Array, "..."] | None,
+    *,
+    offset: Float[Array, "..."] | None = ...,
+    length: int | None = ...,
+    scale: float | None = ...,
+    mean_keys: Literal[False] = ...,
+    implementation: Attending | None = ...,
+) -> Float[Array, "..."]: ...
+@overload
+def packed_attention(
+    qkv: Float[Array, "..."],
+    bias: Float[Array, "..."] | None,
+    *,
+    offset: Float[Array, "..."] | None = ...,
+    length: int | None = ...,
+    scale: float | None = ...,
+    mean_keys: Literal[True],
+    implementation: Attending | None = ...,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]: ...
 def packed_attention(
     qkv: Float[Array, "*batch rows three h d"],
     bias: Float[Array, "*batch n"] | None,
@@ -206,8 +228,9 @@ def packed_attention(
     offset: Float[Array, "_ _ _"] | None = None,
     length: int | None = None,
     scale: float | None = None,
+    mean_keys: bool = False,
     implementation: Attending | None = None,
-) -> Float[Array, "*batch n h d"]:
+) -> Float[Array, "*batch n h d"] | tuple[Float[Array, "*batch n h d"], Float[Array, "*batch n d"]]:
     """Self-attention from one product that holds queries, keys and values; our kernels read them where they lie.
 
     Args:
@@ -217,9 +240,12 @@ def packed_attention(
       length: how many of the rows are there, n of the result and of the bias; all of them where it is left out. "mosaic_gpu"
         reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
         behind must be finite.
+      mean_keys: return the mean of the keys over heads too, (*batch, n, d), Token Merging's metric: summed in float32, in the
+        dtype of `qkv`. Our kernels add them up on the way, which costs less than to read the keys again.
 
     Law:
       packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
+      with `mean_keys`, the second is k.mean(axis=-2)
 
     Raises:
       ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; a kernel
@@ -245,12 +271,17 @@ def packed_attention(
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
     wide = None if offset is None else offset.astype(jnp.float32).reshape(*[1] * (qkv.ndim - 4), *offset.shape)
     if implementation in dispatch.KERNELS:
-        options: Any = dict(length=length, implementation=implementation, beside=_with_gradient(scale=factor, length=length))
-        return kernels.attend(qkv, None, None, bias, wide, scale=factor, **options)
-    return proportional_attention(*reference.unpacked(qkv, wide, length), bias, scale=factor, implementation=implementation)
+        options: Any = dict(scale=factor, length=length, mean_keys=mean_keys)
+        beside: Any = dict(implementation=implementation, beside=_with_gradient(**options))
+        found: Any = kernels.attend(qkv, None, None, bias, wide, **options, **beside)
+    else:
+        q, k, v = reference.unpacked(qkv, wide, length)
+        out = proportional_attention(q, k, v, bias, scale=factor, implementation=implementation)
+        found = (out, reference.over_heads(k)) if mean_keys else (out,)
+    return found if mean_keys else found[0]
 
 
-def _with_gradient(length: int | None = None, **options: Any) -> Any:
+def _with_gradient(length: int | None = None, mean_keys: bool = False, **options: Any) -> Any:
     """The attention that runs where the gradient of our kernel is wanted."""
     here = dispatch.target()
     which: Attending = "cudnn" if here.platform == "gpu" and not here.interpret else "xla"
@@ -258,7 +289,8 @@ def _with_gradient(length: int | None = None, **options: Any) -> Any:
     def attention(q, k, v, bias, offset):
         if k is None:
             q, k, v = reference.unpacked(q, offset, length)
-        return proportional_attention(q, k, v, bias, implementation=which, **options)
+        out = proportional_attention(q, k, v, bias, implementation=which, **options)
+        return (out, reference.over_heads(k)) if mean_keys else (out,)
 
     return attention
 

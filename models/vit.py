@@ -134,13 +134,29 @@ class Attention(nnx.Module):
         self.proj = _linear(config.width, config.width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None) -> tuple[Array, tuple[Array, Array, Array]]:
-        b, n, d = x.shape
-        eights = -n % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads where they lie
-        heads = lambda a: a.reshape(*a.shape[:-1], 3, self.num_heads, d // self.num_heads)
-        product, offset = heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(bias_of(self.qkv))
+        product, offset = self._packed(x)
+        n = x.shape[1]
         out = jm.attention.packed_attention(product, bias, offset=offset, length=n, implementation=self.implementation)
         q, k, v = ((product[:, :n, i] + offset[None, None, i]).astype(self.dtype) for i in range(3))
-        return _product(self.proj, out.reshape(b, n, d)), (q, k, v)
+        return self._projected(out), (q, k, v)
+
+    def with_keys(
+        self, x: Float[Array, "b n d"], bias: Float[Array, "b n"] | None
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n f"]]:
+        """The same, and instead of q, k, v the mean of the keys over heads, `Seen.keys`: our kernels add them up on the way."""
+        product, offset = self._packed(x)
+        options: Any = dict(offset=offset, length=x.shape[1], implementation=self.implementation)
+        out, keys = jm.attention.packed_attention(product, bias, mean_keys=True, **options)
+        return self._projected(out), keys
+
+    def _packed(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b rows 3 h f"], Float[Array, "3 h f"]]:
+        """q, k and v, but for their bias; and that."""
+        eights = -x.shape[1] % 8 if self.implementation == "mosaic_gpu" else 0  # which it reads where they lie
+        heads = lambda a: a.reshape(*a.shape[:-1], 3, self.num_heads, x.shape[2] // self.num_heads)
+        return heads(_product(self.qkv, jnp.pad(x, ((0, 0), (0, eights), (0, 0))))), heads(bias_of(self.qkv))
+
+    def _projected(self, out: Float[Array, "b n h f"]) -> Float[Array, "b n d"]:
+        return _product(self.proj, out.reshape(*out.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -177,16 +193,16 @@ class Block(nnx.Module):
         reduce: Reduce,
     ) -> tuple[Float[Array, "b m d"], AnyPlan | None, Float[Array, "b m"] | None]:
         bias = jm.attention.key_bias(sizes) if proportional and sizes is not None else None
-        y, qkv = self.attn(self.norm1(x), bias)
         offset = bias_of(self.attn.proj)
         if r and planner is token_merging and reduce == "mean":  # one kernel where there is one
-            seen = Seen(x, *qkv, bias, self.protect, plan)
+            y, keys = self.attn.with_keys(self.norm1(x), bias)
             merged = jm.tokens.merge_step(
-                seen.keys, x, r, sizes=sizes, residual=y, offset=offset, norm=self.next_norm, protect=self.protect
+                keys, x, r, sizes=sizes, residual=y, offset=offset, norm=self.next_norm, protect=self.protect
             )
             assert merged.normed is not None
             plan = merged.plan if plan is None else jm.compose(merged.plan, plan)
             return merged.x + self.mlp(merged.normed), plan, merged.sizes
+        y, qkv = self.attn(self.norm1(x), bias)
         x = x + (y + offset.astype(y.dtype)[None, None])
         if r:
             seen = Seen(x, *qkv, bias, self.protect, plan)

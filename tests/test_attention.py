@@ -181,6 +181,9 @@ def test_packed_attention_is_attention_of_its_three_parts():
     # what is added to every key adds the same to all scores of a query, which a softmax does not see
     shifted = packed_attention(packed, bias, offset=offset.at[1].add(3.0), length=length)
     np.testing.assert_allclose(found, shifted, rtol=1e-4, atol=1e-5)
+    again, keys = packed_attention(packed, bias, offset=offset, length=length, mean_keys=True)
+    np.testing.assert_array_equal(again, found)
+    np.testing.assert_allclose(keys, k.mean(axis=-2), rtol=0, atol=2.0**-22 * np.abs(k).max())
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,6 @@ def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], di
     if spec in VIT:
         protected = tuple(i < spec.prefix for i in range(n))
         packed = array(-(-n // 8) * 8, 3, d // k, k)
-        found["attend"] = ([packed, None, None, one, None], {"scale": k**-0.5, "length": n})
+        found["attend"] = ([packed, None, None, one, None], {"scale": k**-0.5, "length": n, "mean_keys": True})
         found["step"] = ([array(n, k), array(n, d), one, None], {"r": spec.r, "protected": protected})
     return found

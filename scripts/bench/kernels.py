@@ -110,7 +110,8 @@ def prepared(op: str, spec: Tokens, shapes: list, static: dict) -> tuple[dict[st
         call = lambda *a, module=module: getattr(module, op)(*a, **static)
         ways["xla" if name == "xla" else "kernel"] = device.Program(call, shapes, draw=draw)
     if op == "attend" and jax.default_backend() == "gpu":
-        flash = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], length=spec.n, implementation="cudnn")
+        more: Any = dict(length=spec.n, mean_keys=static["mean_keys"], implementation="cudnn")
+        flash = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], **more)
         ways["cudnn"] = device.Program(flash, shapes, draw=draw)
     return ways, why
 
@@ -153,7 +154,7 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
         return size(shapes[0]) + 2 * row(shapes[1]) * static["capacity"], 0.0
     if op == "attend":
         (batch, _, _, heads, f), n = shapes[0].shape, static["length"]
-        return everything + size(shapes[0]) / 3, 4.0 * batch * heads * n * n * f
+        return everything + size(shapes[0]) / 3 * (1 + static["mean_keys"] / heads), 4.0 * batch * heads * n * n * f
     metric, x = shapes[:2]
     batch, n, k = metric.shape
     return everything + row(x) * (n - static["r"]) + 4 * batch * (2 * n - static["r"]), 2.0 * batch * (n // 2) * (

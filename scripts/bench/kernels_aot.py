@@ -9,7 +9,6 @@ bfloat16. Nothing here was run: an estimate knows no launch, no latency and no v
 """
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -141,7 +140,9 @@ def xla(op: str, spec: Tokens, static: dict):
         "unmerge": lambda ids, y, before, after: (
             jm.unmerge(plan(ids), y * before[..., None].astype(y.dtype), **options) * after[..., None].astype(y.dtype)
         ),
-        "attend": lambda qkv, k, v, bias, offset: jm.attention.packed_attention(qkv, bias, length=spec.n),
+        "attend": lambda qkv, k, v, bias, offset: jm.attention.packed_attention(
+            qkv, bias, length=spec.n, mean_keys=static["mean_keys"]
+        ),
         "pack": lambda keep, x: jm.tokens.pack(keep, x, spec.n - spec.r, **options),
     }[op]
 
@@ -168,7 +169,9 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
     if op == "peaks":
         return 2.0 * batch * n * n * arrays[0].shape[2], read + 4 * batch * n
     if op == "attend":
-        return 4.0 * batch * static["length"] ** 2 * math.prod(arrays[0].shape[3:]), read + size(arrays[0]) / 3
+        heads, f = arrays[0].shape[3:]
+        wrote = size(arrays[0]) / 3 * (1 + static["mean_keys"] / heads)
+        return 4.0 * batch * static["length"] ** 2 * heads * f, read + wrote
     if op == "step":
         metric, x = arrays[0], arrays[1]
         return batch * n * n / 2 * metric.shape[2], read + batch * (n - static["r"]) * x.shape[

@@ -175,10 +175,15 @@ def test_attend(n, rows, h, f, dtype):
     bias = jnp.asarray(rng.standard_normal((2, n)), F32).at[1].set(MASKED)  # one row sees nothing
     offset = cases.tokens(rng, 2, 3, h * f, F32).reshape(2, 3, h, f)
     options = dict(scale=f**-0.5, length=n)
-    found = jax.jit(partial(attend_tpu.attend, **options))(qkv, None, None, bias, offset)
+    found, keys = jax.jit(partial(attend_tpu.attend, **options, mean_keys=True))(qkv, None, None, bias, offset)
+    k = qkv[:, :n, 1].astype(F32) + offset[:, 1, None]
+    assert keys.dtype == dtype
+    cases.close(keys, k.mean(axis=-2).astype(dtype), terms=h, largest=largest(k))
+    (alone,) = jax.jit(partial(attend_tpu.attend, **options))(qkv, None, None, bias, offset)
+    assert (alone == found).all()
     q, k, v = (qkv[:, :n, i] + (0 if i == 1 else offset[:, i, None].astype(F32)) for i in range(3))
     q = q.astype(dtype)  # rounded with its offset; that of the keys does not matter
-    wanted = attend_ref.attend(*(x.astype(F32) for x in (q, k, v)), bias, scale=f**-0.5)
+    (wanted,) = attend_ref.attend(*(x.astype(F32) for x in (q, k, v)), bias, scale=f**-0.5)
     unit = 2.0**-9 if dtype == BF16 else 2.0**-24 * (n + f * largest(q) * largest(k))
     assert found.dtype == dtype and (np.abs(found.astype(F32) - wanted) <= unit * (2 * largest(v) + np.abs(wanted))).all()
 

@@ -274,11 +274,16 @@ def test_attend(monkeypatch, interpret, case, bias):
     b = b if b is None or length is None else b[:, :length].at[1].set(jm.attention.MASKED)  # a row that sees nothing
     offset = draw(2, 3, h, f).astype(jnp.float32) if case == "ring" else None
     options = dict(scale=f**-0.5, length=length)
-    found = jax.jit(lambda *a: attending.attend(*a, **options, threads=threads, interpret=interpret))(*given, b, offset)
+    more = dict(mean_keys=length is not None, threads=threads, interpret=interpret)
+    found, *keys = jax.jit(lambda *a: attending.attend(*a, **options, **more))(*given, b, offset)
+    for mean in keys:
+        whole = k[:, :length].astype(jnp.float32) + (0 if offset is None else offset[:, 1, None])
+        assert mean.dtype == jnp.bfloat16
+        cases.close(mean, whole.mean(axis=-2).astype(jnp.bfloat16), terms=h, largest=float(jnp.abs(whole).max()))
     if offset is not None:  # queries are rounded again with it; of keys it does not matter
         q, v = (q + offset[:, 0, None]).astype(jnp.bfloat16), v + offset[:, 2, None]
         given = (jnp.stack([q.astype(jnp.float32), k.astype(jnp.float32), v], axis=2), None, None)
-    wanted = attend_ref.attend(*(None if x is None else x.astype(jnp.float32) for x in given), b, **options)
+    (wanted,) = attend_ref.attend(*(None if x is None else x.astype(jnp.float32) for x in given), b, **options)
     # weights of bfloat16 are off by 2^-9 of themselves, their mean by 2^-9 of the largest value; the result by 2^-9 of itself
     bound = 2.0**-9 * float(jnp.abs(v).max()) + 2.0**-9 * np.abs(wanted) + 2.0**-16
     assert found.dtype == jnp.bfloat16 and (np.abs(np.asarray(found, np.float32) - wanted) <= bound).all()

@@ -158,8 +158,9 @@ def test_packing_and_its_gradient_are_one_launch_each():
 @pytest.mark.parametrize("spec", [VIT[2], VIT[6]], ids=lambda s: s.name)
 def test_attention_is_one_launch(spec):
     heads, rows = spec.d // spec.k, -(-spec.n // 8) * 8
-    packed = partial(jm.attention.packed_attention, length=spec.n, implementation="mosaic_gpu")
-    assert lowered(packed, shape(2, rows, 3, heads, spec.k), shape(2, spec.n, dtype=jnp.float32)) == 1
+    for keys in (False, True):
+        packed = partial(jm.attention.packed_attention, length=spec.n, mean_keys=keys, implementation="mosaic_gpu")
+        assert lowered(packed, shape(2, rows, 3, heads, spec.k), shape(2, spec.n, dtype=jnp.float32)) == 1
     three = lambda q, k, v: jm.attention.proportional_attention(q, k, v, None, implementation="mosaic_gpu")
     assert lowered(three, shape(2, 70, 8, spec.k), shape(2, 300, 2, spec.k), shape(2, 300, 2, spec.k)) == 1
 

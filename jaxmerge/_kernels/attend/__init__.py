@@ -20,24 +20,29 @@ def attend(
     *,
     scale: float,
     length: int | None = None,
+    mean_keys: bool = False,
     implementation: Implementation,
-    beside: Callable[..., Array],
-) -> Float[Array, "..."]:
+    beside: Callable[..., tuple[Array, ...]],
+) -> tuple[Array, ...]:
     """`ref.attend`; `beside` is an attention of the same arguments, one batch axis before them, that has a gradient."""
-    roles = ("n3dk", "", "", "n", "*3dk") if k is None else ("ndk", "mdk", "mdk", "m", "")
-    call = lambda module, *arrays: (differentiable(module, scale, length, beside, *arrays),)
-    return run("attend", (q, k, v, bias, offset), roles, ("ndk",), implementation=implementation, call=call,
-               xla=lambda: (beside(q, k, v, bias, offset),), scale=scale, length=length)[0]  # fmt: skip
+    heads = "m" if mean_keys else "d"  # a mean needs them all
+    roles = (f"n3{heads}k", "", "", "n", f"*3{heads}k") if k is None else ("ndk", "mdk", "mdk", "m", "")
+    static = dict(scale=scale, length=length, mean_keys=mean_keys)
+    return run(
+        "attend", (q, k, v, bias, offset), roles, (f"n{heads}k", *(["nk"] if mean_keys else [])), implementation=implementation,
+        call=lambda module, *arrays: differentiable(partial(module.attend, **static), beside, *arrays),
+        xla=lambda: beside(q, k, v, bias, offset), **static,
+    )  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def differentiable(module: Any, scale: float, length: int | None, beside: Callable[..., Array], *arrays: Array | None) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def differentiable(call: Callable[..., Any], beside: Callable[..., Any], *arrays: Array | None) -> tuple[Array, ...]:
     """An implementation's attention."""
-    return folded(partial(module.attend, scale=scale, length=length))(*arrays)
+    return folded(call)(*arrays)
 
 
-def _forward(module, scale, length, beside, *arrays):
+def _forward(call, beside, *arrays):
     return jax.vjp(beside, *arrays)
 
 
-differentiable.defvjp(_forward, lambda module, scale, length, beside, back, g: back(g))
+differentiable.defvjp(_forward, lambda call, beside, back, g: back(g))

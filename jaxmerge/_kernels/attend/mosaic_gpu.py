@@ -3,8 +3,12 @@
 A block has one head of one row of the batch, and each of its threads 64 queries. Tiles of keys and values come through a ring
 that holds all of a short sequence; the first thread asks for the next tile where one has been read. Sums are float32; weights
 are rounded to the values' dtype, as every flash kernel does.
+
+Where the mean of the keys over heads is asked for, there is one head more, whose blocks add up the tiles of keys of all others:
+memory has time for that while products are what there is to wait for.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -18,9 +22,7 @@ from jaxtyping import Float
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 
 TILE = 64
-"""Queries of a thread."""
-KEYS = 64
-"""Keys of a tile."""
+"""Queries of a thread, keys of a tile."""
 SHARED = mgpu.SHARED // 2
 """Of a block: two run on a multiprocessor at a time, one computes while the other waits."""
 LOG2E = math.log2(math.e)
@@ -37,11 +39,11 @@ def attend(
     *,
     scale: float,
     length: int | None = None,
-    keys: int = KEYS,
+    mean_keys: bool = False,
     threads: int | None = None,
     interpret: Any = None,
-) -> Float[Array, "B n h f"]:
-    """`ref.attend`; `keys` of a tile, `threads` of a block."""
+) -> tuple[Array, ...]:
+    """`ref.attend`; `threads` of a block."""
     B, n, *_, h, f = q.shape
     if k is None or v is None:
         q = k = v = _whole(q.reshape(B, n, 3 * h, f))
@@ -50,85 +52,128 @@ def attend(
     else:
         (s, g), first = k.shape[1:3], (0, 0, 0)  # heads before those of queries, of keys, of values
         q, k, v = _whole(q), _whole(k), _whole(v)
-    tiles = -(-s // keys)
+    tiles = -(-s // TILE)
     threads = threads or (2 if n > 3 * TILE else 1)
-    stages = max(1, min(tiles, (SHARED - 2 * threads * TILE * f * 2) // (2 * keys * f * 2)))
+    stages = max(1, min(tiles, (SHARED - 2 * threads * TILE * f * 2) // (2 * TILE * f * 2)))
+    shift_of = lambda offset, b, which, head: mgpu.columns(offset.at[b * offset.shape[0] // B, which, head])
+    along = lambda row, width: lax.broadcast_in_dim(row, (TILE, width), (0,))
+    across = lambda row: lax.broadcast_in_dim(row, (TILE, row.size), (1,))
+    zeros = lambda: plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
 
-    def attend_rows(q, k, v, bias, offset, out, *, queries, result, keys_here, values, ready, k_full, v_full, free):
+    def attend_rows(q, k, v, bias, offset, out, *mean, queries, result, ring, ready, full, free, own):
         b, head, block, t = (lax.axis_index(name) for name in ("row", "head", "block", "thread"))
         start = (block * threads + t) * TILE
-        slot = lambda i: lax.rem(i, jnp.int32(stages))
+        slot = lambda side, i: side * stages + lax.rem(i, jnp.int32(stages))
 
-        def ask(i):
-            rows, at = pl.ds(i * keys, keys), slot(i)
-            for ref, start, here, full in ((k, first[1], keys_here, k_full), (v, first[2], values, v_full)):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows, start + head // (h // g)], here.at[at], full.at[at])
+        def ask(ref, i, head, at):
+            """A tile of keys or values, to one of the slots of the ring, of which each side has a half."""
+            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(i * TILE, TILE), head], ring.at[at], full.at[at])
 
-        plgpu.copy_gmem_to_smem(q.at[b, pl.ds(start, TILE), head], queries.at[t], ready.at[t])
-
-        @pl.when(t == 0)
-        def _():
-            for i in range(stages):
-                ask(jnp.int32(i))
-
-        plgpu.barrier_wait(ready.at[t])
-        per_query = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        along = lambda row, width: lax.broadcast_in_dim(row, (TILE, width), (0,))
-        across = lambda ref, width: lax.broadcast_in_dim(mgpu.columns(ref), (TILE, width), (1,))
-        if offset is not None:  # of keys it adds the same to all scores of a query
-            own = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
-            queries[t] = (own + across(offset.at[b * offset.shape[0] // B, 0, head], f)).astype(q.dtype)
+        def put(there, rows):
+            result[t] = rows.astype(q.dtype)
             plgpu.commit_smem()
+            plain = jnp.minimum(
+                start, n
+            )  # not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
+            plgpu.copy_smem_to_gmem(result.at[t], there(pl.ds(plain, TILE)))
+            plgpu.wait_smem_to_gmem(0)
 
-        def tile(i, state):
-            highest, mass, sum = state
-            at = slot(i)
-            plgpu.barrier_wait(k_full.at[at])
-            score = mgpu.product(queries.at[t], keys_here.at[at].transpose((1, 0))) * (scale * LOG2E)
-            if bias is not None:
-                score = score + across(bias.at[b if bias.shape[0] > 1 else 0, pl.ds(i * keys, keys)], keys)
-            higher = jnp.maximum(highest, jnp.max(score, axis=1))
-            weight = jnp.exp2(score - along(higher, keys))
-            shrink = jnp.exp2(highest - higher)
-            mass = mass * shrink + jnp.sum(weight, axis=1)
-            plgpu.barrier_wait(v_full.at[at])
-            sum = sum * along(shrink, f) + mgpu.product(weight.astype(v.dtype), values.at[at])
-            if stages < tiles:
+        def attention():
+            def ask_both(i):
+                for side, (ref, before) in enumerate(((k, first[1]), (v, first[2]))):
+                    ask(ref, i, before + head // (h // g), slot(side, i))
 
-                @pl.when(i + stages < tiles)
-                def _():
-                    plgpu.barrier_arrive(free.at[at])
+            plgpu.copy_gmem_to_smem(q.at[b, pl.ds(start, TILE), head], queries.at[t], ready.at[t])
 
-                @pl.when((t == 0) & (i + stages < tiles))
-                def _():
-                    plgpu.barrier_wait(free.at[at])
-                    ask(i + stages)
+            @pl.when(t == 0)
+            def _():
+                for i in range(stages):
+                    ask_both(jnp.int32(i))
 
-            return higher, mass, sum
+            plgpu.barrier_wait(ready.at[t])
+            per_query = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+            if offset is not None:  # of keys it adds the same to all scores of a query
+                plain = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
+                queries[t] = (plain + across(shift_of(offset, b, 0, head))).astype(q.dtype)
+                plgpu.commit_smem()
 
-        zeros = plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
-        _, mass, sum = lax.fori_loop(0, tiles, tile, (per_query(3 * LEAST), per_query(0), zeros))
-        sum = sum * along(1 / mass, f)
-        result[t] = (sum if offset is None else sum + across(offset.at[b * offset.shape[0] // B, 2, head], f)).astype(out.dtype)
-        plgpu.commit_smem()
-        plain = jnp.minimum(start, n)  # not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
-        plgpu.copy_smem_to_gmem(result.at[t], out.at[b, pl.ds(plain, TILE), head])
-        plgpu.wait_smem_to_gmem(0)
+            def tile(i, state):
+                highest, mass, sum = state
+                keys, values = slot(0, i), slot(1, i)
+                plgpu.barrier_wait(full.at[keys])
+                score = mgpu.product(queries.at[t], ring.at[keys].transpose((1, 0))) * (scale * LOG2E)
+                if bias is not None:
+                    score = score + across(mgpu.columns(bias.at[b if bias.shape[0] > 1 else 0, pl.ds(i * TILE, TILE)]))
+                higher = jnp.maximum(highest, jnp.max(score, axis=1))
+                weight = jnp.exp2(score - along(higher, TILE))
+                shrink = jnp.exp2(highest - higher)
+                mass = mass * shrink + jnp.sum(weight, axis=1)
+                plgpu.barrier_wait(full.at[values])
+                sum = sum * along(shrink, f) + mgpu.product(weight.astype(v.dtype), ring.at[values])
+                if stages < tiles:
+
+                    @pl.when(i + stages < tiles)
+                    def _():
+                        plgpu.barrier_arrive(free.at[keys])
+
+                    @pl.when((t == 0) & (i + stages < tiles))
+                    def _():
+                        plgpu.barrier_wait(free.at[keys])
+                        ask_both(i + stages)
+
+                return higher, mass, sum
+
+            _, mass, sum = lax.fori_loop(0, tiles, tile, (per_query(3 * LEAST), per_query(0), zeros()))
+            sum = sum * along(1 / mass, f)
+            put(lambda rows: out.at[b, rows, head], sum if offset is None else sum + across(shift_of(offset, b, 2, head)))
+
+        def average():
+            """Of a tile of keys over the heads: each thread has a half of the ring."""
+            ask_head = lambda i: ask(k, block * threads + t, first[1] + i, slot(t, i))
+            for i in range(min(stages, h)):
+                ask_head(jnp.int32(i))
+
+            def add(i, sum):
+                plgpu.barrier_wait(full.at[slot(t, i)])
+                sum = sum + mgpu.load(ring.at[slot(t, i)], plgpu.Layout.WGMMA).astype(jnp.float32)
+                if stages < h:
+
+                    @pl.when(i + stages < h)
+                    def _():
+                        plgpu.barrier_arrive(own.at[t])
+                        plgpu.barrier_wait(own.at[t])
+                        ask_head(i + stages)
+
+                return sum
+
+            sum = lax.fori_loop(0, h, add, zeros())
+            if offset is not None:
+                sum = sum + across(functools.reduce(jnp.add, [shift_of(offset, b, 1, i) for i in range(h)]))
+            put(lambda rows: mean[0].at[b, rows], sum * (1 / h))
+
+        if mean_keys:
+            pl.when(head < h)(attention)
+            pl.when(head == h)(average)
+        else:
+            attention()
 
     rows = lambda *shape: plgpu.SMEM((*shape, f), q.dtype, transforms=mgpu.tiled(f))
     return mgpu.kernel(
         attend_rows,
-        (q, k, v, _padded(None if bias is None else bias[:, :s], s, keys), offset),
+        (q, k, v, _padded(None if bias is None else bias[:, :s], s), offset),
         dict(
-            queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype),
-            keys_here=rows(stages, keys), values=rows(stages, keys),
-            ready=plgpu.Barrier(num_barriers=threads),
-            k_full=plgpu.Barrier(num_barriers=stages), v_full=plgpu.Barrier(num_barriers=stages),
+            queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype), ring=rows(2 * stages, TILE),
+            ready=plgpu.Barrier(num_barriers=threads), full=plgpu.Barrier(num_barriers=2 * stages),
             free=plgpu.Barrier(num_arrivals=threads, num_barriers=stages) if stages < tiles else None,
+            own=plgpu.Barrier(num_arrivals=1, num_barriers=threads) if mean_keys and stages < h else None,
         ),
-        out=(jax.ShapeDtypeStruct((B, n, h, f), q.dtype),),
-        grid=dict(row=B, head=h, block=-(-n // (threads * TILE))), threads=threads, interpret=interpret, approx_math=True,
-    )[0]  # fmt: skip
+        out=(
+            jax.ShapeDtypeStruct((B, n, h, f), q.dtype),
+            *([jax.ShapeDtypeStruct((B, n, f), q.dtype)] if mean_keys else []),
+        ),
+        grid=dict(row=B, head=h + mean_keys, block=-(-n // (threads * TILE))),
+        threads=threads, interpret=interpret, approx_math=True,
+    )  # fmt: skip
 
 
 def _whole(x: Array) -> Array:
@@ -136,19 +181,19 @@ def _whole(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
-def _padded(bias: Array | None, s: int, keys: int) -> Array | None:
+def _padded(bias: Array | None, s: int) -> Array | None:
     """The bias to base 2 for whole tiles: no weight behind the last key."""
-    if bias is None and s % keys == 0:
+    if bias is None and s % TILE == 0:
         return None
     bias = jnp.zeros((1, s), jnp.float32) if bias is None else jnp.maximum(bias.astype(jnp.float32) * LOG2E, LEAST)
-    return jnp.pad(bias, ((0, 0), (0, -s % keys)), constant_values=-jnp.inf)
+    return jnp.pad(bias, ((0, 0), (0, -s % TILE)), constant_values=-jnp.inf)
 
 
 device_refusals = mgpu.device_refusals
 
 
 def refusals(
-    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None
+    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None, **_: Any
 ) -> list[str]:
     """Why this attention cannot be a kernel."""
     why = []

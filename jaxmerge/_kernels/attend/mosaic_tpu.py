@@ -2,6 +2,7 @@
 
 Heads lie side by side along the lanes, as a product writes them: a block has the heads that fill whole registers, two of 64
 features, and picks each by a slice. Keys and values of a row are on chip as a whole; a softmax looks at all of its scores.
+The mean of the keys over heads, where it is asked for, is a sum that stays on chip from the first heads of a row to the last.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _tpu as tpu
@@ -31,8 +33,9 @@ def attend(
     *,
     scale: float,
     length: int | None = None,
+    mean_keys: bool = False,
     interpret: Any = None,
-) -> Float[Array, "B n h f"]:
+) -> tuple[Array, ...]:
     """`ref.attend`."""
     B, n, *_, h, f = q.shape
     q, k, v, parts = (q, q, q, 3) if k is None or v is None else (q, k, v, 1)
@@ -53,24 +56,33 @@ def attend(
     if offset is not None:
         given.append(offset.reshape(-1, 3, h * f))
         specs.append(pl.BlockSpec((1, 3, width), lambda b, g, t: (b * len(offset) // B, 0, g)))
-    moved = q.dtype.itemsize * B * h * f * (2 * n + 2 * s) + 4 * B * s
-    out = pl.pallas_call(
-        partial(_kernel, f=f, scale=scale, biased=bias is not None, shifted=offset is not None),
+    moved = q.dtype.itemsize * B * (h * f * (2 * n + 2 * s) + mean_keys * s * f) + 4 * B * s
+    in_turn = "arbitrary" if mean_keys else "parallel"
+    out, *keys = pl.pallas_call(
+        partial(_kernel, f=f, scale=scale, biased=bias is not None, shifted=offset is not None, h=h),
         grid=(B, groups, blocks),
         in_specs=specs,
-        out_specs=pl.BlockSpec((1, queries, width), lambda b, g, t: (b, t, g)),
-        out_shape=tpu.out((B, n, h * f), q.dtype, q),
-        compiler_params=tpu.params(("parallel", "parallel", "parallel"), _need(rows, queries, width, q.dtype)),
+        out_specs=[
+            pl.BlockSpec((1, queries, width), lambda b, g, t: (b, t, g)),
+            *([pl.BlockSpec((1, s, f), lambda b, g, t: (b, 0, 0))] if mean_keys else []),
+        ],
+        out_shape=[tpu.out((B, n, h * f), q.dtype, q), *([tpu.out((B, s, f), q.dtype, q)] if mean_keys else [])],
+        scratch_shapes=[pltpu.VMEM((s, f), jnp.float32)] if mean_keys else [],
+        compiler_params=tpu.params(("parallel", in_turn, in_turn), _need(rows, queries, width, q.dtype, f if mean_keys else 0)),
         cost_estimate=tpu.cost(4 * B * h * n * s * f, moved, B * h * n * s),
         interpret=here.interpret if interpret is None else interpret,
         name="attend",
     )(*given)
-    return out.reshape(B, n, h, f)
+    return out.reshape(B, n, h, f), *keys
 
 
-def _kernel(*refs: Any, f: int, scale: float, biased: bool, shifted: bool) -> None:
-    q_ref, k_ref, v_ref, *more, out_ref = refs
+def _kernel(*refs: Any, f: int, scale: float, biased: bool, shifted: bool, h: int) -> None:
+    given = 3 + biased + shifted
+    (q_ref, k_ref, v_ref, *more), (out_ref, *mean) = refs[:given], refs[given:]
     bias = more[0][0] if biased else None
+    if mean:
+        group, offset = pl.program_id(1), more[-1] if shifted else None
+        pl.when(pl.program_id(2) == 0)(lambda: _average(group, k_ref, offset, *mean, h=h))
     for at in range(0, out_ref.shape[2], f):
         head = slice(at, at + f)
         q, k, v = (ref[0, :, head] for ref in (q_ref, k_ref, v_ref))
@@ -85,8 +97,31 @@ def _kernel(*refs: Any, f: int, scale: float, biased: bool, shifted: bool) -> No
         out_ref[0, :, head] = (sum + more[-1][0, 2:3, head] if shifted else sum).astype(out_ref.dtype)
 
 
+def _average(group: Any, k_ref: Any, offset: Any, mean_ref: Any, sum: Any, *, h: int) -> None:
+    """The mean over heads of keys as the offset makes them: these heads added to those before."""
+    s, f = sum.shape
+    width = k_ref.shape[2]
+    heads = [k_ref[0, :s, at : at + f].astype(jnp.float32) for at in range(0, width, f)]
+    if offset is not None:
+        heads = [head + offset[0, 1:2, at : at + f] for head, at in zip(heads, range(0, width, f), strict=True)]
+    sum[...] = tpu.total(heads) + jnp.where(group == 0, 0.0, sum[...])
+
+    @pl.when(group == h * f // width - 1)
+    def _():
+        mean_ref[0] = (sum[...] * (1 / h)).astype(mean_ref.dtype)
+
+
 def refusals(
-    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None
+    op: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    offset: Any = None,
+    *,
+    scale: float,
+    length: int | None = None,
+    mean_keys: bool = False,
 ) -> list[str]:
     """Why this attention cannot be a kernel."""
     why, (n, *_, h, f) = [], q.shape[1:]
@@ -98,7 +133,7 @@ def refusals(
         why.append(f"{h} heads of {f} features are {h * f}: a multiple of {tpu.LANES}, or queries, keys and values apart")
     rows = n if k is None else k.shape[1]
     n = n if length is None else length
-    need = _need(rows, _queries(n), _width(h, f), q.dtype)
+    need = _need(rows, _queries(n), _width(h, f), q.dtype, f if mean_keys else 0)
     if min(n, rows) == 0:
         why.append("there is nothing to do")
     elif need > 0.9 * tpu.vmem(target().kind):
@@ -122,8 +157,10 @@ def _queries(n: int) -> int:
     return tpu.padded(-(-n // max(1, -(-n // QUERIES))), ROWS)
 
 
-def _need(rows: int, queries: int, width: int, dtype: Any) -> int:
-    """Bytes of VMEM: both buffers of each block, the heads of keys and values by themselves, the scores of one."""
+def _need(rows: int, queries: int, width: int, dtype: Any, mean: int) -> int:
+    """Bytes of VMEM: both buffers of each block, the heads of keys and values by themselves, the scores of one; the sum of
+    `mean` features of the keys, a head's terms of it, and both buffers of the mean."""
     side = tpu.nbytes((rows, width), dtype)
     blocks = 2 * side + 2 * tpu.nbytes((queries, width), dtype)
-    return 2 * blocks + 2 * side + 4 * tpu.nbytes((queries, rows), jnp.float32) + 2 * tpu.MIB
+    average = 4 * tpu.nbytes((rows, mean), jnp.float32) + 2 * tpu.nbytes((rows, mean), dtype) if mean else 0
+    return 2 * blocks + 2 * side + 4 * tpu.nbytes((queries, rows), jnp.float32) + average + 2 * tpu.MIB

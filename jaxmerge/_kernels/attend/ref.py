@@ -1,6 +1,7 @@
 """The spec of `attend` in plain XLA."""
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -14,15 +15,23 @@ def attend(
     *,
     scale: float,
     length: int | None = None,
-) -> Float[Array, "B n h f"]:
-    """softmax(scale q·k + bias) v: one number for each key, shared by heads and queries.
+    mean_keys: bool = False,
+) -> tuple[Array, ...]:
+    """softmax(scale q·k + bias) v: one number for each key, shared by heads and queries; (B, n, h, f).
 
     Without k and v, q is all three, (B, t, 3, h, f), of whose rows the first `length` are there; to each the offset is added.
+    With `mean_keys` the mean of the keys over heads comes second, (B, s, f).
     """
     if k is None or v is None:
         q, k, v = unpacked(q, offset, length)
     b = None if bias is None else bias[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, bias=b, scale=scale)
+    out = jax.nn.dot_product_attention(q, k, v, bias=b, scale=scale)
+    return (out, over_heads(k)) if mean_keys else (out,)
+
+
+def over_heads(k: Float[Array, "*batch s g f"]) -> Float[Array, "*batch s f"]:
+    """The mean of keys over heads, summed in float32, in their own dtype."""
+    return k.mean(axis=-2, dtype=jnp.float32).astype(k.dtype)
 
 
 def unpacked(
