@@ -32,6 +32,8 @@ SHARED = 200 * 1024
 """Bytes that a kernel may plan with, where it does not count all that it takes."""
 BLOCKS = 132
 """That an H100 or H200 runs at a time, at least: its multiprocessors."""
+CACHE = 25 * 2**20
+"""Bytes that a kernel may send for to the second cache: half of an H100's or H200's."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -162,6 +164,18 @@ def write_row(ref: Any, b: Any, p: Any, row: Row) -> None:
     """The same, the other way."""
     for span, part in zip(spans(ref.shape[2]), row, strict=True):
         ref[b, p, span] = part.astype(ref.dtype)
+
+
+def send_for(x: Any, b: Any, start: Any, count: int, *, t: Any = 0, threads: int = 1) -> None:
+    """Rows from `start` on, at most 256, are on their way to the second cache, while the thread goes on."""
+    d = x.shape[2]
+    width = min(d, 256)  # what the copy engine takes along one axis
+
+    def part(i):
+        features = jnp.minimum(i * width, d - width)
+        plgpu.async_prefetch(x.at[b, pl.ds(start, min(count, 256)), pl.ds(features, width)])
+
+    each(t, threads, -(-d // width) if count > 0 else 0, part)
 
 
 def per_part(f: Callable[..., Array], *rows: Row) -> Row:

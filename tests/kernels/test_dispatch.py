@@ -98,6 +98,27 @@ def test_a_norm_on_a_mesh(mesh, arrays):
             kernel(*place(P("data"), P("data", None, "model"), P("data")), *vectors)
 
 
+def test_attention_on_a_mesh(mesh):
+    """Heads may be split; where the mean of the keys over them is asked for, they are refused, with the remedy."""
+    qkv = cases.tokens(np.random.default_rng(0), 8, 9, 3 * 4 * 64, jnp.float32).reshape(8, 9, 3, 4, 64)
+    place = lambda *spec: jax.device_put(qkv, NamedSharding(mesh, P(*spec)))
+    attend = lambda keys: jax.jit(
+        partial(jm.attention.packed_attention, bias=None, mean_keys=keys, implementation="mosaic_tpu")
+    )
+    wanted = jm.attention.packed_attention(qkv, None, mean_keys=True)
+    with dispatch.aim("tpu", interpret=True), jax.set_mesh(mesh):
+        if mesh.axis_types[0] == AxisType.Auto:
+            with pytest.raises(ValueError, match="Auto axes"):
+                attend(True)(place("data"))
+            return
+        whole, split = attend(True).lower(place("data")).compile(), place("data", None, None, "model")
+        assert collectives(whole) == []
+        for found, one in (*zip(whole(place("data")), wanted, strict=True), (attend(False)(split), wanted[0])):
+            cases.close(found, one, terms=9 + 64, largest=float(jnp.abs(qkv).max()) ** 2)
+        with pytest.raises(ValueError, match=r"axis m of 'n3mk' is sharded over 'model': jax\.reshard it first"):
+            attend(True)(split)
+
+
 def test_norms_that_differ_along_a_mapped_axis(arrays):
     """Each mapped row has its own offset and norm, or its own tokens with those of all."""
     tokens = [a.reshape(2, 4, *a.shape[1:]) for a in arrays]

@@ -9,28 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels.step.ref import added
 
-ROWS = 16
-"""That are asked for at a time."""
-FEATURES = 256
-"""Of them, at most: what the copy engine takes along one axis."""
-
 
 def ask(c: SimpleNamespace, x: Any) -> None:
     """The first `ahead` bytes of this block's share of x are on their way to the second cache."""
-    width = min(c.d, FEATURES)
-    across = -(-c.d // width)
-    down = min(c.ahead // (ROWS * c.d * x.dtype.itemsize), -(-2 * c.share // ROWS))
-
-    def box(i):
-        rows, features = 2 * c.share_at * c.share + i // across * ROWS, jnp.minimum(lax.rem(i, across) * width, c.d - width)
-        plgpu.async_prefetch(x.at[c.row, pl.ds(rows, ROWS), pl.ds(features, width)])
-
-    mgpu.each(c.t, c.threads, down * across, box)
+    count = min(c.ahead // (c.d * x.dtype.itemsize), 2 * c.share, c.n)
+    mgpu.send_for(x, c.row, 2 * c.share_at * c.share, count, t=c.t, threads=c.threads)
 
 
 def move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: Any, ids: Any, normed: Any = None) -> None:

@@ -37,8 +37,8 @@ from jaxmerge._kernels.match import mosaic_gpu as matching
 from jaxmerge._kernels.step import _move
 from jaxmerge._kernels.step.ref import Result, in_turn, normalised
 
-AHEAD = 192 * 1024
-"""Bytes, of every block: half of the 50 MB of an H100's or H200's second cache."""
+AHEAD = mgpu.CACHE // mgpu.BLOCKS
+"""Bytes of x that a block sends for while it matches."""
 CANDIDATES = {"step": tuple({"threads": threads, "ahead": ahead} for threads in (4, 2) for ahead in (AHEAD, 0))}
 TILE = 64
 LANES = mgpu.LANES
@@ -70,7 +70,7 @@ def step(
     interpret: Any = None,
 ) -> Result:
     """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time, and
-    how many bytes of x a block asks for before it matches.
+    how many bytes of x a block sends for before it matches.
 
     Offsets, scales and shifts may be fewer than rows of the batch: each is then for as many rows in turn.
     """
