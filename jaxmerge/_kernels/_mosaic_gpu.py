@@ -278,7 +278,7 @@ def together() -> None:
     barrier()
 
 
-def each(t: Array, threads: int, count: int, do: Callable[[Any], None]) -> None:
+def each(t: Array | int, threads: int, count: int, do: Callable[[Any], None]) -> None:
     """do(i) for every i below count, shared out among the threads, of which this is one."""
     for i in range(0, count, threads):
         if i + threads <= count:
