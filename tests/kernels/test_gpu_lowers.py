@@ -195,7 +195,7 @@ def test_packing_and_its_gradient_are_one_launch_each():
     assert lowered(jax.value_and_grad(loss), shape(2, n, d), shape(2, n, dtype=bool)) == 2
 
 
-@pytest.mark.parametrize("spec", [VIT[2], VIT[6]], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [VIT[2], VIT[6], Tokens("narrow heads, a long ring", 2000, 16, 128, 0)], ids=lambda s: s.name)
 def test_attention_is_one_launch(spec):
     heads, rows = spec.d // spec.k, -(-spec.n // 8) * 8
     for keys in (False, True):

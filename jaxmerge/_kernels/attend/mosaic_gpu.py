@@ -23,6 +23,8 @@ from jaxmerge._kernels import _mosaic_gpu as mgpu
 
 TILE = 64
 """Queries of a thread, keys of a tile."""
+STAGES = 16
+"""Tiles of keys, and as many of values, that the ring holds at most: a kernel can have 32 barriers of a kind."""
 SHARED = mgpu.SHARED // 2
 """Of a block: two run on a multiprocessor at a time, one computes while the other waits."""
 LOG2E = math.log2(math.e)
@@ -43,7 +45,7 @@ def attend(
     threads: int | None = None,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """`ref.attend`; `threads` of a block."""
+    """`ref.attend`; `threads` of a block, one or two."""
     B, n, *_, h, f = q.shape
     if k is None or v is None:
         q = k = v = _whole(q.reshape(B, n, 3 * h, f))
@@ -54,7 +56,7 @@ def attend(
         q, k, v = _whole(q), _whole(k), _whole(v)
     tiles = -(-s // TILE)
     threads = threads or (2 if n > 3 * TILE else 1)
-    stages = max(1, min(tiles, (SHARED - 2 * threads * TILE * f * 2) // (2 * TILE * f * 2)))
+    stages = max(1, min(tiles, STAGES, (SHARED - 2 * threads * TILE * f * 2) // (2 * TILE * f * 2)))
     shift_of = lambda offset, b, which, head: mgpu.columns(offset.at[b * offset.shape[0] // B, which, head])
     along = lambda row, width: lax.broadcast_in_dim(row, (TILE, width), (0,))
     across = lambda row: lax.broadcast_in_dim(row, (TILE, row.size), (1,))
