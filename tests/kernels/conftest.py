@@ -22,6 +22,7 @@ def interpret(monkeypatch):
             def multiply(a, b):
                 if isinstance(a, jax.Array):
                     beside.append(jnp.dot(a, b[...], preferred_element_type=jnp.float32))
+                    plgpu.commit_smem()  # b is read as wgmma reads it, not by lanes
                 else:
                     plgpu.wgmma(acc, a, b)
 

@@ -1,14 +1,20 @@
 """Rung 2: in the TPU interpreter, where memory that nobody wrote holds NaN and reads out of bounds raise, blocks that do not
-divide the sequences still give the reference's answer."""
+divide the sequences still give the reference's answer. In the GPU interpreter, which keeps clocks, lanes and the copy engine
+never touch the same memory without an order between them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu, tpu as pltpu
 
-from jaxmerge._kernels.match import mosaic_tpu as match_tpu, ref as match_ref
+from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels.attend import mosaic_gpu as attend_gpu, mosaic_tpu as attend_tpu, ref as attend_ref
+from jaxmerge._kernels.match import mosaic_gpu as match_gpu, mosaic_tpu as match_tpu, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu, ref as merge_ref
-from jaxmerge._kernels.step import mosaic_tpu as step_tpu, ref as step_ref
+from jaxmerge._kernels.step import mosaic_gpu as step_gpu, mosaic_tpu as step_tpu, ref as step_ref
 from tests.kernels import cases
 
 pytestmark = pytest.mark.slow  # callbacks from compiled code: seconds alone, and not to be relied on beside other programs
@@ -60,3 +66,76 @@ def test_nearest_ahead(strict):
     places = [jnp.asarray(rng.integers(0, 9, (1, n)), jnp.int32) for n in (20, 150)]
     found = match_tpu.nearest_ahead(a, b, *places, block=(16, 128), interpret=strict)
     assert all((one == other).all() for one, other in zip(found, match_ref.nearest_ahead(a, b, *places), strict=True))
+
+
+def test_attend(strict):
+    """With the mean of the keys: a sum that stays on chip from heads to heads, and begins with what nobody wrote."""
+    rng, n, h, f = np.random.default_rng(4), 37, 4, 64
+    qkv = cases.tokens(rng, 2, 40, 3 * h * f, jnp.float32).reshape(2, 40, 3, h, f)
+    options = dict(scale=f**-0.5, length=n, mean_keys=True)
+    found = attend_tpu.attend(qkv, None, None, None, **options, interpret=strict)
+    largest = float(jnp.max(jnp.abs(qkv)))
+    for one, other in zip(found, attend_ref.attend(qkv, None, None, None, **options), strict=True):
+        cases.close(one, other, terms=n + f * int(largest**2), largest=largest)
+
+
+@pytest.fixture
+def raced(interpret, capfd):
+    """Runs a Hopper kernel; whether two touched the same memory in no order."""
+
+    def run(kernel, *arrays, **options):
+        capfd.readouterr()
+        how = plgpu.InterpretGPUParams(detect_races=True)
+        jax.block_until_ready(jax.jit(lambda *a: kernel(*a, **options, interpret=how))(*arrays))
+        return "RACE DETECTED" in "".join(capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_race_is_seen(raced, ordered):
+    """A tile that lanes have read is written again by the copy engine."""
+
+    def tiles(x, out, room, full):
+        ask = lambda i: plgpu.copy_gmem_to_smem(x.at[i], room, full)
+
+        def add(i, sum):
+            plgpu.barrier_wait(full)
+            sum = sum + room[...]
+            if ordered:
+                plgpu.commit_smem()
+            pl.when(i < 3)(lambda: ask(i + 1))
+            return sum
+
+        ask(jnp.int32(0))
+        out[...] = lax.fori_loop(0, 4, add, jnp.zeros((64, 128), jnp.float32))
+
+    def kernel(x, interpret):
+        scratch = dict(room=plgpu.SMEM((64, 128), jnp.float32), full=plgpu.Barrier())
+        out = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+        return plgpu.kernel(tiles, out_type=out, scratch_types=scratch, interpret=interpret)(x)
+
+    assert raced(kernel, jnp.ones((4, 64, 128))) == (not ordered)
+
+
+def test_attention_adds_up_keys_of_a_tile_before_the_next_is_written(monkeypatch, raced):
+    monkeypatch.setattr(attend_gpu, "SHARED", 1)  # one tile at a time
+    x = jnp.ones((1, 128, 3, 3, 32), jnp.bfloat16)
+    assert not raced(attend_gpu.attend, x, None, None, None, scale=1.0, mean_keys=True, threads=2)
+
+
+@pytest.mark.parametrize("room, shared", [(mgpu.MOST_SHARED, False), (45_000, True)])
+def test_a_step_reads_a_tile_before_the_next_is_written(monkeypatch, raced, room, shared):
+    monkeypatch.setattr(mgpu, "MOST_SHARED", room)
+    rng, n = np.random.default_rng(0), 137
+    metric, x = cases.exact(rng, 1, n, 32, jnp.bfloat16), cases.tokens(rng, 1, n, 128, jnp.float32)
+    layout, _ = step_gpu._laid_out(metric, 128, None, None, r=9, threads=2)
+    assert (layout.slots == 2) == shared
+    assert not raced(step_gpu.step, metric, x, r=9, protected=(False,) * n, threads=2, splits=2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_match_reads_keys_before_the_next_are_written(raced, dtype):
+    rng = np.random.default_rng(0)
+    a, b = cases.exact(rng, 1, 130, 64, dtype), cases.exact(rng, 1, 500, 64, dtype)
+    assert not raced(match_gpu.match, a, b)

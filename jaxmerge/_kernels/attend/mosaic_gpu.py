@@ -62,7 +62,7 @@ def attend(
     across = lambda row: lax.broadcast_in_dim(row, (TILE, row.size), (1,))
     zeros = lambda: plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
 
-    def attend_rows(q, k, v, bias, offset, out, *mean, queries, result, ring, ready, full, free, own):
+    def attend_rows(q, k, v, bias, offset, out, *mean, queries, result, ring, ready, full, free):
         b, head, block, t = (lax.axis_index(name) for name in ("row", "head", "block", "thread"))
         start = (block * threads + t) * TILE
         slot = lambda side, i: side * stages + lax.rem(i, jnp.int32(stages))
@@ -142,8 +142,7 @@ def attend(
 
                     @pl.when(i + stages < h)
                     def _():
-                        plgpu.barrier_arrive(own.at[t])
-                        plgpu.barrier_wait(own.at[t])
+                        plgpu.commit_smem()  # lanes have read what the copy engine writes next
                         ask_head(i + stages)
 
                 return sum
@@ -167,7 +166,6 @@ def attend(
             queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype), ring=rows(2 * stages, TILE),
             ready=plgpu.Barrier(num_barriers=threads), full=plgpu.Barrier(num_barriers=2 * stages),
             free=plgpu.Barrier(num_arrivals=threads, num_barriers=stages) if stages < tiles else None,
-            own=plgpu.Barrier(num_arrivals=1, num_barriers=threads) if mean_keys and stages < h else None,
         ),
         out=(
             jax.ShapeDtypeStruct((B, n, h, f), q.dtype),

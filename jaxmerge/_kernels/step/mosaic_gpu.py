@@ -209,6 +209,7 @@ def _prepare(c: SimpleNamespace, flat: Any) -> None:
         here = given(tile)
         if c.parts == 1:
             if not at_first:
+                plgpu.commit_smem()  # lanes have read what the copy engine writes next
                 ask(tile)
             plgpu.barrier_wait(c.loaded.at[slot(tile)])
             here = c.raw.at[slot(tile)]
