@@ -167,15 +167,19 @@ def write_row(ref: Any, b: Any, p: Any, row: Row) -> None:
 
 
 def send_for(x: Any, b: Any, start: Any, count: int, *, t: Any = 0, threads: int = 1) -> None:
-    """Rows from `start` on, at most 256, are on their way to the second cache, while the thread goes on."""
-    d = x.shape[2]
+    """`count` rows from `start` on are on their way to the second cache, while the thread goes on; none behind the last."""
+    if count == 0:
+        return
+    d, rows = x.shape[2], min(count, 32)
     width = min(d, 256)  # what the copy engine takes along one axis
+    across = -(-d // width)
 
     def part(i):
-        features = jnp.minimum(i * width, d - width)
-        plgpu.async_prefetch(x.at[b, pl.ds(start, min(count, 256)), pl.ds(features, width)])
+        row = start + jnp.minimum(i // across * rows, count - rows)
+        feature = jnp.minimum(i % across * width, d - width)
+        plgpu.async_prefetch(x.at[b, pl.ds(row, rows), pl.ds(feature, width)])
 
-    each(t, threads, -(-d // width) if count > 0 else 0, part)
+    each(t, threads, -(-count // rows) * across, part)
 
 
 def per_part(f: Callable[..., Array], *rows: Row) -> Row:

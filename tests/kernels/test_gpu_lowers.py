@@ -176,7 +176,8 @@ def test_rows_are_sent_for_before_they_are_known(asked, d, widths):
     assert asked == []
     trace(step, *stepped)
     rows = min(64, 25 * 2**20 // 132 // (4 * d))  # of four blocks each has 25 pairs, in whole turns of 8
-    assert set(asked) == {(rows, width) for width in widths}
+    boxes = -(-rows // 32) * len(widths)
+    assert set(asked) == {(32, width) for width in widths} and len(asked) == -(-boxes // 4)  # four threads, a box each
     if d == 768:
         assert all("bulk.prefetch" in program(f, *arrays) for f, arrays in ((merge, merged), (step, stepped)))
 
