@@ -256,6 +256,9 @@ def packed_attention(
       >>> qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 4, 8))
       >>> jm.attention.packed_attention(qkv, jm.attention.key_bias(jnp.ones((2, 5)))).shape
       (2, 5, 4, 8)
+      >>> out, keys = jm.attention.packed_attention(qkv, None, mean_keys=True)
+      >>> keys.shape
+      (2, 5, 8)
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461); the packed form, FlashAttention (arXiv:2205.14135).
     """

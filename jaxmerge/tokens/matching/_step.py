@@ -67,7 +67,8 @@ def merge_step(
     """Match, choose the r most similar pairs, merge them: a step of Token Merging, between a block's attention and its MLP.
 
     Args:
-      metric: what to compare tokens by (ToMe: the keys of the attention just computed, averaged over heads).
+      metric: what to compare tokens by (ToMe: the keys of the attention just computed, averaged over heads, which
+        `attention.packed_attention` gives with `mean_keys=True`).
       x: the tokens.
       r: how many tokens to remove, a Python int; `schedule` gives one per layer.
       sizes: how many tokens each token stands for, whole numbers; None is 1 each. Sums of them stay exact.
