@@ -74,10 +74,8 @@ def attend(
         def put(there, rows):
             result[t] = rows.astype(q.dtype)
             plgpu.commit_smem()
-            plain = jnp.minimum(
-                start, n
-            )  # not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
-            plgpu.copy_smem_to_gmem(result.at[t], there(pl.ds(plain, TILE)))
+            # a start that is not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
+            plgpu.copy_smem_to_gmem(result.at[t], there(pl.ds(jnp.minimum(start, n), TILE)))
             plgpu.wait_smem_to_gmem(0)
 
         def attention():
@@ -95,8 +93,8 @@ def attend(
             plgpu.barrier_wait(ready.at[t])
             per_query = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             if offset is not None:  # of keys it adds the same to all scores of a query
-                plain = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
-                queries[t] = (plain + across(shift_of(offset, b, 0, head))).astype(q.dtype)
+                mine = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
+                queries[t] = (mine + across(shift_of(offset, b, 0, head))).astype(q.dtype)
                 plgpu.commit_smem()
 
             def tile(i, state):
