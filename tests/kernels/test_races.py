@@ -139,8 +139,8 @@ def test_a_step_reads_a_tile_before_the_next_is_written(monkeypatch, raced, room
     assert not raced(step_gpu.step, metric, x, r=9, protected=(False,) * n, threads=2, splits=2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-def test_match_reads_keys_before_the_next_are_written(raced, dtype):
+@pytest.mark.parametrize("k, dtype", [(64, jnp.bfloat16), (64, jnp.float32), (256, jnp.bfloat16), (128, jnp.float32)], ids=str)
+def test_match_reads_keys_before_the_next_are_written(raced, k, dtype):
+    """Queries are in registers, or in shared memory where they are wider."""
     rng = np.random.default_rng(0)
-    a, b = cases.exact(rng, 1, 130, 64, dtype), cases.exact(rng, 1, 500, 64, dtype)
-    assert not raced(match_gpu.match, a, b)
+    assert not raced(match_gpu.match, cases.exact(rng, 1, 130, k, dtype), cases.exact(rng, 1, 300, k, dtype))
