@@ -101,10 +101,10 @@ def _average(group: Any, k_ref: Any, offset: Any, mean_ref: Any, sum: Any, *, h:
     """The mean over heads of keys as the offset makes them: these heads added to those before."""
     s, f = sum.shape
     width = k_ref.shape[2]
-    heads = [k_ref[0, :s, at : at + f].astype(jnp.float32) for at in range(0, width, f)]
-    if offset is not None:
-        heads = [head + offset[0, 1:2, at : at + f] for head, at in zip(heads, range(0, width, f), strict=True)]
-    sum[...] = tpu.total(heads) + jnp.where(group == 0, 0.0, sum[...])
+    for at in range(0, width, f):
+        head = k_ref[0, :s, at : at + f].astype(jnp.float32)
+        head = head if offset is None else head + offset[0, 1:2, at : at + f]
+        sum[...] = head + (sum[...] if at else jnp.where(group == 0, 0.0, sum[...]))
 
     @pl.when(group == h * f // width - 1)
     def _():
