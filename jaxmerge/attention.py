@@ -241,7 +241,7 @@ def packed_attention(
         reads rows in eights, and copies `qkv` first if they are not: padding what the product is of costs less. What lies
         behind must be finite.
       mean_keys: return the mean of the keys over heads too, (*batch, n, d), Token Merging's metric: summed in float32, in the
-        dtype of `qkv`. Our kernels add them up on the way, which costs less than to read the keys again.
+        dtype of `qkv`, `offset` added. Our kernels add them up on the way, in the same launch.
 
     Law:
       packed_attention(jnp.stack([q, k, v], axis=-3), bias) = proportional_attention(q, k, v, bias)
