@@ -193,8 +193,8 @@ def proportional_attention(
                 f'proportional_attention: {implementation} takes no mask; use "cudnn" or "xla" for masked attention.'
             )
         bias = None if bias is None else jnp.broadcast_to(bias, k.shape[:-2])
-        ours: Any = dict(implementation=implementation, beside=_with_gradient(**options))
-        return kernels.attend(q, k, v, bias, scale=options["scale"], **ours)[0]
+        ours: Any = implementation
+        return kernels.attend(q, k, v, bias, scale=options["scale"], implementation=ours)[0]
     options |= dict(bias=None if bias is None else bias[..., None, None, :], mask=mask, implementation=implementation)
     return jax.nn.dot_product_attention(q, k, v, **options)
 
@@ -274,28 +274,13 @@ def packed_attention(
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
     wide = None if offset is None else offset.astype(jnp.float32).reshape(*[1] * (qkv.ndim - 4), *offset.shape)
     if implementation in dispatch.KERNELS:
-        options: Any = dict(scale=factor, length=length, mean_keys=mean_keys)
-        beside: Any = dict(implementation=implementation, beside=_with_gradient(**options))
-        found: Any = kernels.attend(qkv, None, None, bias, wide, **options, **beside)
+        options: Any = dict(scale=factor, length=length, mean_keys=mean_keys, implementation=implementation)
+        found: Any = kernels.attend(qkv, None, None, bias, wide, **options)
     else:
         q, k, v = reference.unpacked(qkv, wide, length)
         out = proportional_attention(q, k, v, bias, scale=factor, implementation=implementation)
         found = (out, reference.over_heads(k)) if mean_keys else (out,)
     return found if mean_keys else found[0]
-
-
-def _with_gradient(length: int | None = None, mean_keys: bool = False, **options: Any) -> Any:
-    """The attention that runs where the gradient of our kernel is wanted."""
-    here = dispatch.target()
-    which: Attending = "cudnn" if here.platform == "gpu" and not here.interpret else "xla"
-
-    def attention(q, k, v, bias, offset):
-        if k is None:
-            q, k, v = reference.unpacked(q, offset, length)
-        out = proportional_attention(q, k, v, bias, implementation=which, **options)
-        return (out, reference.over_heads(k)) if mean_keys else (out,)
-
-    return attention
 
 
 def _even_lengths(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array, Array, Array | None]:

@@ -37,7 +37,7 @@ def main(
     """Tune and write the table.
 
     Args:
-      ops: of match, energy, nearest_k, nearest_ahead, peaks, merge, unmerge, step, pack, attend.
+      ops: of match, energy, nearest_k, nearest_ahead, peaks, merge, unmerge, step, pack, attend, attend_vjp.
       layers: names in `arg_specs`.
       dtypes: of metric and tokens.
       batch: rows of the batch; a quarter of it for long sequences.

@@ -34,6 +34,7 @@ FOLDERS = {
     "step": "step",
     "pack": "pack",
     "attend": "attend",
+    "attend_vjp": "attend",
 }
 """Each operation, and the folder of its implementations."""
 KERNELS: dict[str, str] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}

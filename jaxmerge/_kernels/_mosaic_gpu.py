@@ -124,14 +124,16 @@ def tiled(width: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
-def accumulated(shape: tuple[int, int], body: Callable[[Callable[[Any, Any], None]], None]) -> Array:
-    """The sum, in float32, of all a b that `body(multiply)` multiplies by wgmma, while the thread goes on.
+def add_product(acc: Any, a: Any, b: Any) -> None:
+    """acc += a b by wgmma, while the thread goes on; a is in shared memory or in registers, b in shared memory."""
+    plgpu.wgmma(acc, a, b)
 
-    a is in shared memory or in registers, b in shared memory.
-    """
+
+def accumulated(shape: tuple[int, int], body: Callable[[Callable[[Any, Any], None]], None]) -> Array:
+    """The sum, in float32, of all a b that `body(multiply)` multiplies."""
 
     def into(acc):
-        body(functools.partial(plgpu.wgmma, acc))
+        body(functools.partial(add_product, acc))
         return acc[...]
 
     return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
@@ -200,6 +202,22 @@ def rows(ref: Any) -> Array:
 def columns(ref: Any) -> Array:
     """One number for each of its columns."""
     return load(ref, plgpu.Layout.WGMMA.reduce(0))
+
+
+def by_row(numbers: Array, shape: Sequence[int]) -> Array:
+    """One number for each row of an accumulator, in all columns."""
+    return lax.broadcast_in_dim(numbers, shape, (0,))
+
+
+def by_column(numbers: Array, shape: Sequence[int]) -> Array:
+    """One number for each of its columns, in all rows."""
+    return lax.broadcast_in_dim(numbers, shape, (1,))
+
+
+def filled(shape: tuple[int, ...], value: float) -> Array:
+    """An accumulator of one number, or such numbers for its rows."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> Array:

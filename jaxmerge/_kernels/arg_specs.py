@@ -67,5 +67,6 @@ def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], di
         protected = tuple(i < spec.prefix for i in range(n))
         packed = array(-(-n // 8) * 8, 3, d // k, k)
         found["attend"] = ([packed, None, None, one, None], {"scale": k**-0.5, "length": n, "mean_keys": True})
+        found["attend_vjp"] = ([packed, None, None, one, None, array(n, d // k, k)], {"scale": k**-0.5, "length": n})
         found["step"] = ([array(n, k), array(n, d), one, None], {"r": spec.r, "protected": protected})
     return found

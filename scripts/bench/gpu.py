@@ -63,7 +63,7 @@ def timed(tome: pathlib.Path | None, out: pathlib.Path) -> list[Job]:
         kernels("step", "--only", "ViT", "--ops", "step", *beside),
         vit(out, "B/16", 224, batch=64, r=13),
         vit(out, "B/16", 384, batch=64, r=40),
-        kernels("ViT", "--only", "ViT", "--ops", "merge", "unmerge", "attend"),
+        kernels("ViT", "--only", "ViT", "--ops", "merge", "unmerge", "attend", "attend_vjp"),
         kernels("SD", "--only", "SD"),
         kernels("video", "--only", "video"),
         Job("tune", script("tune", "--quick", "--layers", *layers)),
@@ -92,7 +92,7 @@ def tests(workers: int) -> list[Job]:
 def vit(out: pathlib.Path, variant: str, resolution: int, *, batch: int, r: int, train: bool = False) -> Job:
     """A whole model with and without merging, and with its tokens dropped for nothing."""
     name = f"vit {variant.replace('/', '-')} at {resolution}, batch {batch}{', gradient' if train else ''}"
-    options = {"variant": variant, "resolution": resolution, "batch": batch, "attention": "cudnn" if train else "mosaic_gpu"}
+    options = {"variant": variant, "resolution": resolution, "batch": batch, "attention": "mosaic_gpu"}
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     more = (
         "--rs",

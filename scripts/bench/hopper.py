@@ -73,7 +73,7 @@ def main(
     """Compile them and print a table; a quarter of an hour for all on one core.
 
     Args:
-      ops: of match, energy, nearest_k, nearest_ahead, peaks, merge, unmerge, step, pack, attend.
+      ops: of match, energy, nearest_k, nearest_ahead, peaks, merge, unmerge, step, pack, attend, attend_vjp.
       only: a part of the model's name.
       dtype: of tokens and metric.
       out: directory for hopper.json.

@@ -6,9 +6,10 @@
 Shapes are those of real models (jaxmerge/_kernels/arg_specs.py). Times are of one call among many in one program, on
 arguments that are in no cache; on a GPU they are what the launches took on the chip. "of copy" is the least a call must move,
 over its time, as a share of a large copy measured in the same run; "of rate" likewise its multiplications, as a share of a
-large bfloat16 product's. Beside `attend`, attention of queries, keys and values in one product, cuDNN is given the bias in
-feature columns. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on the same GPU in the same run:
-eager, through torch.compile, and each replayed as a CUDA graph. Writes kernels.json, again after every figure.
+large bfloat16 product's. Beside `attend`, attention of queries, keys and values in one product, and `attend_vjp`, forward
+and back, cuDNN is given the bias in feature columns. With --tome, torch runs `bipartite_soft_matching` and `merge_wavg` on
+the same GPU in the same run: eager, through torch.compile, and each replayed as a CUDA graph. Writes kernels.json, again
+after every figure.
 """
 
 import fcntl
@@ -32,10 +33,10 @@ from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens, cases
 from scripts.bench import device
 from scripts.refusals import refusals
 
-OPS = ("step", "match", "energy", "nearest_k", "nearest_ahead", "peaks", "merge", "unmerge", "pack", "attend")
+OPS = ("step", "match", "energy", "nearest_k", "nearest_ahead", "peaks", "merge", "unmerge", "pack", "attend", "attend_vjp")
 QUICK = {
-    "ViT-B/16@224": (64, ("step", "merge", "unmerge", "attend")),
-    "ViT-B/16@384": (64, ("step", "merge", "unmerge", "attend")),
+    "ViT-B/16@224": (64, ("step", "merge", "unmerge", "attend", "attend_vjp")),
+    "ViT-B/16@384": (64, ("step", "merge", "unmerge", "attend", "attend_vjp")),
     "SD 64x64": (8, ("match", "merge", "unmerge", "energy", "nearest_k")),
     "video 8x196": (16, ("match", "nearest_k", "nearest_ahead", "peaks", "merge")),
     "SD 128x128": (1, ("match",)),
@@ -109,10 +110,14 @@ def prepared(op: str, spec: Tokens, shapes: list, static: dict) -> tuple[dict[st
         module = dispatch.implementation(op, "ref" if name == "xla" else name)
         call = lambda *a, module=module: getattr(module, op)(*a, **static)
         ways["xla" if name == "xla" else "kernel"] = device.Program(call, shapes, draw=draw)
-    if op == "attend" and jax.default_backend() == "gpu":
-        more: Any = dict(length=spec.n, mean_keys=static["mean_keys"], implementation="cudnn")
-        flash = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], **more)
-        ways["cudnn"] = device.Program(flash, shapes, draw=draw)
+    if op in ("attend", "attend_vjp") and jax.default_backend() == "gpu":
+        more: Any = dict(length=spec.n, mean_keys=static.get("mean_keys", False), implementation="cudnn")
+        flash: Any = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], **more)
+        if op == "attend_vjp":
+            back = lambda qkv, *rest: jax.vjp(lambda qkv: flash(qkv, *rest), qkv)[1](rest[4])[0]
+            ways["cudnn"] = device.Program(back, shapes, draw=draw)
+        else:
+            ways["cudnn"] = device.Program(flash, shapes, draw=draw)
     return ways, why
 
 
@@ -155,6 +160,9 @@ def work(op: str, shapes: list, static: dict) -> tuple[float, float]:
     if op == "attend":
         (batch, _, _, heads, f), n = shapes[0].shape, static["length"]
         return everything + size(shapes[0]) / 3 * (1 + static["mean_keys"] / heads), 4.0 * batch * heads * n * n * f
+    if op == "attend_vjp":  # scores once more, and four other products
+        (batch, _, _, heads, f), n = shapes[0].shape, static["length"]
+        return everything + size(shapes[0]), 10.0 * batch * heads * n * n * f
     metric, x = shapes[:2]
     batch, n, k = metric.shape
     return everything + row(x) * (n - static["r"]) + 4 * batch * (2 * n - static["r"]), 2.0 * batch * (n // 2) * (

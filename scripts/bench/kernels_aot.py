@@ -46,7 +46,7 @@ def main(
         "SD 128x128",
         "ByT5-small 4096",
     ),
-    ops: tuple[str, ...] = ("step", "match", "energy", "peaks", "merge", "unmerge", "pack", "attend"),
+    ops: tuple[str, ...] = ("step", "match", "energy", "peaks", "merge", "unmerge", "pack", "attend", "attend_vjp"),
     dtype: str = "bfloat16",
     out: pathlib.Path = pathlib.Path("runs/bench"),
 ) -> None:
@@ -143,6 +143,9 @@ def xla(op: str, spec: Tokens, static: dict):
         "attend": lambda qkv, k, v, bias, offset: jm.attention.packed_attention(
             qkv, bias, length=spec.n, mean_keys=static["mean_keys"]
         ),
+        "attend_vjp": lambda qkv, k, v, bias, offset, g: jax.vjp(
+            lambda qkv: jm.attention.packed_attention(qkv, bias, length=spec.n), qkv
+        )[1](g)[0],
         "pack": lambda keep, x: jm.tokens.pack(keep, x, spec.n - spec.r, **options),
     }[op]
 
@@ -172,6 +175,9 @@ def floor(op: str, arrays: list, static: dict) -> tuple[float, float]:
         heads, f = arrays[0].shape[3:]
         wrote = size(arrays[0]) / 3 * (1 + static["mean_keys"] / heads)
         return 4.0 * batch * static["length"] ** 2 * heads * f, read + wrote
+    if op == "attend_vjp":  # scores once more, and four other products
+        heads, f = arrays[0].shape[3:]
+        return 10.0 * batch * static["length"] ** 2 * heads * f, 2 * size(arrays[0]) + size(arrays[3]) + size(arrays[5])
     if op == "step":
         metric, x = arrays[0], arrays[1]
         return batch * n * n / 2 * metric.shape[2], read + batch * (n - static["r"]) * x.shape[

@@ -77,3 +77,39 @@ def close(found, wanted, *, terms: int, largest: float) -> None:
     bound = (4 * terms + 8) * 2.0**-24 * largest
     bound = bound + 2.0**-16 * largest + 2.0**-7 * np.abs(wanted) if half else bound
     assert (np.abs(found - wanted) <= bound).all(), f"{np.abs(found - wanted).max()} apart"
+
+
+def gradients_of_attention(found, given, bias, g, *, scale: float, unit: float, of_scores: float) -> None:
+    """How a loss moves with q, k, v (B, n, heads, f), `given`, and the bias (B, s), within what each of their terms may be off.
+
+    `unit` is what weights, their cotangents and results are rounded by, `of_scores` what the products in scores are: with w
+    the weights, a score off by e makes w off by e and the mean of all e of its query, and c = w (g v - g o) by that and what
+    g v and g o are off by. Sums of products are off by the sums of what these are.
+    """
+    q, k, v, g = (np.asarray(x, np.float64) for x in (*given, g))
+    share = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, share, axis=2) for x in (k, v))
+    bias = np.zeros(k.shape[:2]) if bias is None else np.asarray(bias, np.float64)
+    over = lambda form, *some: np.einsum(form, *some, optimize=True)
+    size = np.abs
+    score = scale * over("bqhf,bkhf->bhqk", q, k) + bias[:, None, None]  # where all are masked, scores vanish beside that
+    w = np.exp(score - score.max(axis=-1, keepdims=True))
+    w /= w.sum(axis=-1, keepdims=True)
+    of_v = over("bqhf,bkhf->bhqk", g, v)
+    c = w * (of_v - over("bhqk,bhqk->bhq", w, of_v)[..., None])
+    off = of_scores * scale * over("bqhf,bkhf->bhqk", size(q), size(k))
+    off = w * (off + over("bhqk,bhqk->bhq", w, off)[..., None] + 2.0**-19)  # exp2 and the logarithm, a few last places
+    mean = over("bhqk,bhqk->bhq", off, size(of_v)) + unit * over("bhqk,bqhf,bkhf->bhq", w, size(g), size(v))
+    off_c = off * size(of_v - over("bhqk,bhqk->bhq", w, of_v)[..., None]) + unit * size(c)
+    off_c = off_c + w * (mean[..., None] + 2.0**-24 * q.shape[3] * over("bqhf,bkhf->bhqk", size(g), size(v)))
+    fold = lambda x: x.reshape(*x.shape[:2], -1, share, x.shape[3]).sum(axis=3)
+    wanted = (
+        (scale * over("bhqk,bkhf->bqhf", c, k), scale * over("bhqk,bkhf->bqhf", off_c, size(k))),
+        (fold(scale * over("bhqk,bqhf->bkhf", c, q)), fold(scale * over("bhqk,bqhf->bkhf", off_c, size(q)))),
+        (fold(over("bhqk,bqhf->bkhf", w, g)), fold(over("bhqk,bqhf->bkhf", off + unit * w, size(g)))),
+        (c.sum(axis=(1, 2)), off_c.sum(axis=(1, 2))),
+    )
+    for one, (exact, bound) in zip(found, wanted, strict=True):
+        if one is not None:
+            apart, bound = size(np.asarray(one, np.float64) - exact), bound + unit * size(exact) + 2.0**-20
+            assert one.shape == exact.shape and (apart <= bound).all(), f"{(apart / bound).max()} of what may be"

@@ -31,5 +31,17 @@ def interpret(monkeypatch):
 
         return pl.run_scoped(into, plgpu.ACC(shape, jnp.float32))
 
+    def add_product(acc, a, b):
+        def by_way_of(room):
+            room[...] = a
+            plgpu.commit_smem()
+            plgpu.wgmma(acc, room, b)
+
+        if isinstance(a, jax.Array):  # in a block of one thread
+            pl.run_scoped(by_way_of, plgpu.SMEM(a.shape, a.dtype, transforms=mgpu.tiled(a.shape[1])), collective_axes="thread")
+        else:
+            plgpu.wgmma(acc, a, b)
+
     monkeypatch.setattr(mgpu, "accumulated", accumulated)
+    monkeypatch.setattr(mgpu, "add_product", add_product)
     return plgpu.InterpretGPUParams()

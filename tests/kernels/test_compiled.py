@@ -38,7 +38,7 @@ def on_every_chip(topology, dtype, spec, ops=None):
         "step": lambda *a, **how: steps.differentiable(step_tpu, steps.How(**how), *a),
         "merge": lambda *a, m, mean: merges.differentiable(merge_tpu, m, mean, *a),
         "pack": lambda *a, capacity: packs.differentiable(pack_tpu, capacity, *a),
-        "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend,
+        "unmerge": merge_tpu.unmerge, "attend": attend_tpu.attend, "attend_vjp": attend_tpu.attend_vjp,
         "match": match_tpu.match, "energy": match_tpu.energy, "nearest_k": match_tpu.nearest_k,
         "nearest_ahead": match_tpu.nearest_ahead, "peaks": match_tpu.peaks,
     }  # fmt: skip
@@ -48,9 +48,9 @@ def on_every_chip(topology, dtype, spec, ops=None):
             arguments, static = at[op]
             if op == "step":
                 arguments = [*arguments[:3], arguments[1]]  # with the residual, as models call it
-            if op == "attend":
+            if op in ("attend", "attend_vjp"):
                 batch, _, *heads = arguments[0].shape
-                arguments = [*arguments[:4], jax.ShapeDtypeStruct((batch, *heads), jnp.float32)]  # with the product's bias
+                arguments[4] = jax.ShapeDtypeStruct((batch, *heads), jnp.float32)  # with the product's bias
             assert not dispatch.refusals(op, "mosaic_tpu", arguments, **static)
             arguments, call = [shape(a) for a in arguments], partial(calls[op], **static)
             if op in ("step", "merge", "pack"):

@@ -188,6 +188,62 @@ def test_attend(n, rows, h, f, dtype):
     assert found.dtype == dtype and (np.abs(found.astype(F32) - wanted) <= unit * (2 * largest(v) + np.abs(wanted))).all()
 
 
+@pytest.mark.parametrize(
+    "n, rows, h, f, dtype", [(37, 40, 4, 64, BF16), (300, 300, 2, 64, F32), (29, 29, 8, 80, F32), (300, 304, 2, 64, BF16)]
+)
+def test_attend_vjp(n, rows, h, f, dtype):
+    """Of one product, with rows behind the last; of queries, keys and values apart, as many or not."""
+    rng, scale = np.random.default_rng(1), f**-0.5
+    draw = lambda rows, dtype=dtype: cases.tokens(rng, 2, rows, h * f, dtype).reshape(2, rows, h, f)
+    q, k, v = parts = [draw(rows) for _ in range(3)]
+    g, s = draw(n), n + 5
+    bias = jnp.asarray(rng.standard_normal((2, s)), F32).at[:, 3].set(MASKED).at[1].set(MASKED)  # a row that sees nothing
+    offset = cases.tokens(rng, 2, 3, h * f, F32).reshape(2, 3, h, f)
+    short = 2.0**-24 * (f + 4)
+    off = dict(scale=scale, unit=2.0**-8 + n * 2.0**-24 if dtype == BF16 else 2.0**-24 * (n + f), of_scores=short)
+    vjp = partial(attend_tpu.attend_vjp, scale=scale)
+    for module in (attend_tpu, attend_ref) if dtype == F32 else (attend_tpu,):
+        packed = jax.jit(partial(module.attend_vjp, scale=scale, length=n))
+        dqkv, *_, dbias = packed(jnp.stack(parts, axis=2), None, None, bias[:, :n], offset, g)
+        assert dqkv.dtype == dtype and not dqkv[:, n:].any()
+        shifted = (q + offset[:, 0, None]).astype(dtype)  # rounded with its offset; that of keys and values does not matter
+        found = *(dqkv[:, :n, i] for i in range(3)), dbias
+        cases.gradients_of_attention(found, (shifted[:, :n], k[:, :n], v[:, :n]), bias[:, :n], g, **off)
+    k, v = draw(s), draw(s)
+    for b in (bias, None):
+        found = jax.jit(vjp)(q[:, :n], k, v, b, None, g)
+        cases.gradients_of_attention(found, (q[:, :n], k, v), b, g, **off)
+
+
+def test_the_gradient_of_attention_in_every_argument():
+    """Batch axes, a mapped one too; offset, bias and the mean of the keys, with what lies behind the last row."""
+    rng, (n, h, f) = np.random.default_rng(2), (13, 2, 64)
+    qkv = cases.tokens(rng, 4, 16, 3 * h * f, F32).reshape(2, 2, 16, 3, h, f)
+    bias, offset = jnp.asarray(rng.standard_normal((2, 2, n)), F32), jnp.asarray(rng.standard_normal((3, h, f)), F32)
+    g, of_mean = (jnp.asarray(rng.standard_normal(shape), F32) for shape in ((2, n, h, f), (2, n, f)))
+
+    def loss(which, keys, qkv, bias, offset):
+        found = jm.attention.packed_attention(
+            qkv, bias, offset=offset, length=n, mean_keys=keys is not None, implementation=which
+        )
+        out, *mean = found if keys is not None else (found,)
+        return jnp.sum(out * g) + sum(jnp.sum(m * keys) for m in mean)
+
+    for keys in (None, of_mean, jnp.zeros_like(of_mean)):
+        call = lambda which, keys=keys: jax.jit(
+            jax.vmap(jax.grad(partial(loss, which, keys), argnums=(0, 1, 2)), in_axes=(0, 0, None))
+        )(qkv, bias, offset)
+        for one, other in zip(call("mosaic_tpu"), call("xla"), strict=True):
+            bound = 64 * 2.0**-24 * (n + f) * largest(g) * largest(qkv) * largest(qkv)
+            assert one.shape == other.shape and np.abs(one - other).max() <= bound
+
+
+def test_a_gradient_that_does_not_fit_says_so():
+    x = jax.ShapeDtypeStruct((1, 12_000, 1, 128), F32)
+    with pytest.raises(ValueError, match=r'gradient of 12000 queries and 12000 keys takes \d+ MiB.*implementation="xla"'):
+        jax.eval_shape(partial(attend_tpu.attend_vjp, scale=1.0), x, x, x, None, None, x)
+
+
 def test_attend_refuses_what_does_not_fit():
     shape = lambda *axes: jax.ShapeDtypeStruct(axes, BF16)
     why = attend_tpu.refusals("attend", shape(1, 8, 3, 3, 64), None, None, None, scale=1.0)

@@ -8,7 +8,7 @@ import pytest
 import jaxmerge as jm
 from jaxmerge._kernels import _dispatch as dispatch, _mosaic_gpu as mgpu
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT
-from jaxmerge._kernels.attend import mosaic_gpu as attending, ref as attend_ref
+from jaxmerge._kernels.attend import _vjp_gpu as back, mosaic_gpu as attending, ref as attend_ref
 from jaxmerge._kernels.match import mosaic_gpu as matching, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_gpu as merging, ref as merge_ref
 from jaxmerge._kernels.pack import mosaic_gpu as packing, ref as pack_ref
@@ -245,18 +245,50 @@ def test_attention_over_batch_axes_and_its_gradient(interpret):
     packed = jnp.asarray(rng.standard_normal((2, 1, 72, 3, 2, 64)), jnp.bfloat16)
     bias, offset = jnp.zeros((2, 1, length)), jnp.asarray(rng.standard_normal((3, 2, 64)), jnp.float32)
 
-    def attention(packed, which):
-        return jm.attention.packed_attention(packed, bias[0], offset=offset, length=length, implementation=which)
+    def attention(packed, bias, offset, which):
+        out = jm.attention.packed_attention(packed, bias, offset=offset, length=length, implementation=which)
+        return jnp.sum(jnp.sin(3 * out.astype(jnp.float32))), out
+
+    def both(which):
+        back = jax.grad(attention, argnums=(0, 1, 2), has_aux=True)
+        return jax.jit(jax.vmap(lambda x, bias: back(x, bias, offset, which)))(packed, bias)
 
     with dispatch.aim("gpu", "NVIDIA H200", interpret=interpret):
-        found = jax.jit(jax.vmap(lambda x: attention(x, "mosaic_gpu")))(packed)
-        back = jax.grad(lambda x: attention(x, "mosaic_gpu").astype(jnp.float32).sum())(packed[0])
-    wanted = jax.vmap(lambda x: attention(x, "xla"))(packed)
-    # each of both is rounded like weights and queries, 2^-9 a time
-    assert np.abs(np.asarray(found, np.float32) - np.asarray(wanted, np.float32)).max() <= 2.0**-6 * float(
-        jnp.abs(wanted).max()
-    )
-    assert (back == jax.grad(lambda x: attention(x, "xla").astype(jnp.float32).sum())(packed[0])).all()
+        found = both("mosaic_gpu")
+    # each of both is rounded like weights and queries, 2^-9 a time, and cotangents where results are: three times that
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(both("xla")), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.abs(one - other).max() <= 2.0**-6 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("case", ["packed", "two tiles at a time", "shared heads", "wide heads"])
+def test_attend_vjp(monkeypatch, interpret, case):
+    """A row that sees nothing, rows behind the last, tiles that come again, keys that heads share."""
+    rng, (n, s, h, heads, f) = np.random.default_rng(0), (150, 150, 2, 2, 64)
+    if case == "two tiles at a time":
+        monkeypatch.setattr(back, "SHARED", 1)
+    if case in ("shared heads", "wide heads"):
+        n, s, h, heads, f = (70, 200, 4, 2, 80) if case == "shared heads" else (130, 64, 1, 1, 128)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    packed = case in ("packed", "two tiles at a time")
+    rows = 200 if case == "packed" else n + -n % 8
+    q, k, v, g = draw(2, rows if packed else n, h, f), draw(2, rows if packed else s, heads, f), None, draw(2, n, h, f)
+    v = draw(*k.shape)
+    b = jnp.asarray(rng.standard_normal((2, s)), jnp.float32).at[:, 7].set(jm.attention.MASKED)
+    b = b.at[1].set(jm.attention.MASKED) if packed else None if case == "wide heads" else b
+    offset = draw(1, 3, h, f).astype(jnp.float32) if case == "packed" else None
+    given = (jnp.stack([q, k, v], axis=2), None, None) if packed else (q, k, v)
+    how = dict(scale=f**-0.5, length=n if packed else None, interpret=interpret)
+    found = jax.jit(lambda *a: attending.attend_vjp(*a, **how))(*given, b, offset, g)
+    if packed:
+        assert found[0].shape == given[0].shape and not found[0][:, n:].any()
+        found = *(found[0][:, :n, i] for i in range(3)), found[3]
+        q, k, v = q[:, :n], k[:, :n], v[:, :n]
+    assert all(x.dtype == jnp.bfloat16 for x in found[:3])
+    if offset is not None:  # one side takes queries as they are rounded with it, the other adds what it makes of scores
+        q, v = q + offset[:, 0, None], v + offset[:, 2, None]
+    off = dict(unit=2.0**-8 + max(n, s) * 2.0**-24, of_scores=2.0**-24 * f if offset is None else 2.0**-8)
+    cases.gradients_of_attention(found, (q, k, v), b, g, scale=f**-0.5, **off)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -197,13 +197,17 @@ def test_packing_and_its_gradient_are_one_launch_each():
 
 
 @pytest.mark.parametrize("spec", [VIT[2], VIT[6], Tokens("narrow heads, a long ring", 2000, 16, 128, 0)], ids=lambda s: s.name)
-def test_attention_is_one_launch(spec):
+def test_attention_and_its_gradient_are_one_launch_each(spec):
     heads, rows = spec.d // spec.k, -(-spec.n // 8) * 8
+    summed = lambda found: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(found))
+    both = lambda f: jax.grad(lambda *a: summed(f(*a)), argnums=(0, 1))
     for keys in (False, True):
         packed = partial(jm.attention.packed_attention, length=spec.n, mean_keys=keys, implementation="mosaic_gpu")
-        assert lowered(packed, shape(2, rows, 3, heads, spec.k), shape(2, spec.n, dtype=jnp.float32)) == 1
+        shapes = shape(2, rows, 3, heads, spec.k), shape(2, spec.n, dtype=jnp.float32)
+        assert (lowered(packed, *shapes), lowered(both(packed), *shapes)) == (1, 2)
     three = lambda q, k, v: jm.attention.proportional_attention(q, k, v, None, implementation="mosaic_gpu")
-    assert lowered(three, shape(2, 70, 8, spec.k), shape(2, 300, 2, spec.k), shape(2, 300, 2, spec.k)) == 1
+    shapes = shape(2, 70, 8, spec.k), shape(2, 300, 2, spec.k), shape(2, 300, 2, spec.k)
+    assert (lowered(three, *shapes), lowered(both(three), *shapes)) == (1, 2)
 
 
 def test_reasons_against_attention():

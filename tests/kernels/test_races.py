@@ -11,7 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu, tpu as pltpu
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
-from jaxmerge._kernels.attend import mosaic_gpu as attend_gpu, mosaic_tpu as attend_tpu, ref as attend_ref
+from jaxmerge._kernels.attend import (
+    _vjp_gpu as attend_back,
+    mosaic_gpu as attend_gpu,
+    mosaic_tpu as attend_tpu,
+    ref as attend_ref,
+)
 from jaxmerge._kernels.match import mosaic_gpu as match_gpu, mosaic_tpu as match_tpu, ref as match_ref
 from jaxmerge._kernels.merge import mosaic_tpu as merge_tpu, ref as merge_ref
 from jaxmerge._kernels.step import mosaic_gpu as step_gpu, mosaic_tpu as step_tpu, ref as step_ref
@@ -127,6 +132,13 @@ def test_attention_adds_up_keys_of_a_tile_before_the_next_is_written(monkeypatch
     monkeypatch.setattr(attend_gpu, "SHARED", 1)  # one tile at a time
     x = jnp.ones((1, 128, 3, 3, 32), jnp.bfloat16)
     assert not raced(attend_gpu.attend, x, None, None, None, scale=1.0, mean_keys=True, threads=2)
+
+
+def test_the_gradient_of_attention_reads_a_tile_before_the_next_is_written(monkeypatch, raced):
+    monkeypatch.setattr(attend_back, "SHARED", 1)  # two tiles at a time, of three
+    x, g = jnp.ones((1, 192, 3, 1, 32), jnp.bfloat16), jnp.ones((1, 192, 1, 32), jnp.bfloat16)
+    bias, offset = jnp.zeros((1, 192)), jnp.ones((1, 3, 1, 32))
+    assert not raced(attend_gpu.attend_vjp, x, None, None, bias, offset, g, scale=1.0)
 
 
 @pytest.mark.parametrize("room, shared", [(mgpu.MOST_SHARED, False), (45_000, True)])

@@ -90,7 +90,8 @@ def test_kernels_ahead_of_time_know_the_floor():
 @pytest.mark.slow
 def test_kernels_ahead_of_time(tmp_path):
     """Every operation of a layer that has it, none below its floor."""
-    layers, ops = ("ViT-B/16@224", "ByT5-small 1024"), ("step", "match", "energy", "merge", "unmerge", "pack", "attend")
+    layers = ("ViT-B/16@224", "ByT5-small 1024")
+    ops = ("step", "match", "energy", "merge", "unmerge", "pack", "attend", "attend_vjp")
     kernels_aot.main(chips=("v5e",), layers=layers, ops=ops, out=tmp_path)
     rows = json.loads((tmp_path / "kernels_aot.json").read_text())
     assert {row["op"] for row in rows} == set(ops) and {row["layer"] for row in rows} == set(layers)

@@ -1,14 +1,24 @@
-"""Attention with one bias for every key, over any batch axes; its gradient is that of another attention, which has one."""
+"""Attention with one bias for every key, over any batch axes, with its gradient."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from jaxmerge._kernels._dispatch import Implementation, folded, run
+from jaxmerge._kernels.attend import ref
+
+
+class How(NamedTuple):
+    """What is compiled in."""
+
+    scale: float
+    length: int | None
+    mean_keys: bool
 
 
 def attend(
@@ -22,27 +32,48 @@ def attend(
     length: int | None = None,
     mean_keys: bool = False,
     implementation: Implementation,
-    beside: Callable[..., tuple[Array, ...]],
 ) -> tuple[Array, ...]:
-    """`ref.attend`; `beside` is an attention of the same arguments, one batch axis before them, that has a gradient."""
+    """`ref.attend`."""
     heads = "m" if mean_keys else "d"  # a mean needs them all
     roles = (f"n3{heads}k", "", "", "n", f"*3{heads}k") if k is None else ("ndk", "mdk", "mdk", "m", "")
-    static = dict(scale=scale, length=length, mean_keys=mean_keys)
+    how = How(scale, length, mean_keys)
     return run(
         "attend", (q, k, v, bias, offset), roles, (f"n{heads}k", *(["nk"] if mean_keys else [])), implementation=implementation,
-        call=lambda module, *arrays: differentiable(partial(module.attend, **static), beside, *arrays),
-        xla=lambda: beside(q, k, v, bias, offset), **static,
+        call=lambda module, *arrays: differentiable(module, how, *arrays),
+        xla=lambda: differentiable(ref, how, q, k, v, bias, offset), **how._asdict(),
     )  # fmt: skip
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def differentiable(call: Callable[..., Any], beside: Callable[..., Any], *arrays: Array | None) -> tuple[Array, ...]:
-    """An implementation's attention."""
-    return folded(call)(*arrays)
+def differentiable(module: Any, how: How, *arrays: Array | None) -> tuple[Array, ...]:
+    """An implementation's attention; its gradient is of the same implementation."""
+    return folded(partial(module.attend, **how._asdict()))(*arrays)
 
 
-def _forward(call, beside, *arrays):
-    return jax.vjp(beside, *arrays)
+def _forward(module, how, *arrays):
+    arrays = tuple(None if x is None else x.value for x in arrays)
+    found = folded(partial(module.attend, **how._asdict(), for_vjp=True))(*arrays)
+    outputs = 2 if how.mean_keys else 1
+    return found[:outputs], (arrays, found[0], found[outputs:])
 
 
-differentiable.defvjp(_forward, lambda call, beside, back, g: back(g))
+def _backward(module, how, kept, cotangents):
+    (q, k, v, bias, offset), out, more = kept
+    g, *of_mean = (None if isinstance(c, SymbolicZero) else c for c in cotangents)
+    g = jnp.zeros_like(out) if g is None else g
+    call = folded(partial(module.attend_vjp, scale=how.scale, length=how.length))
+    dq, dk, dv, dbias = call(q, k, v, bias, offset, g, out, *more)
+    for mean in (mean for mean in of_mean if mean is not None):  # of the keys over heads
+        if k is None:
+            heads, n = dq.shape[3], out.shape[1]
+            dq = dq.at[:, :n, 1].add((mean / heads)[:, :, None].astype(dq.dtype))
+        else:
+            dk += (mean / dk.shape[2])[:, :, None].astype(dk.dtype)
+    doffset = None
+    if offset is not None:  # which each row of the product was given
+        doffset = dq.sum(axis=1, dtype=jnp.float32)
+        doffset = doffset.reshape(len(offset), -1, *offset.shape[1:]).sum(axis=1).astype(offset.dtype)
+    return dq, dk, dv, dbias if dbias is None else dbias.astype(bias.dtype), doffset
+
+
+differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

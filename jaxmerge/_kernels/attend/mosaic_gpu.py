@@ -9,7 +9,6 @@ memory has time for that while products are what there is to wait for.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,16 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
+from jaxmerge._kernels.attend._tiles import LEAST, LOG2E, STAGES, TILE, base_two, from_largest, operands
+from jaxmerge._kernels.attend._vjp_gpu import gradients
 
-TILE = 64
-"""Queries of a thread, keys of a tile."""
-STAGES = 16
-"""Tiles of keys, and as many of values, that the ring holds at most: a kernel can have 32 barriers of a kind."""
 SHARED = mgpu.SHARED // 2
 """Of a block: two run on a multiprocessor at a time, one computes while the other waits."""
-LOG2E = math.log2(math.e)
-LEAST = -1e38
-"""What a masked key is worth: finite, so that a query that sees no key is the mean of all values, as in the reference."""
 
 
 def attend(
@@ -42,27 +36,24 @@ def attend(
     scale: float,
     length: int | None = None,
     mean_keys: bool = False,
+    for_vjp: bool = False,
     threads: int | None = None,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """`ref.attend`; `threads` of a block, one or two."""
-    B, n, *_, h, f = q.shape
-    if k is None or v is None:
-        q = k = v = _whole(q.reshape(B, n, 3 * h, f))
-        n = s = n if length is None else length
-        g, first = h, (0, h, 2 * h)
-    else:
-        (s, g), first = k.shape[1:3], (0, 0, 0)  # heads before those of queries, of keys, of values
-        q, k, v = _whole(q), _whole(k), _whole(v)
+    """`ref.attend`; `threads` of a block, one or two. With `for_vjp` what `attend_vjp` needs comes last: to base 2, the
+    logarithm of what all keys weigh for each query, (B, h, n'), n' whole tiles."""
+    B, h, f = q.shape[0], *q.shape[-2:]
+    (q, k, v), first, n, s, g = operands(q, k, v, length)
     tiles = -(-s // TILE)
     threads = threads or (2 if n > 3 * TILE else 1)
     stages = max(1, min(tiles, STAGES, (SHARED - 2 * threads * TILE * f * 2) // (2 * TILE * f * 2)))
     shift_of = lambda offset, b, which, head: mgpu.columns(offset.at[b * offset.shape[0] // B, which, head])
-    along = lambda row, width: lax.broadcast_in_dim(row, (TILE, width), (0,))
-    across = lambda row: lax.broadcast_in_dim(row, (TILE, row.size), (1,))
-    zeros = lambda: plgpu.layout_cast(jnp.zeros((TILE, f), jnp.float32), plgpu.Layout.WGMMA)
+    along = lambda column, width: mgpu.by_row(column, (TILE, width))
+    across = lambda row: mgpu.by_column(row, (TILE, row.size))
 
-    def attend_rows(q, k, v, bias, offset, out, *mean, queries, result, ring, ready, full, free):
+    bias, counts = from_largest(base_two(bias, s)) if for_vjp else (base_two(bias, s), None)
+
+    def attend_rows(q, k, v, bias, counts, offset, out, *more, queries, result, ring, ready, full, free):
         b, head, block, t = (lax.axis_index(name) for name in ("row", "head", "block", "thread"))
         start = (block * threads + t) * TILE
         slot = lambda side, i: side * stages + lax.rem(i, jnp.int32(stages))
@@ -91,19 +82,21 @@ def attend(
                     ask_both(jnp.int32(i))
 
             plgpu.barrier_wait(ready.at[t])
-            per_query = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             if offset is not None:  # of keys it adds the same to all scores of a query
                 mine = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
                 queries[t] = (mine + across(shift_of(offset, b, 0, head))).astype(q.dtype)
                 plgpu.commit_smem()
 
+            of_b = lambda ref: b if ref.shape[0] > 1 else 0
+            factor = scale * LOG2E * (1 if counts is None else counts[of_b(counts)])
+
             def tile(i, state):
                 highest, mass, sum = state
                 keys, values = slot(0, i), slot(1, i)
                 plgpu.barrier_wait(full.at[keys])
-                score = mgpu.product(queries.at[t], ring.at[keys].transpose((1, 0))) * (scale * LOG2E)
+                score = mgpu.product(queries.at[t], ring.at[keys].transpose((1, 0))) * factor
                 if bias is not None:
-                    score = score + across(mgpu.columns(bias.at[b if bias.shape[0] > 1 else 0, pl.ds(i * TILE, TILE)]))
+                    score = score + across(mgpu.columns(bias.at[of_b(bias), pl.ds(i * TILE, TILE)]))
                 higher = jnp.maximum(highest, jnp.max(score, axis=1))
                 weight = jnp.exp2(score - along(higher, TILE))
                 shrink = jnp.exp2(highest - higher)
@@ -123,7 +116,10 @@ def attend(
 
                 return higher, mass, sum
 
-            _, mass, sum = lax.fori_loop(0, tiles, tile, (per_query(3 * LEAST), per_query(0), zeros()))
+            start_from = mgpu.filled((TILE,), 3 * LEAST), mgpu.filled((TILE,), 0.0), mgpu.filled((TILE, f), 0.0)
+            highest, mass, sum = lax.fori_loop(0, tiles, tile, start_from)
+            if for_vjp:
+                more[-1][b, head, pl.ds(start, TILE)] = highest + jnp.log(mass) * LOG2E
             sum = sum * along(1 / mass, f)
             put(lambda rows: out.at[b, rows, head], sum if offset is None else sum + across(shift_of(offset, b, 2, head)))
 
@@ -145,10 +141,10 @@ def attend(
 
                 return sum
 
-            sum = lax.fori_loop(0, h, add, zeros())
+            sum = lax.fori_loop(0, h, add, mgpu.filled((TILE, f), 0.0))
             if offset is not None:
                 sum = sum + across(functools.reduce(jnp.add, [shift_of(offset, b, 1, i) for i in range(h)]))
-            put(lambda rows: mean[0].at[b, rows], sum * (1 / h))
+            put(lambda rows: more[0].at[b, rows], sum * (1 / h))
 
         if mean_keys:
             pl.when(head < h)(attention)
@@ -159,7 +155,7 @@ def attend(
     rows = lambda *shape: plgpu.SMEM((*shape, f), q.dtype, transforms=mgpu.tiled(f))
     return mgpu.kernel(
         attend_rows,
-        (q, k, v, _padded(None if bias is None else bias[:, :s], s), offset),
+        (q, k, v, bias, counts, offset),
         dict(
             queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype), ring=rows(2 * stages, TILE),
             ready=plgpu.Barrier(num_barriers=threads), full=plgpu.Barrier(num_barriers=2 * stages),
@@ -168,30 +164,33 @@ def attend(
         out=(
             jax.ShapeDtypeStruct((B, n, h, f), q.dtype),
             *([jax.ShapeDtypeStruct((B, n, f), q.dtype)] if mean_keys else []),
+            *([jax.ShapeDtypeStruct((B, h, n + -n % (2 * TILE)), jnp.float32)] if for_vjp else []),
         ),
         grid=dict(row=B, head=h + mean_keys, block=-(-n // (threads * TILE))),
         threads=threads, interpret=interpret, approx_math=True,
     )  # fmt: skip
 
 
-def _whole(x: Array) -> Array:
-    """x with rows in eights, as they are laid out on chip: a copy, unless it is so already."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
-
-
-def _padded(bias: Array | None, s: int) -> Array | None:
-    """The bias to base 2 for whole tiles: no weight behind the last key."""
-    if bias is None and s % TILE == 0:
-        return None
-    bias = jnp.zeros((1, s), jnp.float32) if bias is None else jnp.maximum(bias.astype(jnp.float32) * LOG2E, LEAST)
-    return jnp.pad(bias, ((0, 0), (0, -s % TILE)), constant_values=-jnp.inf)
+def attend_vjp(
+    q: Float[Array, "B t *three h f"],
+    k: Float[Array, "B s g f"] | None,
+    v: Float[Array, "B s g f"] | None,
+    bias: Float[Array, "B s"] | None,
+    offset: Float[Array, "one three h f"] | None,
+    g: Float[Array, "B n h f"],
+    *kept: Array,
+    **how: Any,
+) -> tuple[Array | None, ...]:
+    """`ref.attend_vjp`."""
+    out, log_mass = kept or attend(q, k, v, bias, offset, for_vjp=True, **how)
+    return gradients(q, k, v, bias, offset, g, out, log_mass, **how)
 
 
 device_refusals = mgpu.device_refusals
 
 
 def refusals(
-    op: str, q: Any, k: Any, v: Any, bias: Any, offset: Any = None, *, scale: float, length: int | None = None, **_: Any
+    op: str, q: Any, k: Any, v: Any, bias: Any, *more: Any, scale: float, length: int | None = None, **_: Any
 ) -> list[str]:
     """Why this attention cannot be a kernel."""
     why = []

@@ -5,7 +5,6 @@ features, and picks each by a slice. Keys and values of a row are on chip as a w
 The mean of the keys over heads, where it is asked for, is a sum that stays on chip from the first heads of a row to the last.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,11 @@ from jaxtyping import Float
 
 from jaxmerge._kernels import _tpu as tpu
 from jaxmerge._kernels._dispatch import target
+from jaxmerge._kernels.attend._heads import even, width_of
+from jaxmerge._kernels.attend._vjp_tpu import attend_vjp as attend_vjp
 
 QUERIES = 256
 """Of a block, at most."""
-ROWS = 16
-"""What blocks of queries are multiples of: a register of bfloat16."""
 
 
 def attend(
@@ -34,15 +33,16 @@ def attend(
     scale: float,
     length: int | None = None,
     mean_keys: bool = False,
+    for_vjp: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """`ref.attend`."""
+    """`ref.attend`; `attend_vjp` needs no more, so `for_vjp` changes nothing."""
     B, n, *_, h, f = q.shape
     q, k, v, parts = (q, q, q, 3) if k is None or v is None else (q, k, v, 1)
     rows, here = k.shape[1], target()
     n = n if length is None else length
     s = n if parts == 3 else rows
-    width, queries = _width(h, f), _queries(n)
+    width, queries = width_of(h, f), even(n, QUERIES)
     blocks, groups = -(-n // queries), h * f // width
     of = lambda i: i * groups if parts == 3 else 0  # where the blocks of queries, keys, values begin
     block = lambda count, i, at: pl.BlockSpec((1, count, width), lambda b, g, t: (b, t * at, of(i) + g))
@@ -117,8 +117,7 @@ def refusals(
     k: Any,
     v: Any,
     bias: Any,
-    offset: Any = None,
-    *,
+    *more: Any,
     scale: float,
     length: int | None = None,
     mean_keys: bool = False,
@@ -133,7 +132,7 @@ def refusals(
         why.append(f"{h} heads of {f} features are {h * f}: a multiple of {tpu.LANES}, or queries, keys and values apart")
     rows = n if k is None else k.shape[1]
     n = n if length is None else length
-    need = _need(rows, _queries(n), _width(h, f), q.dtype, f if mean_keys else 0)
+    need = _need(rows, even(n, QUERIES), width_of(h, f), q.dtype, f if mean_keys else 0)
     if min(n, rows) == 0:
         why.append("there is nothing to do")
     elif need > 0.9 * tpu.vmem(target().kind):
@@ -144,17 +143,6 @@ def refusals(
 def faster(op: str, *arrays: Any, kind: str, **static: Any) -> bool:
     """Not unless asked by name: XLA's attention has derivatives of every kind."""
     return False
-
-
-def _width(h: int, f: int) -> int:
-    """Lanes of a block: the fewest heads that fill whole registers, or all."""
-    width = math.lcm(f, tpu.LANES)
-    return width if h * f % width == 0 else h * f
-
-
-def _queries(n: int) -> int:
-    """Of a block: as even as can be."""
-    return tpu.padded(-(-n // max(1, -(-n // QUERIES))), ROWS)
 
 
 def _need(rows: int, queries: int, width: int, dtype: Any, mean: int) -> int:

@@ -29,6 +29,29 @@ def attend(
     return (out, over_heads(k)) if mean_keys else (out,)
 
 
+def attend_vjp(
+    q: Float[Array, "B t *three h f"],
+    k: Float[Array, "B s g f"] | None,
+    v: Float[Array, "B s g f"] | None,
+    bias: Float[Array, "B s"] | None,
+    offset: Float[Array, "one three h f"] | None,
+    g: Float[Array, "B n h f"],
+    *kept: Array,
+    scale: float,
+    length: int | None = None,
+) -> tuple[Array | None, ...]:
+    """How a loss moves with q, k, v and bias, where g is how it moves with what `attend` gives.
+
+    `kept` is what an implementation's own `attend` gave with `for_vjp`: the result and what comes last. Without, it is found
+    again. With the offset the loss moves as with what that is added to.
+    """
+    given = {i: x for i, x in enumerate((q, k, v, bias)) if x is not None}
+    every = lambda some: (some.get(0, q), some.get(1), some.get(2), some.get(3))
+    call = lambda some: attend(*every(some), offset, scale=scale, length=length)[0]
+    (found,) = jax.vjp(call, given)[1](g)
+    return tuple(found.get(i) for i in range(4))
+
+
 def over_heads(k: Float[Array, "*batch s g f"]) -> Float[Array, "*batch s f"]:
     """The mean of keys over heads, summed in float32, in their own dtype."""
     return k.mean(axis=-2, dtype=jnp.float32).astype(k.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 
@@ -27,8 +27,8 @@ class Best(NamedTuple):
     def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
         """What it holds after the products with one more group of keys: what each key brings, -inf where it is closed."""
         best, at = found
-        score = dot * along(of_key, dot.shape)
-        score = score if add is None else score + along(add, dot.shape)
+        score = dot * mgpu.by_column(of_key, dot.shape)
+        score = score if add is None else score + mgpu.by_column(add, dot.shape)
         score = score if near is None else jnp.where(near, score, -jnp.inf)
         better = score > best
         return jnp.where(better, score, best), jnp.where(better, group, at)
@@ -38,7 +38,7 @@ class Best(NamedTuple):
         best, group = found
         highest, slots = jnp.max(best, axis=1), best.shape[1]
         key = group * slots + mgpu.iota(best.shape, 1)
-        key = jnp.min(jnp.where(best == across(highest, best.shape), key, NONE), axis=1)
+        key = jnp.min(jnp.where(best == mgpu.by_row(highest, best.shape), key, NONE), axis=1)
         return highest * of_query, jnp.where(highest > -jnp.inf, key, 0)
 
 
@@ -51,8 +51,8 @@ class Sums(NamedTuple):
     start: tuple[Any, ...] = ((0, jnp.float32),)
 
     def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        one = self.f(dot * along(of_key, dot.shape) * of_query)
-        return (found[0] + (one if add is None else jnp.where(along(add, dot.shape) == 0, one, 0.0)),)
+        one = self.f(dot * mgpu.by_column(of_key, dot.shape) * of_query)
+        return (found[0] + (one if add is None else jnp.where(mgpu.by_column(add, dot.shape) == 0, one, 0.0)),)
 
     def finish(self, found: Any, of_query: Any) -> tuple[Array, ...]:
         return (jnp.sum(found[0], axis=1),)
@@ -73,7 +73,7 @@ class Least(NamedTuple):
         return ((jnp.inf, jnp.float32),) * self.count
 
     def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
-        score = along(of_key if add is None else of_key - add, dot.shape) - 2 * dot
+        score = mgpu.by_column(of_key if add is None else of_key - add, dot.shape) - 2 * dot
         kept = []
         for one in found:  # an insertion into an ordered list
             kept.append(jnp.minimum(score, one))
@@ -86,8 +86,8 @@ class Least(NamedTuple):
         for _ in range(self.count):  # the least of all heads; the first list that has it moves up
             low = jnp.min(lists[0], axis=1)
             least.append(jnp.maximum(low + of_query, 0.0))
-            first = jnp.min(jnp.where(lists[0] == across(low, shape), column, NONE), axis=1)
-            here, behind = column == across(first, shape), [*lists[1:], jnp.full_like(lists[0], jnp.inf)]
+            first = jnp.min(jnp.where(lists[0] == mgpu.by_row(low, shape), column, NONE), axis=1)
+            here, behind = column == mgpu.by_row(first, shape), [*lists[1:], jnp.full_like(lists[0], jnp.inf)]
             lists = [jnp.where(here, after, one) for one, after in zip(lists, behind, strict=True)]
         return tuple(least)
 
@@ -101,8 +101,8 @@ class Ahead(NamedTuple):
 
     def fold(self, found: Any, dot: Array, of_key: Array, add: Array | None, of_query: Any, group: Any, near: Any) -> Any:
         least, at, most = found
-        away = along(of_key, dot.shape) - 2 * dot
-        bias = None if add is None else along(add, dot.shape)
+        away = mgpu.by_column(of_key, dot.shape) - 2 * dot
+        bias = None if add is None else mgpu.by_column(add, dot.shape)
         most = jnp.maximum(most, away if bias is None else away + bias)
         away = away if bias is None else away - bias
         away = away if near is None else jnp.where(near, away, jnp.inf)
@@ -113,16 +113,6 @@ class Ahead(NamedTuple):
         least, group, most = found
         low, high, slots = jnp.min(least, axis=1), jnp.max(most, axis=1), least.shape[1]
         key = group * slots + mgpu.iota(least.shape, 1)
-        key = jnp.min(jnp.where(least == across(low, least.shape), key, NONE), axis=1)
+        key = jnp.min(jnp.where(least == mgpu.by_row(low, least.shape), key, NONE), axis=1)
         most = jnp.where(high > -jnp.inf, jnp.maximum(high + of_query, 0.0), high)
         return jnp.maximum(low + of_query, 0.0), jnp.where(low < jnp.inf, key, 0), most
-
-
-def along(of_key: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each key, for every query."""
-    return lax.broadcast_in_dim(of_key, shape, (1,))
-
-
-def across(of_query: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each query, for every key."""
-    return lax.broadcast_in_dim(of_query, shape, (0,))

@@ -294,8 +294,8 @@ def sweep(a, b, bias, collect, slots, *, window=None, stages=None, interpret=Non
                 plgpu.barrier_wait(ready.at[t])
             own, inverse = parted(queries.at[t], parts, collect.scaled) if held else (None, None)
             of_query = lambda: mgpu.rows(inverse_a.at[row, here]) if inverse is None else inverse
-            each_query = collecting.across(of_query(), (TILE, slots)) if isinstance(collect, collecting.Sums) else None
-            place = None if place_a is None else collecting.across(mgpu.rows(place_a.at[row, here]), (TILE, slots))
+            each_query = mgpu.by_row(of_query(), (TILE, slots)) if isinstance(collect, collecting.Sums) else None
+            place = None if place_a is None else mgpu.by_row(mgpu.rows(place_a.at[row, here]), (TILE, slots))
 
             def tile(i: Any, found: Any) -> Any:
                 at = pl.ds(i * KEYS, KEYS)
@@ -333,7 +333,7 @@ def sweep(a, b, bias, collect, slots, *, window=None, stages=None, interpret=Non
                         away = away - mgpu.iota((TILE, slots), 1)
                         near = (away <= window) & (away >= -window)
                     if places is not None and place is not None:
-                        near = collecting.along(places[cut], (TILE, slots)) < place
+                        near = mgpu.by_column(places[cut], (TILE, slots)) < place
                     found = collect.fold(
                         found, score[:, cut], scale[cut], None if add is None else add[cut], each_query, i * groups + g, near
                     )
