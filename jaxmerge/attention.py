@@ -154,8 +154,8 @@ def proportional_attention(
       mask, is_causal, scale, implementation: as in `jax.nn.dot_product_attention`. "cudnn" is given the bias as feature
         columns (`append_bias`): it would want one bias for every pair, written to memory, and its gradient. It has gradients
         for even lengths alone: where there are gradients to take and no mask, odd ones get one more row, that weighs nothing.
-        "mosaic_gpu" (Hopper) and "mosaic_tpu" are flash kernels of our own that add the bias on chip. They take no mask; where
-        gradients are taken, cuDNN's attention runs instead, on TPU XLA's.
+        "mosaic_gpu" (Hopper) and "mosaic_tpu" are flash kernels of our own that add the bias on chip; so are their gradients,
+        which compute the weights again. They take no mask, and have no second derivatives.
 
     Law:
       with v merged as k is, and equal keys in each segment, the result is that of attention over the unmerged tokens.
@@ -171,7 +171,7 @@ def proportional_attention(
       True
 
     Raises:
-      ValueError: a kernel of our own with a mask, or where it cannot run, with the reasons.
+      ValueError: a kernel of our own with a mask, or where it cannot run, with the reasons; its second derivatives.
 
     Source: Token Merging, section 3.2 (arXiv:2210.09461).
     """
@@ -249,7 +249,7 @@ def packed_attention(
 
     Raises:
       ValueError: the third axis from the right is not 3, shapes that do not fit, fewer rows than `length`; a kernel
-        where it cannot run, with the reasons.
+        where it cannot run, with the reasons, and its second derivatives.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmerge as jm

@@ -242,8 +242,8 @@ class ViT(nnx.Module):
 
     Args:
       config: from `VARIANTS`, or your own.
-      attention: of `jm.attention.packed_attention`: "mosaic_gpu" for inference on Hopper and "mosaic_tpu" on TPU, "cudnn" to
-        train on a GPU, in bfloat16.
+      attention: of `jm.attention.packed_attention`: "mosaic_gpu" on Hopper or "cudnn" on any GPU, both in bfloat16, and
+        "mosaic_tpu" on TPU.
       dtype: of the matrix products (jnp.bfloat16 on accelerators). Parameters, residuals, norms, softmax and logits
         stay float32.
       rngs: `nnx.Rngs(seed)`.

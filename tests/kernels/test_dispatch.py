@@ -106,6 +106,7 @@ def test_attention_on_a_mesh(mesh):
         partial(jm.attention.packed_attention, bias=None, mean_keys=keys, implementation="mosaic_tpu")
     )
     wanted = jm.attention.packed_attention(qkv, None, mean_keys=True)
+    slope = jax.grad(lambda qkv: jnp.sum(jnp.sin(jm.attention.packed_attention(qkv, None))))(qkv)
     with dispatch.aim("tpu", interpret=True), jax.set_mesh(mesh):
         if mesh.axis_types[0] == AxisType.Auto:
             with pytest.raises(ValueError, match="Auto axes"):
@@ -115,6 +116,9 @@ def test_attention_on_a_mesh(mesh):
         assert collectives(whole) == []
         for found, one in (*zip(whole(place("data")), wanted, strict=True), (attend(False)(split), wanted[0])):
             cases.close(found, one, terms=9 + 64, largest=float(jnp.abs(qkv).max()) ** 2)
+        back = jax.jit(jax.grad(lambda qkv: jnp.sum(jnp.sin(attend(False)(qkv))))).lower(split).compile()
+        assert collectives(back) == []
+        cases.close(back(split), slope, terms=9 + 64, largest=float(jnp.abs(qkv).max()) ** 3)
         with pytest.raises(ValueError, match=r"axis m of 'n3mk' is sharded over 'model': jax\.reshard it first"):
             attend(True)(split)
 

@@ -238,6 +238,13 @@ def test_the_gradient_of_attention_in_every_argument():
             assert one.shape == other.shape and np.abs(one - other).max() <= bound
 
 
+def test_second_derivatives_of_a_kernel_are_refused():
+    x = jnp.ones((1, 16, 3, 2, 64))
+    slope = jax.grad(lambda x: jnp.sum(jm.attention.packed_attention(x, None, implementation="mosaic_tpu")))
+    with pytest.raises(ValueError, match=r'first derivatives alone.*implementation="xla"'):
+        jax.grad(lambda x: jnp.sum(slope(x)))(x)
+
+
 def test_a_gradient_that_does_not_fit_says_so():
     x = jax.ShapeDtypeStruct((1, 12_000, 1, 128), F32)
     with pytest.raises(ValueError, match=r'gradient of 12000 queries and 12000 keys takes \d+ MiB.*implementation="xla"'):

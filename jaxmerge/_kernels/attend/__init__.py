@@ -52,7 +52,7 @@ def differentiable(module: Any, how: How, *arrays: Array | None) -> tuple[Array,
 
 def _forward(module, how, *arrays):
     arrays = tuple(None if x is None else x.value for x in arrays)
-    found = folded(partial(module.attend, **how._asdict(), for_vjp=True))(*arrays)
+    found = _once(partial(module.attend, **how._asdict(), for_vjp=True), *arrays)
     outputs = 2 if how.mean_keys else 1
     return found[:outputs], (arrays, found[0], found[outputs:])
 
@@ -61,8 +61,9 @@ def _backward(module, how, kept, cotangents):
     (q, k, v, bias, offset), out, more = kept
     g, *of_mean = (None if isinstance(c, SymbolicZero) else c for c in cotangents)
     g = jnp.zeros_like(out) if g is None else g
-    call = folded(partial(module.attend_vjp, scale=how.scale, length=how.length))
-    dq, dk, dv, dbias = call(q, k, v, bias, offset, g, out, *more)
+    dq, dk, dv, dbias = _once(
+        partial(module.attend_vjp, scale=how.scale, length=how.length), q, k, v, bias, offset, g, out, *more
+    )
     for mean in (mean for mean in of_mean if mean is not None):  # of the keys over heads
         if k is None:
             heads, n = dq.shape[3], out.shape[1]
@@ -74,6 +75,18 @@ def _backward(module, how, kept, cotangents):
         doffset = dq.sum(axis=1, dtype=jnp.float32)
         doffset = doffset.reshape(len(offset), -1, *offset.shape[1:]).sum(axis=1).astype(offset.dtype)
     return dq, dk, dv, dbias if dbias is None else dbias.astype(bias.dtype), doffset
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _once(call, *arrays):
+    return folded(call)(*arrays)
+
+
+@_once.defjvp
+def _(call, primals, tangents):
+    raise ValueError(
+        'attention: kernels have first derivatives alone, and second ones were asked for: use implementation="xla".'
+    )
 
 
 differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
