@@ -146,6 +146,15 @@ def folded(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def alike(arrays: Sequence[Array | None]) -> list[Array | None]:
+    """The arrays, such that inside of `jax.shard_map` each varies over the mesh axes that any does: what is one for all devices
+    then has a gradient that is added up over them."""
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    over = frozenset[str]().union(*(varying(x) for x in arrays if x is not None))
+    cast = lambda x, more: jax.lax.pcast(x, more, to="varying") if more else x
+    return [None if x is None else cast(x, tuple(over - varying(x))) for x in arrays]
+
+
 def choose(
     op: str,
     arrays: Sequence[Any],

@@ -125,6 +125,28 @@ def test_a_step_that_adds_and_normalises(topology):
 
 
 @every_chip
+def test_attention_and_its_gradient_where_devices_share_an_offset(topology):
+    """Inside of shard_map, which is told what varies: two kernels, and one sum, of what the offset's gradient is."""
+    mesh, spec = tpu_mesh(topology, (-1,), ("data",)), VIT[0]
+    heads = (3, spec.d // spec.k, spec.k)
+
+    def loss(qkv, bias, offset):
+        out, _ = jm.attention.packed_attention(
+            qkv, bias, offset=offset, length=spec.n, mean_keys=True, implementation="mosaic_tpu"
+        )
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    layout = P("data"), P("data"), P()
+    array = lambda spec, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    some = array(layout[0], jnp.bfloat16, mesh.size, 200, *heads), array(layout[1], jnp.float32, mesh.size, spec.n)
+    with dispatch.aim("tpu", CHIPS[topology]):
+        slopes = jax.shard_map(jax.grad(loss, (0, 1, 2)), mesh=mesh, in_specs=layout, out_specs=layout, check_vma=True)
+        compiled = compile_for(slopes, *some, array(layout[2], jnp.float32, *heads))
+    assert kernels(compiled) == 2
+    assert list(collectives(compiled)) == ["all-reduce"]
+
+
+@every_chip
 def test_density_peaks_on_a_partitioned_program(topology):
     """Explicit axes: three sweeps per shard, and no collective. Auto axes: XLA."""
     devices = tpu_mesh(topology, (-1,), ("data",)).devices

@@ -9,7 +9,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
-from jaxmerge._kernels._dispatch import Implementation, folded, run
+from jaxmerge._kernels._dispatch import Implementation, alike, folded, run
 from jaxmerge._kernels.attend import ref
 
 
@@ -39,7 +39,7 @@ def attend(
     how = How(scale, length, mean_keys)
     return run(
         "attend", (q, k, v, bias, offset), roles, (f"n{heads}k", *(["nk"] if mean_keys else [])), implementation=implementation,
-        call=lambda module, *arrays: differentiable(module, how, *arrays),
+        call=lambda module, *arrays: differentiable(module, how, *alike(arrays)),
         xla=lambda: differentiable(ref, how, q, k, v, bias, offset), **how._asdict(),
     )  # fmt: skip
 

@@ -145,10 +145,11 @@ def _kernel(*refs: Any, f: int, scale: float, n: int, s: int, biased: bool, shif
 
 
 def _need(rows: int, n: int, width: int, dtype: Any) -> int:
-    """Bytes of VMEM: both buffers of each block, all sums, a head's keys, values and terms of sums, scores in five forms."""
-    queries = even(n, QUERIES)
+    """Bytes of VMEM: both buffers of each block, all sums, a head's keys, values and terms of sums, scores in all their forms,
+    of which float32, multiplied in parts, takes more."""
+    queries, forms = even(n, QUERIES), 5 if jnp.dtype(dtype).itemsize == 2 else 14
     keys = tpu.nbytes((rows, width), dtype)
     blocks = 4 * keys + 4 * tpu.nbytes((queries, width), dtype) + 2 * tpu.nbytes((max(n, rows), width), dtype)
     sums = 2 * tpu.nbytes((rows, width), jnp.float32) + tpu.nbytes((tpu.padded(n, queries), width), jnp.float32)
-    scores = 5 * tpu.nbytes((rows, queries), jnp.float32) + 4 * tpu.nbytes((rows, 1), jnp.float32)
+    scores = forms * tpu.nbytes((rows, queries), jnp.float32) + 4 * tpu.nbytes((rows, 1), jnp.float32)
     return blocks + sums + 2 * keys + scores + 2 * tpu.MIB
