@@ -67,23 +67,27 @@ def gradients(
         bias_of = lambda keys: bias.at[of_b(bias), keys]
         offset_of = lambda which, head: mgpu.columns(offset.at[of_b(offset), which, head])
 
-        def start(*mine):
-            """The two tiles of this block, and the first of the ring."""
-            for side, (ref, head) in enumerate(mine):
-                plgpu.copy_gmem_to_smem(ref.at[b, here, head], own.at[side], ready)
-
-        def over(count, theirs, terms, sums, mass):
-            """Add up over all tiles of the others: what c and w come to with each of `sums`, and c alone."""
+        def asking(theirs):
+            """What asks for two tiles of the others, by their number: `theirs` tells from where."""
 
             def ask(i):
-                tile, heads = theirs(i)
-                for side, (ref, head) in enumerate(heads):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[b, pl.ds(tile * other, other), head], ring.at[2 * slot(i) + side], full.at[slot(i)]
-                    )
+                tile, two = theirs(i)
+                for side, (ref, head) in enumerate(two):
+                    rows, at = pl.ds(tile * other, other), slot(i)
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, head], ring.at[2 * at + side], full.at[at])
 
+            return ask
+
+        def start(mine, ask, count):
+            """This block's own two tiles are there, and the first of the others on their way."""
+            for side, (ref, head) in enumerate(mine):
+                plgpu.copy_gmem_to_smem(ref.at[b, here, head], own.at[side], ready)
             for i in range(min(stages, count)):
                 ask(jnp.int32(i))
+            plgpu.barrier_wait(ready)
+
+        def over(count, ask, terms, sums, mass):
+            """Over all tiles of the others, add c and w times these to the first and second of `sums`, and c to the mass."""
 
             def turn(i, mass):
                 first, second = (ring.at[2 * slot(i) + side] for side in range(2))
@@ -126,8 +130,8 @@ def gradients(
         @pl.when((head < h) & (block < blocks_q))
         def _():
             of_keys = head // share
-            start((q, q_at + head), (g, head))
-            plgpu.barrier_wait(ready)
+            ask = asking(lambda i: (i, ((k, k_at + of_keys), (v, v_at + of_keys))))
+            start(((q, q_at + head), (g, head)), ask, tiles_k)
             if offset is not None:
                 mine = mgpu.load(own.at[0], plgpu.Layout.WGMMA).astype(jnp.float32)
                 own[0] = (mine + mgpu.by_column(offset_of(0, head), (TILE, f))).astype(dtype)
@@ -141,7 +145,7 @@ def gradients(
                 return mgpu.by_column(mgpu.columns(bias_of(pl.ds(i * other, other))), scores) - less, taken
 
             def summed(sum):
-                over(tiles_k, lambda i: (i, ((k, k_at + of_keys), (v, v_at + of_keys))), terms, (sum,), None)
+                over(tiles_k, ask, terms, (sum,), None)
                 return sum[...]
 
             sum = pl.run_scoped(summed, plgpu.ACC((TILE, f), jnp.float32))
@@ -150,27 +154,29 @@ def gradients(
         @pl.when((head >= h) & (block < blocks_k))
         def _():
             mine = head - h
-            start((k, k_at + mine), (v, v_at + mine))
-            plgpu.barrier_wait(ready)
+            query = lambda i: (mine * share + i // tiles_q, lax.rem(i, jnp.int32(tiles_q)))  # the head of a tile, and which
+
+            def theirs(i):
+                of_queries, tile = query(i)
+                return tile, ((q, q_at + of_queries), (g, of_queries))
+
+            ask = asking(theirs)
+            start(((k, k_at + mine), (v, v_at + mine)), ask, tiles_q * share)
             added = mgpu.filled((TILE,), 0.0) if bias is None else mgpu.rows(bias_of(here))
             if offset is not None:  # what that of queries adds to their scores
                 keys = mgpu.load(own.at[0], plgpu.Layout.WGMMA).astype(jnp.float32)
                 keys = keys * mgpu.by_column(offset_of(0, mine), (TILE, f))
                 added = added + jnp.sum(keys, axis=1) * factor
             added = mgpu.by_row(added, scores)
-            one = lambda i: (mine * share + i // tiles_q, pl.ds(lax.rem(i, jnp.int32(tiles_q)) * other, other))
-
-            def theirs(i):
-                of_queries = mine * share + i // tiles_q
-                return lax.rem(i, jnp.int32(tiles_q)), ((q, q_at + of_queries), (g, of_queries))
 
             def terms(i):
-                less, taken = (mgpu.by_column(mgpu.columns(ref.at[b, *one(i)]), scores) for ref in (log_mass, of_out))
-                return added - less, taken
+                of_queries, tile = query(i)
+                of = lambda ref: mgpu.by_column(mgpu.columns(ref.at[b, of_queries, pl.ds(tile * other, other)]), scores)
+                return added - of(log_mass), of(of_out)
 
             def summed(*sums):
                 mass = mgpu.filled((TILE,), 0.0) if biased or offset is not None else None
-                mass = over(tiles_q * share, theirs, terms, sums, mass)
+                mass = over(tiles_q * share, ask, terms, sums, mass)
                 return mass, sums[0][...], sums[1][...]
 
             mass, of_k, of_v = pl.run_scoped(summed, *[plgpu.ACC((TILE, f), jnp.float32)] * 2)
