@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxmerge as jm
+from jaxmerge._kernels import _dispatch as dispatch
 from models.load import export, load
 from models.vit import VARIANTS, Block, Seen, ViT, ViTConfig, torch_name
 from tests.conftest import GOLDEN
@@ -209,6 +210,22 @@ def test_it_trains_through_the_merge(images):
     loss = lambda state: (nnx.merge(graph, state)(images, r=4) ** 2).mean()
     for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(state)):
         assert jnp.isfinite(gradient).all() and (gradient != 0).any()
+
+
+def test_it_trains_alike_by_kernels(images):
+    """With every kernel of a merging block, forward and back, as without."""
+    config = ViTConfig(width=128, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)
+
+    def slopes(attention):
+        model = ViT(config, attention=attention, rngs=nnx.Rngs(0))
+        return jax.tree.leaves(nnx.jit(nnx.grad(lambda m: jnp.sum(jnp.square(m(images, r=3)))))(model))
+
+    wanted = slopes(None)
+    with dispatch.aim("tpu", interpret=True):
+        found = slopes("mosaic_tpu")
+    for one, other in zip(found, wanted, strict=True):
+        # sums of up to 8 x 17 x 512 products, a few in a row: rounded 2^-24 a time, at random
+        assert jnp.abs(one - other).max() <= 8 * (8 * 17 * 512) ** 0.5 * 2.0**-24 * max(float(jnp.abs(other).max()), 1.0)
 
 
 @pytest.mark.parametrize("r", [0, 4])
