@@ -71,6 +71,7 @@ def timed(tome: pathlib.Path | None, out: pathlib.Path) -> list[Job]:
         vit(out, "H/14", 518, batch=8, r=40),
         vit(out, "B/16", 224, batch=256, r=13),
         vit(out, "B/16", 224, batch=64, r=13, train=True),
+        vit(out, "B/16", 224, batch=64, r=13, train=True, attention="cudnn"),
         kernels("ByT5", "--only", "ByT5"),
         vit(out, "H/14", 224, batch=64, r=8),
         vit(out, "L/16", 224, batch=64, r=8),
@@ -89,10 +90,13 @@ def tests(workers: int) -> list[Job]:
     ]
 
 
-def vit(out: pathlib.Path, variant: str, resolution: int, *, batch: int, r: int, train: bool = False) -> Job:
+def vit(
+    out: pathlib.Path, variant: str, resolution: int, *, batch: int, r: int, train: bool = False, attention: str = "mosaic_gpu"
+) -> Job:
     """A whole model with and without merging, and with its tokens dropped for nothing."""
     name = f"vit {variant.replace('/', '-')} at {resolution}, batch {batch}{', gradient' if train else ''}"
-    options = {"variant": variant, "resolution": resolution, "batch": batch, "attention": "mosaic_gpu"}
+    name += ", cuDNN's attention" if attention == "cudnn" else ""
+    options = {"variant": variant, "resolution": resolution, "batch": batch, "attention": attention}
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     more = (
         "--rs",
@@ -102,7 +106,7 @@ def vit(out: pathlib.Path, variant: str, resolution: int, *, batch: int, r: int,
         "kernel",
         "cut",
         "--name",
-        name.replace(",", "").replace(" ", "_"),
+        name.replace(",", "").replace("'", "").replace(" ", "_"),
         "--out",
         str(out),
     )
