@@ -84,6 +84,19 @@ def test_attend(strict):
         cases.close(one, other, terms=n + f * int(largest**2), largest=largest)
 
 
+def test_attend_vjp(strict):
+    """Sums that stay on chip from one block of queries to the next; the last block has less than it has room for."""
+    rng, n, h, f = np.random.default_rng(5), 300, 2, 64
+    qkv, g = (cases.tokens(rng, 1, rows, width * h * f, jnp.float32) for rows, width in ((304, 3), (n, 1)))
+    given = qkv.reshape(1, 304, 3, h, f), None, None, jnp.zeros((1, n)), jnp.ones((1, 3, h, f)), g.reshape(1, n, h, f)
+    found = attend_tpu.attend_vjp(*given, scale=f**-0.5, length=n, interpret=strict)
+    wanted = attend_ref.attend_vjp(*given, scale=f**-0.5, length=n)
+    largest = float(jnp.max(jnp.abs(qkv))) ** 2 * float(jnp.max(jnp.abs(g)))
+    for one, other in zip(found, wanted, strict=True):
+        if other is not None:
+            cases.close(one, other, terms=n + f, largest=largest)
+
+
 @pytest.fixture
 def raced(interpret, capfd):
     """Runs a Hopper kernel; whether two touched the same memory in no order, which jax 0.11 prints and 0.12 raises."""
