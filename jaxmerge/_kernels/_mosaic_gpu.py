@@ -302,8 +302,9 @@ def together() -> None:
 
 def each(t: Array | int, threads: int, count: int, do: Callable[[Any], None]) -> None:
     """do(i) for every i below count, shared out among the threads, of which this is one."""
-    for i in range(0, count, threads):
-        if i + threads <= count:
-            do(i + t)
-        else:
-            pl.when(i + t < count)(lambda i=i: do(i + t))
+
+    def one(turn, _):
+        i = turn * threads + t
+        pl.when(i < count)(lambda: do(i)) if count % threads else do(i)
+
+    lax.fori_loop(0, -(-count // threads), one, None)

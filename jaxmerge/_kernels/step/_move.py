@@ -65,22 +65,17 @@ def move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: An
             at, edge = c.stay[0, p] + p, c.first[0, p]
             ids[c.row, 2 * p + 1] = at
 
-            @pl.when(edge >= c.r)
-            def _():
-                put(at, row, own)
+            def add(state):
+                edge, total, sum = state
+                q = 2 * c.source[c.t, edge]
+                w, more = weight(q), () if residual is None else (mgpu.read_row(residual, c.row, q),)
+                joined = lambda sum, row: sum + row.astype(jnp.float32) * w
+                return c.next[0, edge], total + w, mgpu.per_part(joined, sum, whole(mgpu.read_row(x, c.row, q), *more))
 
-            @pl.when(edge < c.r)
-            def _():
-                def add(state):
-                    edge, total, sum = state
-                    q = 2 * c.source[c.t, edge]
-                    w, more = weight(q), () if residual is None else (mgpu.read_row(residual, c.row, q),)
-                    joined = lambda sum, row: sum + row.astype(jnp.float32) * w
-                    return c.next[0, edge], total + w, mgpu.per_part(joined, sum, whole(mgpu.read_row(x, c.row, q), *more))
-
-                begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * own, row)
-                _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, (edge, own, begin))
-                put(at, mgpu.per_part(lambda row: row * (1 / total), sum), total)
+            if_joined = lambda factor: jnp.where(edge < c.r, factor, 1.0)  # a token that nothing joins stays as it is
+            begin = mgpu.per_part(lambda row: row.astype(jnp.float32) * if_joined(own), row)
+            _, total, sum = lax.while_loop(lambda state: state[0] < c.r, add, (edge, own, begin))
+            put(at, mgpu.per_part(lambda row: row * if_joined(1 / total), sum), total)
 
         for u, p in enumerate(pairs):
             pl.when(p < c.na)(lambda p=p, u=u: source(p, rows[u], weights[u]))

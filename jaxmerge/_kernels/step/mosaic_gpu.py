@@ -86,7 +86,7 @@ def step(
     c.share, c.pairs, c.epsilon = -(-share // (threads * pairs)) * threads * pairs, pairs, epsilon
     c.ahead = ahead
     closed = np.array(protected)
-    open_a, open_b = _bias(~closed[::2], c.ga * LANES), _bias(~closed[1::2], c.tb * TILE)
+    open_a, open_b = _bias(~closed[::2], c.ga), _bias(~closed[1::2], c.tb * TILE)
     if c.slots:
         given = [_in_pairs(c, metric), open_a, open_b]
     else:
@@ -146,13 +146,13 @@ def _laid_out(metric: Any, d: int, offset: Any, scale: Any, *, r: int, threads: 
     all, or for one of each thread; 0 where it does not fit on chip."""
     n, k = metric.shape[1:]
     c = SimpleNamespace(n=n, na=(n + 1) // 2, nb=n // 2, d=d, r=r, threads=threads, k=k + -k % 16)
-    c.ga, c.gb, c.gr = (-(-count // LANES) for count in (c.na, c.nb, r))
+    c.ga, c.gb, c.gr = (-(-count // LANES) * LANES for count in (c.na, c.nb, r))  # whole registers of all lanes
     c.ta, c.tb = -(-c.na // TILE), -(-c.nb // TILE)
     rounds = lambda parts: -(-c.ta * parts // threads) * -(-c.tb // parts)
     c.of_b = min(range(1, c.tb + 1), key=rounds)  # parts that a tile of sources is compared in, by different threads
     c.parts = 3 if metric.dtype == jnp.float32 else 1
     c.normalises = scale is not None and d % LANES == 0
-    own = lambda parts, groups, dtype=jnp.int32: plgpu.SMEM((parts, groups * LANES), dtype)
+    own = lambda parts, size, dtype=jnp.int32: plgpu.SMEM((parts, size), dtype)
     row = lambda there: plgpu.SMEM((d,), jnp.float32) if there else None
     scratch = dict(
         best=own(threads, c.ga, jnp.float32), to=own(1, c.ga),
@@ -167,7 +167,7 @@ def _laid_out(metric: Any, d: int, offset: Any, scale: Any, *, r: int, threads: 
     for c.slots in (tiles, threads) if n <= AT_ONCE else ():
         cosines = dict(
             tiles=plgpu.SMEM((c.parts * tiles, TILE, c.k), jnp.bfloat16, transforms=mgpu.tiled(c.k)),
-            inverse=plgpu.SMEM((max(tiles * TILE, c.ga * LANES),), jnp.float32),
+            inverse=plgpu.SMEM((max(tiles * TILE, c.ga),), jnp.float32),
             best_parts=own(c.of_b, c.ga, jnp.float32), to_parts=own(c.of_b, c.ga),
             raw=plgpu.SMEM((c.slots, TILE, c.k), metric.dtype) if c.parts == 1 else None,
             loaded=plgpu.Barrier(num_barriers=c.slots) if c.parts == 1 else None,
@@ -265,77 +265,70 @@ def _cosines(c: SimpleNamespace, open_b: Any) -> None:
 
 def _choose(c: SimpleNamespace, parts: list[tuple[Any, Any]], inverse: Any, open_a: Any) -> None:
     """best, to: the cosine with the best destination, -inf where there is none to find, and the destination."""
-    for group in range(c.ga):
-        at = pl.ds(group * LANES, LANES)
-        found = [(_lanes(similarity.at[at]), _lanes(index.at[at])) for similarity, index in parts]
-        highest = functools.reduce(jnp.maximum, [high for high, _ in found])
-        index = functools.reduce(jnp.minimum, [jnp.where(high == highest, to, NONE) for high, to in found])
-        cosine = highest if inverse is None else highest * _lanes(inverse.at[at])
-        c.best[c.t, at] = jnp.where(_lanes(open_a.at[at]) == 0, cosine, -jnp.inf)
+    some = pl.ds(0, c.ga)
+    found = [(mgpu.load(similarity.at[some]), mgpu.load(index.at[some])) for similarity, index in parts]
+    highest = functools.reduce(jnp.maximum, [high for high, _ in found])
+    index = functools.reduce(jnp.minimum, [jnp.where(high == highest, to, NONE) for high, to in found])
+    cosine = highest if inverse is None else highest * mgpu.load(inverse.at[some])
+    c.best[c.t] = mgpu.line(jnp.where(mgpu.load(open_a) == 0, cosine, -jnp.inf))
 
-        @pl.when(c.t == 0)
-        def _(at=at, index=index):
-            c.to[0, at] = index
+    @pl.when(c.t == 0)
+    def _():
+        c.to[0] = index
 
 
 def _ranks(c: SimpleNamespace) -> None:
     """rank, of each source."""
-    mine, me = [_lanes(c.best.at[c.t, at]) for at in _groups(c.ga)], [_lane(group) for group in range(c.ga)]
+    mine, lane = mgpu.load(c.best.at[c.t]), mgpu.line_iota(c.ga)
 
-    def ahead(j, sums):
+    def ahead(j, sum):
         other = c.best[c.t, j]
-        before = [(other > own) | ((other == own) & (j < lane)) for own, lane in zip(mine, me, strict=True)]
-        return tuple(sum + jnp.where(here, 1, 0) for sum, here in zip(sums, before, strict=True))
+        return sum + jnp.where((other > mine) | ((other == mine) & (j < lane)), 1, 0)
 
-    sums = _walk(_share(c, c.na), ahead, (_all(0),) * c.ga)
-    _added(c, [(c.rank_parts, c.rank, sums)])
+    c.rank_parts[c.t] = _walk(_share(c, c.na), ahead, jnp.zeros_like(lane))
+    _together(c)
+    c.rank[c.t] = mgpu.line(_sum(c, c.rank_parts))
 
 
 def _edges(c: SimpleNamespace) -> None:
     """source and goes, of each edge; NONE behind the last."""
-    edges = [_lane(group) for group in range(c.gr)]
+    edge = mgpu.line_iota(c.gr)
 
     def look(j, found):
-        rank, values = c.rank[c.t, j], (j, c.to[0, j])
-        put = lambda old, new, edge: jnp.where(edge == rank, new, old)
-        return tuple(
-            tuple(put(old, new, edge) for old, edge in zip(some, edges, strict=True))
-            for some, new in zip(found, values, strict=True)
-        )
+        here = edge == c.rank[c.t, j]
+        return tuple(jnp.where(here, new, old) for old, new in zip(found, (j, c.to[0, j]), strict=True))
 
-    source, goes = _walk(_share(c, c.na), look, ((_all(0),) * c.gr,) * 2)
-    _added(c, [(c.source_parts, c.source, source), (c.goes_parts, c.goes, goes)])
-    for at, edge in zip(_groups(c.gr), edges, strict=True):
-        for whole in (c.source, c.goes):
-            whole[c.t, at] = jnp.where(edge < c.r, _lanes(whole.at[c.t, at]), NONE)
+    c.source_parts[c.t], c.goes_parts[c.t] = _walk(_share(c, c.na), look, (jnp.zeros_like(edge),) * 2)
+    _together(c)
+    for parts, whole in ((c.source_parts, c.source), (c.goes_parts, c.goes)):
+        whole[c.t] = jnp.where(edge < c.r, _sum(c, parts), NONE)
 
 
 def _chains(c: SimpleNamespace) -> None:
     """stay of each source, first of each destination, next of each edge."""
-    at = lambda group: pl.ds(group * LANES, LANES)
     edges = (0, -(-c.r // UNROLLED))
     last = edges[1] * UNROLLED - 1
 
-    def number(group):
-        gone = lambda q, sum: sum + jnp.where(c.source[c.t, q] <= _lane(group), 1, 0)
-        c.stay[0, at(group)] = _lane(group) + 1 - _walk(edges, gone, _all(0))
+    def number():
+        lane = mgpu.line_iota(c.ga)
+        gone = lambda q, sum: sum + jnp.where(c.source[c.t, q] <= lane, 1, 0)
+        c.stay[0] = lane + 1 - _walk(edges, gone, jnp.zeros_like(lane))
 
-    def begin(group):
-        earlier = lambda q, least: jnp.where(c.goes[c.t, last - q] == _lane(group), last - q, least)
-        c.first[0, at(group)] = _walk(edges, earlier, _all(NONE))
+    def begin():
+        lane = mgpu.line_iota(c.gb)
+        earlier = lambda q, least: jnp.where(c.goes[c.t, last - q] == lane, last - q, least)
+        c.first[0] = _walk(edges, earlier, jnp.full_like(lane, NONE))
 
-    def link(group):
-        mine = _lanes(c.goes.at[c.t, at(group)])
+    def link():
+        mine, lane = mgpu.load(c.goes.at[c.t]), mgpu.line_iota(c.gr)
 
         def earlier(q, least):
-            same = (c.goes[c.t, last - q] == mine) & (last - q > _lane(group))
-            return jnp.where(same, last - q, least)
+            return jnp.where((c.goes[c.t, last - q] == mine) & (last - q > lane), last - q, least)
 
-        c.next[0, at(group)] = _walk(edges, earlier, _all(NONE))
+        c.next[0] = _walk(edges, earlier, jnp.full_like(lane, NONE))
 
-    tasks = [(number, g) for g in range(c.ga)] + [(begin, g) for g in range(c.gb)] + [(link, g) for g in range(c.gr)]
-    for i, (task, group) in enumerate(tasks):
-        pl.when(c.t == i % c.threads)(lambda task=task, group=group: task(group))
+    for i, task in enumerate((number, begin, link)):
+        pl.when(c.t == i % c.threads)(task)
     _together(c)
 
 
@@ -349,11 +342,6 @@ def _rows(tile: Any) -> Any:
     return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
 
 
-def _groups(count: int) -> list[Any]:
-    """Where the lanes of each group are."""
-    return [pl.ds(group * LANES, LANES) for group in range(count)]
-
-
 def _share(c: SimpleNamespace, length: int) -> tuple[Any, Any]:
     """A thread's share of a walk over `length`."""
     rounds = -(-length // UNROLLED)
@@ -361,15 +349,9 @@ def _share(c: SimpleNamespace, length: int) -> tuple[Any, Any]:
     return jnp.minimum(c.t * each, rounds), jnp.minimum((c.t + 1) * each, rounds)
 
 
-def _added(c: SimpleNamespace, some: list[tuple[Any, Any, Any]]) -> None:
-    """What each thread found for every group, added up into each thread's own copy of the whole."""
-    for parts, _, found in some:
-        for at, value in zip(_groups(len(found)), found, strict=True):
-            parts[c.t, at] = value
-    _together(c)
-    for parts, whole, found in some:
-        for at in _groups(len(found)):
-            whole[c.t, at] = sum(_lanes(parts.at[part, at]) for part in range(c.threads))
+def _sum(c: SimpleNamespace, parts: Any) -> Array:
+    """What all threads have found."""
+    return functools.reduce(jnp.add, [mgpu.load(parts.at[part]) for part in range(c.threads)])
 
 
 def _walk(span: tuple[Any, Any], do: Any, carry: Any) -> Any:
@@ -387,12 +369,6 @@ def _together(c: SimpleNamespace) -> None:
     """Wait until all threads have written."""
     plgpu.barrier_arrive(c.sync)
     plgpu.barrier_wait(c.sync)
-
-
-LINE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-_lanes = lambda ref: mgpu.load(ref, LINE)
-_lane = lambda group: plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LINE) + group * LANES
-_all = lambda value: plgpu.layout_cast(jnp.full((LANES,), value, jnp.int32), LINE)
 
 
 device_refusals = mgpu.device_refusals
