@@ -263,8 +263,10 @@ def test_attention_over_batch_axes_and_its_gradient(interpret):
 
 @pytest.mark.parametrize("case", ["packed", "two tiles at a time", "shared heads", "wide heads"])
 def test_attend_vjp(monkeypatch, interpret, case):
-    """A row that sees nothing, rows behind the last, tiles that come again, keys that heads share."""
+    """A row that sees nothing, rows behind the last, tiles that come again, keys that heads share; heads that take turns."""
     rng, (n, s, h, heads, f) = np.random.default_rng(0), (150, 150, 2, 2, 64)
+    if case in ("packed", "shared heads"):
+        monkeypatch.setattr(back, "heads_each", lambda h, *_: h)
     if case == "two tiles at a time":
         monkeypatch.setattr(back, "SHARED", 1)
     if case in ("shared heads", "wide heads"):
@@ -295,6 +297,8 @@ def test_attend_vjp(monkeypatch, interpret, case):
 @pytest.mark.parametrize("case", ["packed", "ring", "shared heads"])
 def test_attend(monkeypatch, interpret, case, bias):
     rng, (n, s, h, g, f, threads) = np.random.default_rng(0), (150, 150, 2, 2, 64, None)
+    if case != "packed" or bias:
+        monkeypatch.setattr(attending, "heads_each", lambda h, *_: h)
     if case == "ring":
         monkeypatch.setattr(attending, "SHARED", 1)  # one tile at a time
     if case == "shared heads":

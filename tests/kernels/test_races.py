@@ -141,16 +141,19 @@ def test_a_race_is_seen(raced, ordered):
     assert raced(kernel, jnp.ones((4, 64, 128))) == (not ordered)
 
 
-def test_attention_adds_up_keys_of_a_tile_before_the_next_is_written(monkeypatch, raced):
-    monkeypatch.setattr(attend_gpu, "SHARED", 1)  # one tile at a time
+@pytest.mark.parametrize("each, room", [(1, 1), (3, 1), (3, 40 * 1024)])
+def test_attention_reads_a_tile_before_the_next_is_written(monkeypatch, raced, each, room):
+    monkeypatch.setattr(attend_gpu, "SHARED", room)  # for one tile at a time, but queries of two heads in the last case
+    monkeypatch.setattr(attend_gpu, "heads_each", lambda *_: each)
     x = jnp.ones((1, 128, 3, 3, 32), jnp.bfloat16)
     assert not raced(attend_gpu.attend, x, None, None, None, scale=1.0, mean_keys=True, threads=2)
 
 
 def test_the_gradient_of_attention_reads_a_tile_before_the_next_is_written(monkeypatch, raced):
-    monkeypatch.setattr(attend_back, "SHARED", 1)  # two tiles at a time, of three
-    x, g = jnp.ones((1, 192, 3, 1, 32), jnp.bfloat16), jnp.ones((1, 192, 1, 32), jnp.bfloat16)
-    bias, offset = jnp.zeros((1, 192)), jnp.ones((1, 3, 1, 32))
+    monkeypatch.setattr(attend_back, "SHARED", 1)  # two tiles at a time, of three of each head
+    monkeypatch.setattr(attend_back, "heads_each", lambda h, *_: h)
+    x, g = jnp.ones((1, 192, 3, 3, 32), jnp.bfloat16), jnp.ones((1, 192, 3, 32), jnp.bfloat16)
+    bias, offset = jnp.zeros((1, 192)), jnp.ones((1, 3, 3, 32))
     assert not raced(attend_gpu.attend_vjp, x, None, None, bias, offset, g, scale=1.0)
 
 

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
-from jaxmerge._kernels.attend._tiles import LOG2E, STAGES, TILE, base_two, from_largest, operands, whole
+from jaxmerge._kernels.attend._tiles import LOG2E, STAGES, TILE, base_two, from_largest, heads_each, operands, whole
 
 SHARED = mgpu.SHARED // 2
 """Of a block: two run on a multiprocessor at a time, one computes while the other waits."""
@@ -53,150 +53,185 @@ def gradients(
     of_out = jnp.pad(of_out, ((0, 0), (0, 0), (0, log_mass.shape[2] - n)))
     other = TILE if f <= 80 else TILE // 2  # rows of a tile of the others: wider sums leave fewer registers for scores
     tiles_q, tiles_k = -(-n // other), -(-s // other)
-    stages = max(2, min(max(tiles_q * share, tiles_k), STAGES, (SHARED - 2 * TILE * f * 2) // (2 * other * f * 2)))
-    scores = (TILE, other)
     blocks_q, blocks_k = -(-n // TILE), -(-s // TILE)
+    each_q = heads_each(h, 2 * B * blocks_q, tiles_k)
+    each_k = heads_each(heads, 2 * B * blocks_k, tiles_q * share)
+    own = min(2, max(each_q, each_k))  # heads whose own tiles are there at a time
+    tile, asked = 2 * other * f, max(each_q * tiles_k, each_k * tiles_q * share)
+    stages = max(2, min(asked, STAGES, (SHARED - own * 4 * TILE * f) // (2 * tile)))
+    scores = (TILE, other)
     slot = lambda i: lax.rem(i, jnp.int32(stages))
+    whole_of = lambda i, parts: (lax.div(i, jnp.int32(parts)), lax.rem(i, jnp.int32(parts)))
 
-    def body(q, k, v, g, log_mass, of_out, bias, counts, offset, *outs, own, ring, ready, full):
-        b, head, block = (lax.axis_index(name) for name in ("row", "head", "block"))
+    def body(q, k, v, g, log_mass, of_out, bias, counts, offset, *outs, mine, ring, of_mine, of_ring, **barriers):
+        b, group, block = (lax.axis_index(name) for name in ("row", "heads", "block"))
         here = pl.ds(block * TILE, TILE)
         dq, dk, dv = (outs[0],) * 3 if packed else outs[:3]
         (q_at, k_at, v_at), of_b = first, lambda ref: b * ref.shape[0] // B
         factor = scale * LOG2E * (1 if counts is None else counts[of_b(counts)])
-        bias_of = lambda keys: bias.at[of_b(bias), keys]
         offset_of = lambda which, head: mgpu.columns(offset.at[of_b(offset), which, head])
 
-        def asking(theirs):
-            """What asks for two tiles of the others, by their number: `theirs` tells from where."""
+        def over(each, count, own_of, theirs_of, ready, full, item):
+            """`item(number, loop)` for every head of this block, of which it has two tiles, and numbers of their rows;
+            `loop(terms, sums, mass)`, over all tiles of the others, adds c and w times these to the first and second of
+            `sums`, and c to the mass."""
+            at_of = lambda number: lax.rem(number, jnp.int32(own))
+
+            def copy(tiles, numbers, rows, to, room, of_room, barrier):
+                for side, (ref, head) in enumerate(tiles):
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, head], room.at[2 * to + side], barrier.at[to])
+                for side, ref in enumerate(numbers):
+                    there = of_room.at[pl.ds((2 * to + side) * rows.size, rows.size)]
+                    plgpu.copy_gmem_to_smem(ref.at[rows], there, barrier.at[to])
+
+            def ask_own(number):
+                tiles, numbers = own_of(number)
+                copy(tiles, numbers, here, at_of(number), mine, of_mine, ready)
 
             def ask(i):
-                tile, two = theirs(i)
-                for side, (ref, head) in enumerate(two):
-                    rows, at = pl.ds(tile * other, other), slot(i)
-                    plgpu.copy_gmem_to_smem(ref.at[b, rows, head], ring.at[2 * at + side], full.at[at])
+                number, turn = whole_of(i, count)
+                tiles, numbers, tile = theirs_of(number, turn)
+                copy(tiles, numbers, pl.ds(tile * other, other), slot(i), ring, of_ring, full)
 
-            return ask
-
-        def start(mine, ask, count):
-            """This block's own two tiles are there, and the first of the others on their way."""
-            for side, (ref, head) in enumerate(mine):
-                plgpu.copy_gmem_to_smem(ref.at[b, here, head], own.at[side], ready)
-            for i in range(min(stages, count)):
+            ask_own(jnp.int32(0))
+            for i in range(min(stages, each * count)):
                 ask(jnp.int32(i))
-            plgpu.barrier_wait(ready)
 
-        def over(count, ask, terms, sums, mass):
-            """Over all tiles of the others, add c and w times these to the first and second of `sums`, and c to the mass."""
+            def one(number, _):
+                at = at_of(number)
+                plgpu.barrier_wait(ready.at[at])
 
-            def turn(i, mass):
-                first, second = (ring.at[2 * slot(i) + side] for side in range(2))
-                added, taken = terms(i)
-                plgpu.barrier_wait(full.at[slot(i)])
+                def loop(terms, sums, mass):
+                    def turn(i, mass):
+                        now = number * count + i
+                        first, second = (ring.at[2 * slot(now) + side] for side in range(2))
+                        plgpu.barrier_wait(full.at[slot(now)])
 
-                def products(score, change):
-                    mgpu.add_product(score, own.at[0], first.transpose((1, 0)))
-                    mgpu.add_product(change, own.at[1], second.transpose((1, 0)))
-                    return score[...], change[...]  # with them what was multiplied before has ended
+                        def products(score, change):
+                            mgpu.add_product(score, mine.at[2 * at], first.transpose((1, 0)))
+                            mgpu.add_product(change, mine.at[2 * at + 1], second.transpose((1, 0)))
+                            return score[...], change[...]  # with them what was multiplied before has ended
 
-                score, change = pl.run_scoped(products, *[plgpu.ACC(scores, jnp.float32)] * 2)
+                        score, change = pl.run_scoped(products, *[plgpu.ACC(scores, jnp.float32)] * 2)
 
-                if stages < count:
+                        if stages < each * count:
 
-                    @pl.when((i > 0) & (i - 1 + stages < count))
-                    def _():
-                        plgpu.commit_smem()  # all lanes are here
-                        ask(i - 1 + stages)
+                            @pl.when((now > 0) & (now - 1 + stages < each * count))
+                            def _():
+                                plgpu.commit_smem()  # all lanes are here
+                                ask(now - 1 + stages)
 
-                weight = jnp.exp2(score * factor + added)
-                change = weight * (change - taken)
-                mgpu.add_product(sums[0], change.astype(dtype), first)
-                if len(sums) > 1:
-                    mgpu.add_product(sums[1], weight.astype(dtype), second)
-                return mass if mass is None else mass + jnp.sum(change, axis=1)
+                        if each > 1:
 
-            return lax.fori_loop(0, count, turn, mass)
+                            @pl.when((i == 0) & (number + 1 < each))
+                            def _():
+                                plgpu.wait_smem_to_gmem(0)  # rows of the head before, from where the next one's go
+                                ask_own(number + 1)
 
-        def put(*results):
+                        numbers = lambda side: of_ring.at[pl.ds((2 * slot(now) + side) * other, other)]
+                        added, taken = terms(lambda side: mgpu.by_column(mgpu.columns(numbers(side)), scores))
+                        weight = jnp.exp2(score * factor + added)
+                        change = weight * (change - taken)
+                        mgpu.add_product(sums[0], change.astype(dtype), first)
+                        if len(sums) > 1:
+                            mgpu.add_product(sums[1], weight.astype(dtype), second)
+                        return mass if mass is None else mass + jnp.sum(change, axis=1)
+
+                    return lax.fori_loop(0, count, turn, mass)
+
+                item(number, at, loop)
+
+            lax.fori_loop(0, each, one, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        def put(at, *results):
             """Rows of results, from where this block's own were."""
             plgpu.commit_smem()  # which all lanes have read
             for side, (*_, value) in enumerate(results):
-                own[side] = value.astype(dtype)
+                mine[2 * at + side] = value.astype(dtype)
             plgpu.commit_smem()
             for side, (ref, head, _) in enumerate(results):
-                plgpu.copy_smem_to_gmem(own.at[side], ref.at[b, here, head])
-            plgpu.wait_smem_to_gmem(0)
+                plgpu.copy_smem_to_gmem(mine.at[2 * at + side], ref.at[b, here, head])
 
-        @pl.when((head < h) & (block < blocks_q))
-        def _():
-            of_keys = head // share
-            ask = asking(lambda i: (i, ((k, k_at + of_keys), (v, v_at + of_keys))))
-            start(((q, q_at + head), (g, head)), ask, tiles_k)
-            if offset is not None:
-                mine = mgpu.load(own.at[0], plgpu.Layout.WGMMA).astype(jnp.float32)
-                own[0] = (mine + mgpu.by_column(offset_of(0, head), (TILE, f))).astype(dtype)
-                plgpu.commit_smem()
-            less = mgpu.by_row(mgpu.rows(log_mass.at[b, head, here]), scores)
-            taken = mgpu.by_row(mgpu.rows(of_out.at[b, head, here]), scores)
+        def of_keys():
+            begin = group * each_k
+            bias_here = mgpu.filled((TILE,), 0.0) if bias is None else mgpu.rows(bias.at[of_b(bias), here])
 
-            def terms(i):
-                if bias is None:
-                    return -less, taken
-                return mgpu.by_column(mgpu.columns(bias_of(pl.ds(i * other, other))), scores) - less, taken
+            def theirs(number, turn):  # the head of a tile, and which
+                of_head, tile = whole_of(turn, tiles_q)
+                head = (begin + number) * share + of_head
+                return ((q, q_at + head), (g, head)), (log_mass.at[b, head], of_out.at[b, head]), tile
 
-            def summed(sum):
-                over(tiles_k, ask, terms, (sum,), None)
-                return sum[...]
+            def of_head(number, at, loop):
+                head, added = begin + number, bias_here
+                if offset is not None:  # what that of queries adds to their scores
+                    keys = mgpu.load(mine.at[2 * at], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    keys = keys * mgpu.by_column(offset_of(0, head), (TILE, f))
+                    added = added + jnp.sum(keys, axis=1) * factor
+                added = mgpu.by_row(added, scores)
 
-            sum = pl.run_scoped(summed, plgpu.ACC((TILE, f), jnp.float32))
-            put((dq, q_at + head, sum * scale))
+                def summed(*sums):
+                    mass = mgpu.filled((TILE,), 0.0) if biased or offset is not None else None
+                    mass = loop(lambda of_tile: (added - of_tile(0), of_tile(1)), sums, mass)
+                    return mass, sums[0][...], sums[1][...]
 
-        @pl.when((head >= h) & (block < blocks_k))
-        def _():
-            mine = head - h
-            query = lambda i: (mine * share + i // tiles_q, lax.rem(i, jnp.int32(tiles_q)))  # the head of a tile, and which
+                mass, of_k, of_v = pl.run_scoped(summed, *[plgpu.ACC((TILE, f), jnp.float32)] * 2)
+                if offset is not None:
+                    of_k = of_k + mgpu.by_row(mass, (TILE, f)) * mgpu.by_column(offset_of(0, head), (TILE, f))
+                put(at, (dk, k_at + head, of_k * scale), (dv, v_at + head, of_v))
+                if biased:
+                    outs[-1][b, head, here] = mass
 
-            def theirs(i):
-                of_queries, tile = query(i)
-                return tile, ((q, q_at + of_queries), (g, of_queries))
+            own_of = lambda number: (((k, k_at + begin + number), (v, v_at + begin + number)), ())
+            over(each_k, tiles_q * share, own_of, theirs, barriers["keys_ready"], barriers["queries_there"], of_head)
 
-            ask = asking(theirs)
-            start(((k, k_at + mine), (v, v_at + mine)), ask, tiles_q * share)
-            added = mgpu.filled((TILE,), 0.0) if bias is None else mgpu.rows(bias_of(here))
-            if offset is not None:  # what that of queries adds to their scores
-                keys = mgpu.load(own.at[0], plgpu.Layout.WGMMA).astype(jnp.float32)
-                keys = keys * mgpu.by_column(offset_of(0, mine), (TILE, f))
-                added = added + jnp.sum(keys, axis=1) * factor
-            added = mgpu.by_row(added, scores)
+        def of_queries():
+            begin = (group - heads // each_k) * each_q
 
-            def terms(i):
-                of_queries, tile = query(i)
-                of = lambda ref: mgpu.by_column(mgpu.columns(ref.at[b, of_queries, pl.ds(tile * other, other)]), scores)
-                return added - of(log_mass), of(of_out)
+            def theirs(number, tile):
+                head = (begin + number) // share
+                return ((k, k_at + head), (v, v_at + head)), () if bias is None else (bias.at[of_b(bias)],), tile
 
-            def summed(*sums):
-                mass = mgpu.filled((TILE,), 0.0) if biased or offset is not None else None
-                mass = over(tiles_q * share, ask, terms, sums, mass)
-                return mass, sums[0][...], sums[1][...]
+            def own_of(number):
+                head = begin + number
+                return ((q, q_at + head), (g, head)), (log_mass.at[b, head], of_out.at[b, head])
 
-            mass, of_k, of_v = pl.run_scoped(summed, *[plgpu.ACC((TILE, f), jnp.float32)] * 2)
-            if offset is not None:
-                of_k = of_k + mgpu.by_row(mass, (TILE, f)) * mgpu.by_column(offset_of(0, mine), (TILE, f))
-            put((dk, k_at + mine, of_k * scale), (dv, v_at + mine, of_v))
-            if biased:
-                outs[-1][b, mine, here] = mass
+            def of_head(number, at, loop):
+                head = begin + number
+                if offset is not None:
+                    rows = mgpu.load(mine.at[2 * at], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    mine[2 * at] = (rows + mgpu.by_column(offset_of(0, head), (TILE, f))).astype(dtype)
+                    plgpu.commit_smem()
+                numbers = [mgpu.rows(of_mine.at[pl.ds((2 * at + side) * TILE, TILE)]) for side in range(2)]
+                less, taken = (mgpu.by_row(some, scores) for some in numbers)
+
+                def summed(sum):
+                    loop(lambda of_tile: (-less if bias is None else of_tile(0) - less, taken), (sum,), None)
+                    return sum[...]
+
+                sum = pl.run_scoped(summed, plgpu.ACC((TILE, f), jnp.float32))
+                put(at, (dq, q_at + head, sum * scale))
+
+            over(each_q, tiles_k, own_of, theirs, barriers["queries_ready"], barriers["keys_there"], of_head)
+
+        pl.when((group < heads // each_k) & (block < blocks_k))(of_keys)
+        pl.when((group >= heads // each_k) & (block < blocks_q))(of_queries)
 
     tiles = lambda count, rows: plgpu.SMEM((count, rows, f), dtype, transforms=mgpu.tiled(math.gcd(f, other)))
+    numbers = lambda count, rows: plgpu.SMEM((2 * count * rows,), jnp.float32)
+    arriving = lambda count, arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
     like = [jax.ShapeDtypeStruct(x.shape, dtype) for x in ((q,) if packed else (q, k, v))]
+    bias, counts = from_largest(base_two(bias, s))
     found = mgpu.kernel(
         body,
-        (q, k, v, whole(g), log_mass, of_out, *from_largest(base_two(bias, s)), offset),
+        (q, k, v, whole(g), log_mass, of_out, bias, counts, offset),
         dict(
-            own=tiles(2, TILE), ring=tiles(2 * stages, other), ready=plgpu.Barrier(num_arrivals=2),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            mine=tiles(2 * own, TILE), of_mine=numbers(own, TILE), queries_ready=arriving(own, 4), keys_ready=arriving(own, 2),
+            ring=tiles(2 * stages, other), of_ring=numbers(stages, other), queries_there=arriving(stages, 4),
+            keys_there=arriving(stages, 2 if bias is None else 3),
         ),
         out=[*like, *([jax.ShapeDtypeStruct((B, heads, blocks_k * TILE), jnp.float32)] if biased else [])],
-        grid=dict(row=B, head=h + heads, block=max(blocks_q, blocks_k)),
+        grid=dict(row=B, heads=heads // each_k + h // each_q, block=max(blocks_q, blocks_k)),
         threads=1, interpret=interpret, approx_math=True,
     )  # fmt: skip
     of_bias = found[-1].sum(axis=1)[:, :s].astype(jnp.float32) if biased else None
