@@ -32,8 +32,6 @@ SHARED = 200 * 1024
 """Bytes that a kernel may plan with, where it does not count all that it takes."""
 BLOCKS = 132
 """That an H100 or H200 runs at a time, at least: its multiprocessors."""
-CACHE = 25 * 2**20
-"""Bytes that a kernel may send for to the second cache: half of an H100's or H200's."""
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -166,22 +164,6 @@ def write_row(ref: Any, b: Any, p: Any, row: Row) -> None:
     """The same, the other way."""
     for span, part in zip(spans(ref.shape[2]), row, strict=True):
         ref[b, p, span] = part.astype(ref.dtype)
-
-
-def send_for(x: Any, b: Any, start: Any, count: int, *, t: Any = 0, threads: int = 1) -> None:
-    """`count` rows from `start` on are on their way to the second cache, while the thread goes on; none behind the last."""
-    if count == 0:
-        return
-    d, rows = x.shape[2], min(count, 32)
-    width = min(d, 256)  # what the copy engine takes along one axis
-    across = -(-d // width)
-
-    def part(i):
-        row = start + jnp.minimum(i // across * rows, count - rows)
-        feature = jnp.minimum(i % across * width, d - width)
-        plgpu.async_prefetch(x.at[b, pl.ds(row, rows), pl.ds(feature, width)])
-
-    each(t, threads, -(-count // rows) * across, part)
 
 
 def per_part(f: Callable[..., Array], *rows: Row) -> Row:

@@ -66,7 +66,8 @@ def cases(spec: Tokens, batch: int, dtype: Any) -> dict[str, tuple[list[Any], di
     if spec in VIT:
         protected = tuple(i < spec.prefix for i in range(n))
         packed = array(-(-n // 8) * 8, 3, d // k, k)
-        found["attend"] = ([packed, None, None, one, None], {"scale": k**-0.5, "length": n, "mean_keys": True})
-        found["attend_vjp"] = ([packed, None, None, one, None, array(n, d // k, k)], {"scale": k**-0.5, "length": n})
+        offset = jax.ShapeDtypeStruct((1, 3, d // k, k), jnp.float32)
+        found["attend"] = ([packed, None, None, one, offset], {"scale": k**-0.5, "length": n, "mean_keys": True})
+        found["attend_vjp"] = ([packed, None, None, one, offset, array(n, d // k, k)], {"scale": k**-0.5, "length": n})
         found["step"] = ([array(n, k), array(n, d), one, None], {"r": spec.r, "protected": protected})
     return found

@@ -297,8 +297,6 @@ def test_attend_vjp(monkeypatch, interpret, case):
 @pytest.mark.parametrize("case", ["packed", "ring", "shared heads"])
 def test_attend(monkeypatch, interpret, case, bias):
     rng, (n, s, h, g, f, threads) = np.random.default_rng(0), (150, 150, 2, 2, 64, None)
-    if case != "packed" or bias:
-        monkeypatch.setattr(attending, "heads_each", lambda h, *_: h)
     if case == "ring":
         monkeypatch.setattr(attending, "SHARED", 1)  # one tile at a time
     if case == "shared heads":

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmerge as jm
-from jaxmerge._kernels import _dispatch as dispatch, _mosaic_gpu as mgpu
+from jaxmerge._kernels import _dispatch as dispatch
 from jaxmerge._kernels.arg_specs import BYTES, LONG, VIT, Tokens
 from jaxmerge._kernels.match import mosaic_gpu as matching
-from jaxmerge._kernels.merge import mosaic_gpu as merging
-from jaxmerge._kernels.step import mosaic_gpu as stepping
 
 H200 = "NVIDIA H200"
 LONG_ROW = Tokens("ViT-H/14@518", 1370, 80, 1280, 40, 1)
@@ -146,45 +144,6 @@ def test_merge_and_its_gradient_are_one_launch_each(monkeypatch, spec, options):
     if options:
         monkeypatch.setattr(dispatch, "_table", lambda kind: {})
         assert program(jax.value_and_grad(loss), *shapes) != text
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The shapes of what a kernel sends for, as far as it is traced."""
-    shapes, prefetch = [], mgpu.plgpu.async_prefetch
-    monkeypatch.setattr(mgpu.plgpu, "async_prefetch", lambda ref: (shapes.append(ref.shape), prefetch(ref))[1])
-    return shapes
-
-
-def trace(f, *shapes):
-    with dispatch.aim("gpu", H200):
-        jax.eval_shape(f, *shapes)
-
-
-@pytest.mark.parametrize("d, widths", [(128, [128]), (768, [256] * 3), (1472, [256] * 6)])
-def test_rows_are_sent_for_before_they_are_known(asked, d, widths):
-    """Of a merge, each block's part of all rows, as the copy engine takes it; of a step, its share of the cache."""
-    n, r = 197, 13
-    merge, merged = partial(merging.merge, m=n - r, mean=True), (shape(32, n, dtype=jnp.int32), shape(32, n, d))
-    trace(partial(merge, ahead=False), *merged)
-    assert asked == []
-    trace(merge, *merged)
-    assert asked == [(-(-n // 12), width) for width in widths]
-    del asked[:]
-    step, stepped = partial(stepping.step, r=r, protected=(False,) * n), (shape(32, n, 64), shape(32, n, d, dtype=jnp.float32))
-    trace(partial(step, ahead=0), *stepped)
-    assert asked == []
-    trace(step, *stepped)
-    rows = min(64, 25 * 2**20 // 132 // (4 * d))  # of four blocks each has 25 pairs, in whole turns of 8
-    boxes = -(-rows // 32) * len(widths)
-    assert set(asked) == {(32, width) for width in widths} and len(asked) == -(-boxes // 4)  # four threads, a box each
-    if d == 768:
-        assert all("bulk.prefetch" in program(f, *arrays) for f, arrays in ((merge, merged), (step, stepped)))
-
-
-def test_what_the_second_cache_cannot_hold_is_not_sent_for(asked):
-    trace(partial(merging.merge, m=537, mean=True), shape(64, 577, dtype=jnp.int32), shape(64, 577, 768))
-    assert asked == []
 
 
 def test_packing_and_its_gradient_are_one_launch_each():

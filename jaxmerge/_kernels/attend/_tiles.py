@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxmerge._kernels import _mosaic_gpu as mgpu
-
 TILE = 64
 """Queries of a thread, keys of a tile."""
 STAGES = 16
@@ -15,20 +13,6 @@ STAGES = 16
 LOG2E = math.log2(math.e)
 LEAST = -1e38
 """What a masked key is worth: finite, so that a query that sees no key is the mean of all values, as in the reference."""
-
-
-START = 4
-"""Tiles that a block could have multiplied while it starts and ends, about."""
-
-
-def heads_each(h: int, blocks: int, tiles: int) -> int:
-    """Heads that a block takes in turn, of `tiles` each, where `blocks` have rows of their own: what the next needs is on its
-    way before the last has ended. Not so many that few blocks are left to a last wave, of two on each multiprocessor."""
-
-    def took(each):
-        return -(-blocks * (h // each) // (2 * mgpu.BLOCKS)) * (each * tiles + START)
-
-    return min((each for each in range(1, h + 1) if h % each == 0), key=took)
 
 
 def operands(

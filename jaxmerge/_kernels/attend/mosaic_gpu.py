@@ -8,7 +8,6 @@ Where the mean of the keys over heads is asked for, there is one head more, whos
 memory has time for that while products are what there is to wait for.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
-from jaxmerge._kernels.attend._tiles import LEAST, LOG2E, STAGES, TILE, base_two, from_largest, heads_each, operands
+from jaxmerge._kernels.attend._tiles import LEAST, LOG2E, STAGES, TILE, base_two, from_largest, operands
 from jaxmerge._kernels.attend._vjp_gpu import gradients
 
 SHARED = mgpu.SHARED // 2
@@ -46,154 +45,133 @@ def attend(
     (q, k, v), first, n, s, g = operands(q, k, v, length)
     tiles = -(-s // TILE)
     threads = threads or (2 if n > 3 * TILE else 1)
-    each = heads_each(h, B * -(-n // (threads * TILE)), tiles)
-    asked, width = each * tiles, 2 * TILE * f  # tiles of keys that a block asks for, and bytes of each
-    own = 2 if each > 1 and 3 * threads * width + 2 * width <= SHARED else 1  # heads whose queries are there at a time
-    stages = max(1, min(asked, STAGES, (SHARED - (own + 1) * threads * width) // (2 * width)))
+    stages = max(1, min(tiles, STAGES, (SHARED - 2 * threads * TILE * f * 2) // (2 * TILE * f * 2)))
     shift_of = lambda offset, b, which, head: mgpu.columns(offset.at[b * offset.shape[0] // B, which, head])
     along = lambda column, width: mgpu.by_row(column, (TILE, width))
     across = lambda row: mgpu.by_column(row, (TILE, row.size))
 
     bias, counts = from_largest(base_two(bias, s)) if for_vjp else (base_two(bias, s), None)
 
-    def attend_rows(q, k, v, bias, counts, offset, out, *more, queries, result, ring, biases, ready, free, **there):
-        b, group, block, t = (lax.axis_index(name) for name in ("row", "heads", "block", "thread"))
+    def attend_rows(q, k, v, bias, counts, offset, out, *more, queries, result, ring, biases, ready, full, listed, free):
+        b, head, block, t = (lax.axis_index(name) for name in ("row", "head", "block", "thread"))
         start = (block * threads + t) * TILE
-        slot = lambda i: lax.rem(i, jnp.int32(stages))
+        slot = lambda side, i: side * stages + lax.rem(i, jnp.int32(stages))
+        of_b = lambda ref: b if ref.shape[0] > 1 else 0
 
-        def put(place, rows):
-            plgpu.wait_smem_to_gmem(0)  # those before are out
+        def ask(ref, i, head, at):
+            """A tile of keys or values, to one of the slots of the ring, of which each side has a half."""
+            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(i * TILE, TILE), head], ring.at[at], full.at[at])
+
+        def put(there, rows):
             result[t] = rows.astype(q.dtype)
             plgpu.commit_smem()
             # a start that is not seen to be a multiple of 8: so rows are not copied in eights, but up to the last
-            plgpu.copy_smem_to_gmem(result.at[t], place(pl.ds(jnp.minimum(start, n), TILE)))
+            plgpu.copy_smem_to_gmem(result.at[t], there(pl.ds(jnp.minimum(start, n), TILE)))
+            plgpu.wait_smem_to_gmem(0)
 
         def attention():
-            own_of = lambda i: t * own + lax.rem(i, jnp.int32(own))
-            of_b = lambda ref: b if ref.shape[0] > 1 else 0
-            factor = scale * LOG2E * (1 if counts is None else counts[of_b(counts)])
-
-            def ask(i):
-                """A tile of keys, with its bias, and one of values, to a slot of the ring, of which each side has a half."""
-                head, at = (group * each + lax.div(i, jnp.int32(tiles))) // (h // g), slot(i)
-                rows = pl.ds(lax.rem(i, jnp.int32(tiles)) * TILE, TILE)
-                plgpu.copy_gmem_to_smem(k.at[b, rows, first[1] + head], ring.at[at], there["keys"].at[at])
+            def ask_both(i):
+                for side, (ref, before) in enumerate(((k, first[1]), (v, first[2]))):
+                    ask(ref, i, before + head // (h // g), slot(side, i))
                 if bias is not None:
-                    plgpu.copy_gmem_to_smem(bias.at[of_b(bias), rows], biases.at[at], there["keys"].at[at])
-                plgpu.copy_gmem_to_smem(v.at[b, rows, first[2] + head], ring.at[stages + at], there["values"].at[at])
+                    here = bias.at[of_b(bias), pl.ds(i * TILE, TILE)]
+                    plgpu.copy_gmem_to_smem(here, biases.at[slot(0, i)], listed.at[slot(0, i)])
 
-            def ask_queries(i):
-                here = q.at[b, pl.ds(start, TILE), group * each + i]
-                plgpu.copy_gmem_to_smem(here, queries.at[own_of(i)], ready.at[own_of(i)])
-
-            ask_queries(jnp.int32(0))
+            plgpu.copy_gmem_to_smem(q.at[b, pl.ds(start, TILE), head], queries.at[t], ready.at[t])
 
             @pl.when(t == 0)
             def _():
                 for i in range(stages):
-                    ask(jnp.int32(i))
+                    ask_both(jnp.int32(i))
 
-            def of_head(number, _):
-                head, mine = group * each + number, own_of(number)
-                if own > 1:
-                    pl.when(number + 1 < each)(lambda: ask_queries(number + 1))
-                plgpu.barrier_wait(ready.at[mine])
-                if offset is not None:  # of keys it adds the same to all scores of a query
-                    rows = mgpu.load(queries.at[mine], plgpu.Layout.WGMMA).astype(jnp.float32)
-                    queries[mine] = (rows + across(shift_of(offset, b, 0, head))).astype(q.dtype)
-                    plgpu.commit_smem()
+            plgpu.barrier_wait(ready.at[t])
+            if offset is not None:  # of keys it adds the same to all scores of a query
+                mine = mgpu.load(queries.at[t], plgpu.Layout.WGMMA).astype(jnp.float32)
+                queries[t] = (mine + across(shift_of(offset, b, 0, head))).astype(q.dtype)
+                plgpu.commit_smem()
 
-                def tile(i, state):
-                    highest, mass, sum = state
-                    number_of, at = number * tiles + i, slot(number * tiles + i)
-                    plgpu.barrier_wait(there["keys"].at[at])
-                    score = mgpu.product(queries.at[mine], ring.at[at].transpose((1, 0))) * factor
-                    if bias is not None:
-                        score = score + across(mgpu.columns(biases.at[at]))
-                    higher = jnp.maximum(highest, jnp.max(score, axis=1))
-                    weight = jnp.exp2(score - along(higher, TILE))
-                    shrink = jnp.exp2(highest - higher)
-                    mass = mass * shrink + jnp.sum(weight, axis=1)
-                    plgpu.barrier_wait(there["values"].at[at])
-                    sum = sum * along(shrink, f) + mgpu.product(weight.astype(v.dtype), ring.at[stages + at])
-                    if stages < asked:
+            factor = scale * LOG2E * (1 if counts is None else counts[of_b(counts)])
 
-                        @pl.when(number_of + stages < asked)
-                        def _():
-                            plgpu.barrier_arrive(free.at[at])
+            def tile(i, state):
+                highest, mass, sum = state
+                keys, values = slot(0, i), slot(1, i)
+                plgpu.barrier_wait(full.at[keys])
+                score = mgpu.product(queries.at[t], ring.at[keys].transpose((1, 0))) * factor
+                if bias is not None:
+                    plgpu.barrier_wait(listed.at[keys])
+                    score = score + across(mgpu.columns(biases.at[keys]))
+                higher = jnp.maximum(highest, jnp.max(score, axis=1))
+                weight = jnp.exp2(score - along(higher, TILE))
+                shrink = jnp.exp2(highest - higher)
+                mass = mass * shrink + jnp.sum(weight, axis=1)
+                plgpu.barrier_wait(full.at[values])
+                sum = sum * along(shrink, f) + mgpu.product(weight.astype(v.dtype), ring.at[values])
+                if stages < tiles:
 
-                        @pl.when((t == 0) & (number_of + stages < asked))
-                        def _():
-                            plgpu.barrier_wait(free.at[at])
-                            ask(number_of + stages)
+                    @pl.when(i + stages < tiles)
+                    def _():
+                        plgpu.barrier_arrive(free.at[keys])
 
-                    return higher, mass, sum
+                    @pl.when((t == 0) & (i + stages < tiles))
+                    def _():
+                        plgpu.barrier_wait(free.at[keys])
+                        ask_both(i + stages)
 
-                start_from = mgpu.filled((TILE,), 3 * LEAST), mgpu.filled((TILE,), 0.0), mgpu.filled((TILE, f), 0.0)
-                highest, mass, sum = lax.fori_loop(0, tiles, tile, start_from)
-                if for_vjp:
-                    more[-1][b, head, pl.ds(start, TILE)] = highest + jnp.log(mass) * LOG2E
-                sum = sum * along(1 / mass, f)
-                results = sum if offset is None else sum + across(shift_of(offset, b, 2, head))
-                put(lambda rows: out.at[b, rows, head], results)
-                if own < each and own == 1:
-                    pl.when(number + 1 < each)(lambda: ask_queries(number + 1))
+                return higher, mass, sum
 
-            lax.fori_loop(0, each, of_head, None)
+            start_from = mgpu.filled((TILE,), 3 * LEAST), mgpu.filled((TILE,), 0.0), mgpu.filled((TILE, f), 0.0)
+            highest, mass, sum = lax.fori_loop(0, tiles, tile, start_from)
+            if for_vjp:
+                more[-1][b, head, pl.ds(start, TILE)] = highest + jnp.log(mass) * LOG2E
+            sum = sum * along(1 / mass, f)
+            put(lambda rows: out.at[b, rows, head], sum if offset is None else sum + across(shift_of(offset, b, 2, head)))
 
         def average():
             """Of a tile of keys over the heads: each thread has a half of the ring."""
-            at_of = lambda i: t * stages + slot(i)
-
-            def ask(i):
-                tile = k.at[b, pl.ds(start, TILE), first[1] + i]
-                plgpu.copy_gmem_to_smem(tile, ring.at[at_of(i)], there["summed"].at[at_of(i)])
-
+            ask_head = lambda i: ask(k, block * threads + t, first[1] + i, slot(t, i))
             for i in range(min(stages, h)):
-                ask(jnp.int32(i))
+                ask_head(jnp.int32(i))
 
             def add(i, sum):
-                plgpu.barrier_wait(there["summed"].at[at_of(i)])
-                sum = sum + mgpu.load(ring.at[at_of(i)], plgpu.Layout.WGMMA).astype(jnp.float32)
+                if offset is not None:  # one after the other: all at once would take the registers of another block
+                    sum = sum + across(shift_of(offset, b, 1, i))
+                plgpu.barrier_wait(full.at[slot(t, i)])
+                sum = sum + mgpu.load(ring.at[slot(t, i)], plgpu.Layout.WGMMA).astype(jnp.float32)
                 if stages < h:
 
                     @pl.when(i + stages < h)
                     def _():
                         plgpu.commit_smem()  # lanes have read what the copy engine writes next
-                        ask(i + stages)
+                        ask_head(i + stages)
 
                 return sum
 
             sum = lax.fori_loop(0, h, add, mgpu.filled((TILE, f), 0.0))
-            if offset is not None:
-                sum = sum + across(functools.reduce(jnp.add, [shift_of(offset, b, 1, i) for i in range(h)]))
             put(lambda rows: more[0].at[b, rows], sum * (1 / h))
 
         if mean_keys:
-            pl.when(group < h // each)(attention)
-            pl.when(group == h // each)(average)
+            pl.when(head < h)(attention)
+            pl.when(head == h)(average)
         else:
             attention()
-        plgpu.wait_smem_to_gmem(0)
 
-    rows = lambda count: plgpu.SMEM((count, TILE, f), q.dtype, transforms=mgpu.tiled(f))
-    arriving = lambda count, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+    rows = lambda *shape: plgpu.SMEM((*shape, f), q.dtype, transforms=mgpu.tiled(f))
     return mgpu.kernel(
         attend_rows,
         (q, k, v, bias, counts, offset),
         dict(
-            queries=rows(threads * own), result=plgpu.SMEM((threads, TILE, f), q.dtype), ring=rows(2 * stages),
+            queries=rows(threads, TILE), result=plgpu.SMEM((threads, TILE, f), q.dtype), ring=rows(2 * stages, TILE),
             biases=None if bias is None else plgpu.SMEM((stages, TILE), jnp.float32),
-            ready=arriving(threads * own), keys=arriving(stages, 1 if bias is None else 2), values=arriving(stages),
-            summed=arriving(threads * stages) if mean_keys else None,
-            free=arriving(stages, threads) if stages < asked else None,
+            ready=plgpu.Barrier(num_barriers=threads), full=plgpu.Barrier(num_barriers=2 * stages),
+            listed=None if bias is None else plgpu.Barrier(num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=threads, num_barriers=stages) if stages < tiles else None,
         ),
         out=(
             jax.ShapeDtypeStruct((B, n, h, f), q.dtype),
             *([jax.ShapeDtypeStruct((B, n, f), q.dtype)] if mean_keys else []),
             *([jax.ShapeDtypeStruct((B, h, n + -n % (2 * TILE)), jnp.float32)] if for_vjp else []),
         ),
-        grid=dict(row=B, heads=h // each + mean_keys, block=-(-n // (threads * TILE))),
+        grid=dict(row=B, head=h + mean_keys, block=-(-n // (threads * TILE))),
         threads=threads, interpret=interpret, approx_math=True,
     )  # fmt: skip
 

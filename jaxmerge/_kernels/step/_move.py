@@ -1,6 +1,8 @@
-"""One pass over x: a block writes its share of the tokens where they stay, with what joins them; asked for in advance, in part.
+"""One pass over x: a block writes its share of the tokens where they stay, with what joins them.
 
-While a block is matching it reads no x, so memory would be idle: what the second cache holds of its share is sent for then.
+Matching reads no x, and memory is idle while it lasts. To send for a block's share of x to the second cache in the meantime
+saved nothing on an H200: 41 microseconds with and without at 64 images of 197 tokens, residual and norm, 20.0 and 18.7 without
+these, in bfloat16.
 """
 
 from types import SimpleNamespace
@@ -12,12 +14,6 @@ from jax.experimental import pallas as pl
 
 from jaxmerge._kernels import _mosaic_gpu as mgpu
 from jaxmerge._kernels.step.ref import added
-
-
-def ask(c: SimpleNamespace, x: Any) -> None:
-    """The first `ahead` bytes of this block's share of x are on their way to the second cache."""
-    count = min(c.ahead // (c.d * x.dtype.itemsize), 2 * c.share, c.n)
-    mgpu.send_for(x, c.row, 2 * c.share_at * c.share, count, t=c.t, threads=c.threads)
 
 
 def move(c: SimpleNamespace, x: Any, sizes: Any, residual: Any, y: Any, mass: Any, ids: Any, normed: Any = None) -> None:

@@ -3,7 +3,6 @@
 A block computes one batch row's matching and moves a share of its tokens. So several blocks repeat the matching, which is
 short, and none waits for another. Even tokens are sources, `a`, odd ones destinations, `b`.
 
-    ahead    while a block matches, the beginning of its share of x is on its way to the second cache.
     cosines  a (na, k) . b (nb, k) from shared memory, 64 x 64 at a time. Products of bfloat16 numbers are exact in float32, and
              the inverse norms are applied to the sums; a float32 metric is cut into three bfloat16 parts, and the six products
              that matter are added. A row whose metric does not fit on chip is matched by the kernel of `match`, two launches
@@ -37,12 +36,10 @@ from jaxmerge._kernels.match import mosaic_gpu as matching
 from jaxmerge._kernels.step import _move
 from jaxmerge._kernels.step.ref import Result, in_turn, normalised
 
-AHEAD = mgpu.CACHE // mgpu.BLOCKS
-"""Bytes of x that a block sends for while it matches."""
-CANDIDATES = {"step": tuple({"threads": threads, "ahead": ahead} for threads in (4, 2) for ahead in (AHEAD, 0))}
+CANDIDATES = {"step": tuple({"threads": threads} for threads in (4, 2))}
 TILE = 64
 LANES = mgpu.LANES
-REGISTERS = 48
+REGISTERS = 32
 """Of each lane, at most, for the rows that a thread reads at a time."""
 UNROLLED = 4
 AT_ONCE = 832
@@ -66,25 +63,21 @@ def step(
     threads: int | None = None,
     splits: int | None = None,
     pairs: int | None = None,
-    ahead: int | None = None,
     interpret: Any = None,
 ) -> Result:
-    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, how many pairs a thread reads at a time, and
-    how many bytes of x a block sends for before it matches.
+    """`ref.step`; `threads` of a block, how many blocks share a row of the batch, and how many pairs a thread reads at a time.
 
     Offsets, scales and shifts may be fewer than rows of the batch: each is then for as many rows in turn.
     """
     B, n, d = x.shape
-    if threads is None or ahead is None:
-        best = tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r)
-        threads, ahead = threads or int(best.get("threads", 4)), int(best.get("ahead", AHEAD)) if ahead is None else ahead
+    if threads is None:
+        threads = int(tuned("step", "mosaic_gpu", target().kind, (metric, x, sizes, residual), r=r).get("threads", 4))
     width = d * (x.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize))
     pairs = pairs or max(1, min(2, REGISTERS // 2 * 512 // width))
     blocks = splits or max(1, mgpu.BLOCKS * 4 // threads // B)  # so that one wave of them fills the chip
     c, scratch = _laid_out(metric, d, offset, scale, r=r, threads=threads)
     share = -(-c.na // blocks)
     c.share, c.pairs, c.epsilon = -(-share // (threads * pairs)) * threads * pairs, pairs, epsilon
-    c.ahead = ahead
     closed = np.array(protected)
     open_a, open_b = _bias(~closed[::2], c.ga), _bias(~closed[1::2], c.tb * TILE)
     if c.slots:
@@ -101,12 +94,10 @@ def step(
         if c.slots:
             flat, open_a, open_b = given
             _prepare(here, flat)
-            _move.ask(here, x)
             _cosines(here, open_b)
             _choose(here, [(here.best_parts.at[p], here.to_parts.at[p]) for p in range(here.of_b)], here.inverse, open_a)
         else:
             similarity, index, open_a = given
-            _move.ask(here, x)
             _choose(here, [(similarity.at[here.row], index.at[here.row])], None, open_a)
         _ranks(here)
         _edges(here)
