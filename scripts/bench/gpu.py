@@ -5,8 +5,8 @@
 In the order of what matters: `scripts.bench.kernels --quick`, and ToMe in torch beside it; `scripts.bench.vit` at 224, 384 and
 518, forward and with gradients; `scripts.tune --quick`; tests/kernels/test_gpu.py. Everything runs in processes of its own,
 which compile side by side and are timed one after the other, so that compiling takes the cores and not the time; XLA then
-picks the algorithms of its products while others compile. Each writes what it found after every figure, into --out; gpu.json
-names what ran, what ended badly or was cut off, and what there was no time to start.
+picks the algorithms of its products while others compile, of whole models among cuBLAS's alone. Each writes what it found after
+every figure, into --out; gpu.json names what ran, what ended badly or was cut off, and what there was no time to start.
 """
 
 import os
@@ -26,6 +26,9 @@ from scripts.refusals import refusals
 TESTS = "tests/kernels/test_gpu.py"
 LEAST = 20
 """Seconds without which nothing is begun."""
+PRODUCTS = "--xla_gpu_enable_triton_gemm=false"
+"""For whole models: cuBLAS alone. XLA would compile and time Triton's tilings for every product of every length that a merging
+model has: beside other jobs three programs of a ViT were not ready after 200 seconds, and so they were timed within 80."""
 
 
 class Job(NamedTuple):
@@ -33,6 +36,8 @@ class Job(NamedTuple):
 
     name: str
     arguments: tuple[str, ...]
+    flags: str = ""
+    """For XLA."""
 
 
 def main(
@@ -110,7 +115,7 @@ def vit(
         "--out",
         str(out),
     )
-    return Job(name, ("-m", "scripts.bench.vit", *flags, *more, *(("--train",) if train else ())))
+    return Job(name, ("-m", "scripts.bench.vit", *flags, *more, *(("--train",) if train else ())), PRODUCTS)
 
 
 SHARE = """
@@ -132,6 +137,7 @@ def run(jobs: list[Job], out: pathlib.Path, workers: int, began: float, stop: fl
         "JAX_COMPILATION_CACHE_DIR": str(cache),  # what is run again, after a cut, compiles less
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
+    xla = os.environ.get("XLA_FLAGS", "")
     console, waiting, running, ended = Console(width=140), list(jobs), {}, {}
 
     def end(name: str, how: str) -> None:
@@ -149,7 +155,7 @@ def run(jobs: list[Job], out: pathlib.Path, workers: int, began: float, stop: fl
                     [sys.executable, "-u", *job.arguments],
                     stdout=words,
                     stderr=words,
-                    env={"JAX_PLATFORMS": "cuda"} | os.environ | more,
+                    env={"JAX_PLATFORMS": "cuda", **os.environ, **more, "XLA_FLAGS": f"{xla} {job.flags}"},
                     start_new_session=True,
                 )
             running[job.name] = process, time.monotonic()

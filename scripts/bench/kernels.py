@@ -112,7 +112,7 @@ def prepared(op: str, spec: Tokens, shapes: list, static: dict) -> tuple[dict[st
         ways["xla" if name == "xla" else "kernel"] = device.Program(call, shapes, draw=draw)
     if op in ("attend", "attend_vjp") and jax.default_backend() == "gpu":
         more: Any = dict(length=spec.n, mean_keys=static.get("mean_keys", False), implementation="cudnn")
-        flash: Any = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], offset=rest[3], **more)
+        flash: Any = lambda qkv, *rest: jm.attention.packed_attention(qkv, rest[2], offset=rest[3][0], **more)
         if op == "attend_vjp":
             back = lambda qkv, *rest: jax.vjp(lambda qkv: flash(qkv, *rest), qkv)[1](rest[4])[0]
             ways["cudnn"] = device.Program(back, shapes, draw=draw)

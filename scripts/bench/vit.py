@@ -184,9 +184,9 @@ def cut(model: ViT, images: jax.Array, r: int) -> jax.Array:
 
 
 def held(path: Any) -> Any:
-    """The dtype in which a served model holds a parameter: the blocks' matrices in bfloat16."""
+    """The dtype in which a served model holds a parameter: in bfloat16 what blocks read so, matrices and the MLP's biases."""
     name = jax.tree_util.keystr(path)
-    return jnp.bfloat16 if "kernel" in name and "head" not in name else jnp.float32
+    return jnp.bfloat16 if ("kernel" in name and "head" not in name) or ("mlp" in name and "bias" in name) else jnp.float32
 
 
 def small(rng: np.random.Generator, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -34,10 +35,10 @@ def whole(x: Float[Array, "B n h f"]) -> Float[Array, "B eights h f"]:
 
 def base_two(bias: Float[Array, "B s"] | None, s: int) -> Float[Array, "_ tiles"] | None:
     """The bias of s keys to base 2, for whole tiles: no weight behind the last key."""
-    if bias is None and s % TILE == 0:
-        return None
-    bias = jnp.zeros((1, s), jnp.float32) if bias is None else jnp.maximum(bias[:, :s].astype(jnp.float32) * LOG2E, LEAST)
-    return jnp.pad(bias, ((0, 0), (0, -s % TILE)), constant_values=-jnp.inf)
+    behind = ((0, 0), (0, -s % TILE))
+    if bias is None:  # a constant: nothing to compute
+        return jnp.asarray(np.pad(np.zeros((1, s), np.float32), behind, constant_values=-np.inf)) if s % TILE else None
+    return jnp.pad(jnp.maximum(bias[:, :s].astype(jnp.float32) * LOG2E, LEAST), behind, constant_values=-jnp.inf)
 
 
 def from_largest(bias: Float[Array, "_ tiles"] | None) -> tuple[Float[Array, "_ tiles"] | None, Float[Array, "_"] | None]:
