@@ -382,18 +382,23 @@ def from_parents(parents: Int[ArrayLike, "*batch n"], num_segments: int, *, hops
     """
     to = Plan(jnp.asarray(parents), num_segments).segment_ids  # one place checks rank and dtype
     segments.check_whole("from_parents: parents", to, to.ndim - 1)
-    n, here = to.shape[-1], segments.positions(to)
     if hops is not None and (hops := operator.index(hops)) < 1:
         raise ValueError(f"from_parents: hops must be 1 or more, got {hops}.")
+    longest = to.shape[-1] - 1 if hops is None else min(hops, to.shape[-1] - 1)
+    return Plan(_roots(to, longest), num_segments)
+
+
+@functools.partial(jax.jit, static_argnames="longest")
+def _roots(to: Int[Array, "*batch n"], longest: int) -> Int[Array, "*batch n"]:
+    """The rank of the root that each position's chain, at most so long, ends at; -1 where it leads nowhere."""
+    n, here = to.shape[-1], segments.positions(to)
     inside = (to >= 0) & (to < n)
     is_root = inside & (to == here)
     to = jnp.where(inside, to, here)
-    longest = n - 1 if hops is None else min(hops, n - 1)
     for _ in range(max(longest - 1, 0).bit_length()):  # pointer jumping: a chain of h needs log2 h doublings
         to = segments.take(to, to)
     rank = jnp.cumsum(is_root, axis=-1, dtype=jnp.int32) - 1
-    ids = jnp.where(segments.take(to, is_root), segments.take(to, rank), -1) if n else rank
-    return Plan(ids, num_segments)
+    return jnp.where(segments.take(to, is_root), segments.take(to, rank), -1) if n else rank
 
 
 def _batch(plan: Plan | SoftPlan, verb: str) -> tuple[int, ...]:

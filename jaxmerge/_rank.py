@@ -1,5 +1,8 @@
 """Who is ahead of whom: stable ranks, and the k highest, without a sort where sorts are slow."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int, Shaped
@@ -28,6 +31,11 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     if score.ndim == 0 or jnp.iscomplexobj(score):
         raise ValueError(f"ranks: score must be real numbers along an axis, got {score.dtype} of shape {score.shape}.")
     segments.check_whole("ranks: score", score, score.ndim - 1)
+    return _ranks(score)
+
+
+@jax.jit
+def _ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     n = score.shape[-1]
     if jnp.issubdtype(score.dtype, jnp.inexact):
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)
@@ -44,6 +52,7 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     return segments.batched(count, score.ndim - 1)(score)
 
 
+@partial(jax.jit, static_argnames="k")
 def highest(score: Shaped[Array, "*batch n"], k: int) -> Bool[Array, "*batch n"]:
     """Which are the k highest; of equal scores the first. NaN scores lowest. As many counts as a score has bits: no n x n.
 

@@ -2,6 +2,9 @@
 
 Each is batched by vmap, takes its layout from the array it works on, and names no mesh. So it partitions over batch and
 feature axes without a collective, under Auto and Explicit axes alike. Ids outside [0, m) touch nothing.
+
+What has more than an operation or two is compiled as one, also where nobody else does: a plan that is made or used outside
+of `jax.jit` costs a program or two, not one for every operation and shape.
 """
 
 from collections.abc import Callable
@@ -29,6 +32,7 @@ def check_whole(what: str, x: Array, axis: int, along: str = "its positions") ->
         )
 
 
+@partial(jax.jit, static_argnames="m")
 def sums(
     ids: Int[Array, "*batch n"],
     m: int,
@@ -98,6 +102,7 @@ def _take_and_add_jvp(m: int, primals: tuple, tangents: tuple) -> tuple[Array, A
     return _take_and_add(ids, m, *given), dy
 
 
+@partial(jax.jit, static_argnames="m")
 def counts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
     """How many positions each segment has."""
     compare = lambda ids: jnp.sum(jax.nn.one_hot(ids, m, axis=-2, dtype=bool), axis=-1, dtype=jnp.int32)
@@ -105,6 +110,7 @@ def counts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
     return lax.platform_dependent(ids, tpu=compare, default=scatter)
 
 
+@partial(jax.jit, static_argnames="m")
 def maxima(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The elementwise maximum of each segment; of an empty one, the least value that the dtype has."""
     low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else False if x.dtype == bool else jnp.iinfo(x.dtype).min
@@ -112,17 +118,20 @@ def maxima(ids: Int[Array, "*batch n"], m: int, x: Shaped[Array, "..."]) -> Shap
     return batched(put, ids.ndim - 1)(ids, x)
 
 
+@partial(jax.jit, static_argnames="m")
 def firsts(ids: Int[Array, "*batch n"], m: int) -> Int[Array, "*batch m"]:
     """The lowest position in each segment; n for an empty one."""
     put = lambda i, p: _blank(p, m, ids.shape[-1]).at[_slots(i, m)].min(p, mode="drop")
     return batched(put, ids.ndim - 1)(ids, positions(ids))
 
 
+@jax.jit
 def take(indices: Int[Array, "*batch n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """x[batch, indices[batch, i]]; the indices are known to be in bounds."""
     return batched(lambda i, x: jnp.asarray(x).at[i].get(mode="promise_in_bounds"), indices.ndim - 1)(indices, x)
 
 
+@jax.jit
 def matmul(a: Shaped[Array, "*batch m n"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """A x over the positions, accumulated in float32 or wider, features of any rank."""
     rank = a.ndim - 2
@@ -150,6 +159,7 @@ def promoted(a: Any, b: Any) -> Any:
         return jnp.promote_types(a, b)
 
 
+@jax.jit
 def positions(ids: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     """0 to n - 1 in every row, laid out as ids are."""
     nothing = ids.astype(jnp.int32) & 0  # zeros_like forgets the layout in jax 0.11, where no mesh is set
@@ -188,6 +198,7 @@ def nothing(x: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "...
     return jnp.broadcast_to(row, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
 
 
+@jax.jit
 def rows_like(constant: Shaped[ArrayLike, "..."], x: Shaped[Array, "*batch n d"]) -> Shaped[Array, "..."]:
     """A constant (..., n) for every row of x (*batch, n, d), laid out as x's batch is."""
     # The compiler knows this sum of zeros: nothing of x is read, and its features may be sharded.

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
@@ -16,6 +17,7 @@ class Distances(NamedTuple):
     scale: Float[Array, ""]
 
 
+@jax.jit
 def distances(x: Float[Array, "n d"]) -> Distances:
     """All squared distances, in float32, as |a|² + |b|² - 2 a·b of the centred tokens.
 

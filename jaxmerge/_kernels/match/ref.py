@@ -96,6 +96,7 @@ def peaks(
     return jax.vmap(partial(peak_scores, count=count))(x, ok, near)
 
 
+@partial(jax.jit, static_argnames="count")
 def peak_scores(x: Float[Array, "n k"], ok: Bool[Array, "n"] | None, near: Int[Array, ""] | None, *, count: int) -> Array:
     """`peaks` of one row of the batch, by all its distances."""
     squared, scale = distances(x)
@@ -108,6 +109,7 @@ def peak_scores(x: Float[Array, "n k"], ok: Bool[Array, "n"] | None, near: Int[A
     return log_rho + 0.5 * jnp.log(delta)
 
 
+@partial(jax.jit, static_argnames="k")
 def log_density(
     nearest: Float[Array, "*batch n count"], near: Int[Array, "*batch"] | None, scale: Float[Array, "*batch"], k: int
 ) -> Float[Array, "*batch n"]:
@@ -130,6 +132,7 @@ def resemblance(
     return jnp.where(w > margin, w - margin, below) if kernel == "shifted" else jnp.where(w >= margin, w, below)
 
 
+@jax.jit
 def search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[Array, "n m"] | None) -> tuple[Array, Array]:
     """For each unit query the largest cosine, and the first key that has it.
 
@@ -155,11 +158,13 @@ def search(queries: Float[Array, "n d"], keys: Float[Array, "m d"], mask: Bool[A
     return jax.tree.map(lambda x: x.reshape(-1)[:n], found)
 
 
+@jax.jit
 def cosine(a: Float[Array, "*batch n d"], b: Float[Array, "*batch m d"]) -> Float[Array, "*batch n m"]:
     """All cosines, in float32: "highest", because one bfloat16 pass would order near-equal pairs unlike other machines."""
     return segments.matmul(unit(a), jnp.swapaxes(unit(b), -1, -2))
 
 
+@jax.jit
 def unit(x: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
     """Rows of length 1, in float32. Scaled by their largest entry first, so that no square overflows or vanishes."""
     x = x.astype(segments.accumulator(x.dtype))
@@ -177,6 +182,7 @@ def _squared(a: Float[Array, "B n k"], b: Float[Array, "B m k"]) -> Float[Array,
     return jnp.maximum(squared, 0)
 
 
+@partial(jax.jit, static_argnames="k")
 def smallest(x: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch k"]:
     """The k smallest numbers of each row, in order: k passes of a minimum, for the small k of neighbourhoods.
 

@@ -1,12 +1,13 @@
 """The spec of `step` in plain XLA: Token Merging's matching, the mean of what it joins, and the norm behind."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxmerge._kernels.match import ref as match
 from jaxmerge._kernels.merge import ref as merge
@@ -45,7 +46,7 @@ def step(
     """
     metric, closed = lax.stop_gradient(metric), np.array(protected)
     best, to = match.match(metric[:, ::2], metric[:, 1::2][:, np.flatnonzero(~closed[1::2])])
-    ids = jax.vmap(lambda best, to: segment_ids(best, to, r, closed))(best, to)
+    ids = jax.vmap(lambda best, to: segment_ids(best, to, r, protected))(best, to)
     y, mass = merge.merge(ids, added(x, residual, offset), sizes, m=x.shape[1] - r, mean=True)
     normed = None if scale is None or shift is None else normalised(y, scale, shift, epsilon, dtype)
     return Result(y, lax.stop_gradient(mass), ids, normed)
@@ -81,13 +82,14 @@ def in_turn(a: Float[Array, "some d"], x: Float[Array, "B n d"]) -> Float[Array,
     return a if len(a) == 1 else jnp.repeat(a, len(x) // len(a), axis=0)
 
 
-def segment_ids(best: Float[Array, "a"], to: Int[Array, "a"], r: int, protected: Bool[np.ndarray, "n"]) -> Int[Array, "n"]:
+@partial(jax.jit, static_argnames=("r", "protected"))
+def segment_ids(best: Float[Array, "a"], to: Int[Array, "a"], r: int, protected: tuple[bool, ...]) -> Int[Array, "n"]:
     """Segment ids of a row: of each even position the best odd one that is not protected, by its place among those."""
     n, closed = len(protected), np.flatnonzero(protected[1::2])
     evens, odds = len(best), n // 2
     before = closed - np.arange(len(closed))  # protected destinations were left out: count them in again
     to = to + (to[:, None] >= before[None, :]).sum(axis=-1, dtype=jnp.int32)
-    source = highest(jnp.where(protected[::2], -jnp.inf, best), r)
+    source = highest(jnp.where(np.array(protected[::2]), -jnp.inf, best), r)
 
     # Number those that stay. Before even position 2i stand i odd ones, before odd position 2j + 1 stand j.
     i = jnp.arange(evens)

@@ -56,7 +56,7 @@ def bipartite_matching(metric: Float[ArrayLike, "*batch n d"], r: int, *, protec
         return identity(n, like=metric)
     odd = metric[..., 1::2, :]
     best, to = nearest(metric[..., ::2, :], odd[..., np.flatnonzero(~fixed[1::2]), :] if fixed[1::2].any() else odd)
-    number = segments.batched(lambda best, to: segment_ids(best, to, r, fixed), metric.ndim - 2)
+    number = segments.batched(lambda best, to: segment_ids(best, to, r, tuple(fixed.tolist())), metric.ndim - 2)
     return Plan(number(best, to), n - r)
 
 
