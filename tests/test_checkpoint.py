@@ -61,7 +61,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "_" in n else n for n in METHODS])
 def test_equals_the_merge_in_memory(saved, tmp_path, name):
     (paths, trees), (tx, exact) = saved, METHODS[name]
     expected = flat(params.merge(tx, trees["base"], [trees["a"], trees["b"]]))

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = [m.name for package in (jaxmerge, models) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 
 
-slowly = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("models.reducers.") else n for n in PUBLIC]
+slowly = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("models.") else n for n in PUBLIC]
 
 
 @pytest.mark.parametrize("name", slowly)

@@ -74,6 +74,7 @@ def test_as_in_a_folder_here(parents, bucket, tmp_path, capsys):
         checkpoint.merge(tx, there["base"], [there["a"]], "https://host/out", format="orbax")
 
 
+@pytest.mark.slow
 def test_cut_off_at_any_moment(parents, bucket):
     """After n objects have been written the bucket takes no more; the same merge then goes on and ends with the same values."""
     (_, here), tx, mean, out = parents, params.ties(0.3), params.linear(), "gs://cut/merged"

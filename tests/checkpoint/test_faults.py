@@ -134,7 +134,9 @@ def kills(models, tmp_path, count, method, kind):
     return resumed
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "orbax", pytest.param("devices", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["orbax", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("safetensors", "devices"))]
+)
 def test_killed_at_random_moments(models, tmp_path, kind):
     assert kills(models, tmp_path, 4 if kind == "safetensors" else 3, "dare", kind) >= 1
 

@@ -44,7 +44,7 @@ IN_PARTS = 3 * 10**5
 """Memory in which the large leaves do not fit while their thresholds are found."""
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "della" in n or "_" in n else n for n in METHODS])
 def test_equals_the_merge_in_memory(models, tmp_path, name):
     (paths, trees), (tx, exact) = models, METHODS[name]
     experts = [paths[n] for n in "abc"]

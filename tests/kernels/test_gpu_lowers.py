@@ -125,7 +125,7 @@ def test_reasons_against_the_nearest():
 
 @pytest.mark.parametrize(
     "spec, options",  # neither width is a multiple of 128
-    [(BYTES[1], {}), (LONG[1], {}), (LONG[1], {"tile": 8, "joined": 2})],
+    [(BYTES[1], {}), pytest.param(LONG[1], {}, marks=pytest.mark.slow), (LONG[1], {"tile": 8, "joined": 2})],
     ids=str,
 )
 def test_merge_and_its_gradient_are_one_launch_each(monkeypatch, spec, options):
@@ -155,7 +155,11 @@ def test_packing_and_its_gradient_are_one_launch_each():
     assert lowered(jax.value_and_grad(loss), shape(2, n, d), shape(2, n, dtype=bool)) == 2
 
 
-@pytest.mark.parametrize("spec", [VIT[2], VIT[6], Tokens("narrow heads, a long ring", 2000, 16, 128, 0)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [VIT[2], VIT[6], pytest.param(Tokens("narrow heads, a long ring", 2000, 16, 128, 0), marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 def test_attention_and_its_gradient_are_one_launch_each(spec):
     heads, rows = spec.d // spec.k, -(-spec.n // 8) * 8
     summed = lambda found: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(found))

@@ -119,6 +119,7 @@ def test_flops_equal_the_official_ones(official):
     assert abs(model.flops(mlp_ratio=4.0) - p["flops"]) < 1e-3 * p["flops"]
 
 
+@pytest.mark.slow
 def test_training_sees_what_evaluation_sees_and_sizes_obey_the_law(official):
     """Masked tokens weigh nothing: the soft forward gives the logits of the hard one, up to the epsilon of its softmax."""
     model = build(official)

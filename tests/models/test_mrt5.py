@@ -207,7 +207,7 @@ def test_config_is_checked():
 @pytest.mark.parametrize(
     "kind, scan",
     [
-        pytest.param(AxisType.Auto, True, id="auto-scanned"),
+        pytest.param(AxisType.Auto, True, id="auto-scanned", marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, False, id="explicit-list"),
         pytest.param(AxisType.Auto, False, id="auto-list", marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, True, id="explicit-scanned", marks=pytest.mark.slow),

@@ -107,7 +107,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(case):
     np.testing.assert_array_equal(model.embedding[...], before)
 
 
-@pytest.mark.parametrize("size, millions", [("small", 300), ("base", 582), ("large", 1230), ("xl", 3740), ("xxl", 12900)])
+@pytest.mark.parametrize(
+    "size, millions",
+    [
+        ("small", 300),
+        *(
+            pytest.param(*size, marks=pytest.mark.slow)
+            for size in (("base", 582), ("large", 1230), ("xl", 3740), ("xxl", 12900))
+        ),
+    ],
+)
 def test_variants_have_the_published_size(size, millions):
     model = nnx.eval_shape(lambda: t5.T5(t5.VARIANTS[size], rngs=nnx.Rngs(0)))
     count = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -16,7 +16,9 @@ BASE = t5.T5Config(256, 32, 512, 8, num_layers=2, num_decoder_layers=1, softmax1
 CONFIG = mrt5.MrT5Config(BASE, gate_layer=1)
 
 
-@pytest.mark.parametrize("topology, shape, capacity", [("v5e:4x4", (4, 4), None), ("v5p:4x4x4", (8, 8), 128)])
+@pytest.mark.parametrize(
+    "topology, shape, capacity", [("v5e:4x4", (4, 4), None), pytest.param("v5p:4x4x4", (8, 8), 128, marks=pytest.mark.slow)]
+)
 def test_train_step_compiles(topology, shape, capacity):
     """Batches are split over both axes, parameters and optimiser state over one; bfloat16 compute."""
     mesh = tpu_mesh(topology, shape, ("data", "fsdp"))

@@ -139,7 +139,8 @@ def test_the_attention_that_planners_see_is_the_blocks_own(images):
 
 
 @pytest.mark.parametrize("name, millions", [
-    ("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("B/32", 88.2), ("L/16", 304.3), ("L/32", 306.5), ("H/14", 632.0),
+    ("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("B/32", 88.2),
+    *(pytest.param(*size, marks=pytest.mark.slow) for size in (("L/16", 304.3), ("L/32", 306.5), ("H/14", 632.0))),
 ])  # fmt: skip
 def test_variants_have_the_published_sizes(name, millions):
     model = nnx.eval_shape(lambda: ViT(VARIANTS[name], rngs=nnx.Rngs(0)))
@@ -212,6 +213,7 @@ def test_it_trains_through_the_merge(images):
         assert jnp.isfinite(gradient).all() and (gradient != 0).any()
 
 
+@pytest.mark.slow
 def test_it_trains_alike_by_kernels(images):
     """With every kernel of a merging block, forward and back, as without."""
     config = ViTConfig(width=128, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)

@@ -68,10 +68,10 @@ RANKED = dict(moves=("all-gather", *SHARES), on_a_pod=SHARES)  # a vector is one
 WHOLE = ("all-gather", *SHARES)  # numbers per column, to be ranked; a matrix, to be factored exactly
 p = params
 
-ATOMS = {  # closed by a sum where they leave all models; variants where an alias below is little else
+ATOMS = {  # closed by a sum where they leave all models; variants where another row is little else
     "trim": Row(lambda k: p.chain(p.trim(0.4), p.sum_experts()), SYMMETRIC, variant=True),
     "trim_band": Row(lambda k: p.chain(p.trim_band(0.4, 0.1), p.sum_experts()), SYMMETRIC | DROPS, variant=True),
-    "select_variance": Row(lambda k: p.chain(p.select_variance(0.4), p.sum_experts()), DROPS),
+    "select_variance": Row(lambda k: p.chain(p.select_variance(0.4), p.sum_experts()), DROPS, variant=True),
     "random_mask": Row(lambda k: p.chain(p.random_mask(0.5, seed=1), p.sum_experts()), LINEAR | DROPS, variant=True),
     "rank_mask": Row(lambda k: p.chain(p.rank_mask(0.5, 0.2, seed=1), p.sum_experts()), DROPS, **RANKED, variant=True),
     "mask": Row(lambda k: p.chain(p.mask(masks(k)), p.sum_experts()), LINEAR | DROPS),
@@ -116,19 +116,19 @@ ALIASES = {
     "ties": Row(lambda k: p.ties(0.3), SYMMETRIC),
     "ties whole": Row(lambda k: p.ties(1.0), MEAN | SYMMETRIC, variant=True),
     "ties official": Row(lambda k: p.ties(0.3, extra=1, ties="all", tie="majority", reduce="sum"), SYMMETRIC, variant=True),
-    "ties mergekit": Row(lambda k: p.ties(0.3, scope="tensor"), SYMMETRIC),
+    "ties mergekit": Row(lambda k: p.ties(0.3, scope="tensor"), SYMMETRIC, variant=True),
     "ties mergellm": Row(
         lambda k: p.ties(0.3, scope="tensor", rounding="ceil", extra=1, ties="all", tie="majority"), SYMMETRIC, variant=True
     ),
     "ties rescale": Row(lambda k: p.ties(0.3, scope="tensor", rescale=True, reduce="max"), SYMMETRIC | SUMS, variant=True),
     "ties rows": Row(lambda k: p.ties(0.3, scope="row"), SYMMETRIC),
     "dare_linear": Row(lambda k: p.dare_linear(0.5, seed=3), LINEAR | DROPS),
-    "dare_linear l1": Row(lambda k: p.dare_linear(0.5, seed=3, rescale="l1"), SUMS | DROPS),
-    "dare_ties": Row(lambda k: p.dare_ties(0.5, seed=3, reduce="mean"), DROPS),
+    "dare_linear l1": Row(lambda k: p.dare_linear(0.5, seed=3, rescale="l1"), SUMS | DROPS, variant=True),
+    "dare_ties": Row(lambda k: p.dare_ties(0.5, seed=3, reduce="mean"), DROPS, variant=True),
     "breadcrumbs": Row(lambda k: p.breadcrumbs(0.5, 0.1, scope="model", ties="all"), SYMMETRIC | DROPS, variant=True),
-    "breadcrumbs_ties": Row(lambda k: p.breadcrumbs_ties(0.5, 0.1, reduce="mean"), SYMMETRIC | DROPS),
+    "breadcrumbs_ties": Row(lambda k: p.breadcrumbs_ties(0.5, 0.1, reduce="mean"), SYMMETRIC | DROPS, variant=True),
     "della": Row(lambda k: p.della(0.5, 0.2, seed=3), DROPS, **RANKED),
-    "della_linear": Row(lambda k: p.della_linear(0.5, 0.2, seed=3, rescale="l1"), SUMS | DROPS, **RANKED),
+    "della_linear": Row(lambda k: p.della_linear(0.5, 0.2, seed=3, rescale="l1"), SUMS | DROPS, **RANKED, variant=True),
     "magmax": Row(lambda k: p.magmax(), MEAN),
     "slerp": Row(lambda k: p.slerp(0.5), MEAN | SYMMETRIC | SUMS, TWO),
     "nuslerp": Row(lambda k: p.nuslerp([0.7, 0.4]), MEAN | SUMS, TWO),
@@ -154,14 +154,14 @@ ALIASES = {
     "passthrough": Row(lambda k: p.passthrough(0.5), LINEAR, ONE),
     "arcee_fusion": Row(lambda k: p.arcee_fusion(), MEAN | SUMS, TWO),
     "arcee_fusion sampled": Row(lambda k: p.arcee_fusion(sample=9), MEAN | SUMS, TWO, variant=True),
-    "update_selective": Row(lambda k: p.update_selective(0.3), {}, ONE),
+    "update_selective": Row(lambda k: p.update_selective(0.3), {}, ONE, variant=True),
     "layer_swapping": Row(
         lambda k: p.layer_swapping(2, bottom=1, top=0, layer=lambda n: "ab".find(n[0]) if n[0] in "ab" else None),
         MEAN | LINEAR | DROPS,
         TWO,
     ),
     "select_layers": Row(lambda k: p.select_layers([[0.5] + [0.5 / (k - 1)] * (k - 1)], rest=1), LINEAR | DROPS, (3, 2, 8)),
-    "evo_merging": Row(lambda k: p.evo_merging(ramp(k), np.linspace(1, -1, k))),
+    "evo_merging": Row(lambda k: p.evo_merging(ramp(k), np.linspace(1, -1, k)), variant=True),
     "window_average": Row(lambda k: p.window_average("cosine"), MEAN | LINEAR),
     "consensus": Row(lambda k: p.consensus(), SYMMETRIC),
     # 32 eps of slack at the cut, exp and tanh of programs that differ

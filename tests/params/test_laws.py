@@ -150,7 +150,7 @@ def test_arcee_fusion_keeps_the_digits_of_a_small_divergence(alone, monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [(6, 128), (5, 33)])
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_arcee_fusion_from_a_sample(shape, alone, monkeypatch):
     """Quartiles of one group of 64 neighbours in three, or of one entry in three where 64 do not divide the leaf."""
     monkeypatch.setattr(devices, "alone", lambda: alone)

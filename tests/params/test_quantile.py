@@ -178,6 +178,7 @@ def one_device(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_forms_for_one_device_find_the_same(one_device):
     """Subnormals, infinities, NaN, ties; several leaves and one; with and without a first guess; two statistics at once."""
     x = _values(0)

@@ -191,6 +191,7 @@ def test_information_is_turned_with_its_model(tmp_path, layout):
     assert not recipe.verify(tmp_path / "there").problems
 
 
+@pytest.mark.slow
 def test_gram_matrices_take_the_names_of_their_leaves(tmp_path):
     """Of inputs they are the same in every layout; of an array of all layers there is one for each."""
     n, f, layers = 8, 12, 3

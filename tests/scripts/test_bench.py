@@ -103,6 +103,7 @@ def test_tune_needs_an_accelerator():
         tune.main()
 
 
+@pytest.mark.slow
 def test_what_is_tuned_is_equal_and_fastest(monkeypatch, capsys):
     """Of three settings the fastest is wrong: it is named, and the next is written."""
     scales = {8: 1.1, 16: 1.0, 32: 1.0}

@@ -13,7 +13,7 @@ from scripts.bench import mrt5
 TINY = t5.T5Config(d_model=64, d_kv=16, d_ff=256, num_heads=2, num_layers=4, num_decoder_layers=1, dropout=0.0)
 
 
-@pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("step", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "step"])
 def test_our_side_alone(tmp_path, monkeypatch, step):
     monkeypatch.setitem(t5.VARIANTS, "tiny", TINY)
     mrt5.main(out=tmp_path, size="tiny", batch=2, inputs=64, targets=8, rounds=1, step=step)

@@ -108,7 +108,9 @@ def test_decoders_cost_the_same():
     assert max(cost.values()) < 1.05 * min(cost.values()), cost
 
 
-@pytest.mark.parametrize("name", ["MrT5 50%", "random 50%", "HAT", "H-Net"])
+@pytest.mark.parametrize(
+    "name", ["MrT5 50%", *(pytest.param(name, marks=pytest.mark.slow) for name in ("random 50%", "HAT", "H-Net"))]
+)
 def test_room_for_all_changes_nothing(name):
     """Scores with and without packing agree where the gate is shut or open; deletion at random deletes what was asked for."""
     rows = {row.name: row for row in (*bytes_models.spans(BASE, 1, 0.5, (0.5,)), *DECODERS)}
@@ -144,6 +146,7 @@ def test_scores_count_the_bytes():
         assert scores.bits["x"][:4].sum() * RECIPE.scored(row) == pytest.approx(float(ce) * labels, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_no_model_but_hat_is_asked_for_the_first_byte():
     hat = DECODERS[1]
     windows = np.frombuffer(b"ab cd ef", np.uint8)[None]

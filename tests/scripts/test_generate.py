@@ -92,6 +92,7 @@ def test_hidden_spans_are_filled_in(tmp_path):
     assert shown.startswith("a ") and shown.endswith(" z")
 
 
+@pytest.mark.slow
 def test_a_language_model_of_raw_bytes_goes_on(tmp_path):
     config = dataclasses.replace(TINY, vocab_size=256)
     model = ByteLM(config, rngs=nnx.Rngs(0))
@@ -111,9 +112,10 @@ HAT = hat.TFreeConfig(
     hat.CrossConfig(8, 2, 2), hat.CrossConfig(8, 2, 2), max_word=12,
 )  # fmt: skip
 HNET = hnet.HNetConfig(("T1", ("T1",), "T1"), width=(8, 16), d_ff=(16, 16), num_heads=(2, 2))
-BOTH = [pytest.param("hat", HAT, hat.TFreeHAT, marks=pytest.mark.slow), ("hnet", HNET, hnet.HNet)]
+BOTH = [("hat", HAT, hat.TFreeHAT), ("hnet", HNET, hnet.HNet)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, config, make", BOTH, ids=["hat", "hnet"])
 def test_hierarchies_are_converted_and_streamed(tmp_path, family, config, make):
     model = make(config, rngs=nnx.Rngs(0))

@@ -90,6 +90,7 @@ def test_resuming_equals_never_stopping(trained, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_text_of_ones_own(tmp_path):
     """One domain, from the command line: no experts; evaluation and pictures read what was held out of it."""
     files = tmp_path / "a folder"
