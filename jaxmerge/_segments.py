@@ -74,8 +74,8 @@ def _take_and_add(ids: Array, m: int, x: Array, weight: Array | None, scale: Arr
     """
     n, first, owner = ids.shape[-1], firsts(ids, m), jnp.clip(ids, 0, m - 1)
     if scale is not None:
-        scale = take(owner, scale)
-        weight = scale if weight is None else weight * scale
+        own = take(owner, scale)
+        weight = own if weight is None else weight * own
     row = lambda at: times(take(at, x), None if weight is None else take(at, weight)).astype(accumulator(x.dtype))
     empty = first == n
     y = fill(empty, row(jnp.where(empty, 0, first)), 0)

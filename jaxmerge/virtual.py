@@ -169,11 +169,10 @@ def merged_positions(
       >>> merged_positions(plan).tolist(), merged_positions(plan, reduce="mean").tolist()
       ([0, 1], [1.0, 2.0])
     """
-    if positions is None:
-        positions = segments.positions(plan.kept.astype(jnp.int32))
+    at = segments.positions(plan.kept.astype(jnp.int32)) if positions is None else positions
     if reduce == "mean":
-        return merge(plan, positions.astype(jnp.float32), weight=weight)
-    return merge(plan, positions, weight=weight, reduce=reduce)
+        return merge(plan, at.astype(jnp.float32), weight=weight)
+    return merge(plan, at, weight=weight, reduce=reduce)
 
 
 def _expanded(plan: Plan, q, k, v, bias, *, is_causal: bool, scale: float | None) -> Float[Array, "m h d"]:
