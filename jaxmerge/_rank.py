@@ -36,6 +36,7 @@ def ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
 
 @jax.jit
 def _ranks(score: Shaped[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """`ranks` of what is known to be real numbers, each row on one device."""
     n = score.shape[-1]
     if jnp.issubdtype(score.dtype, jnp.inexact):
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)

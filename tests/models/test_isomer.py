@@ -70,7 +70,6 @@ def test_an_image_with_one_side_passes(streams):
     np.testing.assert_allclose(y, block.project(jnp.concatenate(list(streams), axis=-1)), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_gradients_reach_every_weight(streams):
     grads = nnx.grad(lambda m: jnp.sum(jnp.sin(m(*streams)[0])))(make(0.5))
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):

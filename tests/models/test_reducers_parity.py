@@ -52,7 +52,6 @@ def block(sd, ours, theirs):
     return {**maps[0], **maps[1], **maps[2], **adaptive(sd, ours, theirs)}
 
 
-@pytest.mark.slow
 def test_flexdit_sparse_and_dense_tokens(golden):
     sd = golden("reducers/flexdit_a")
     recover = "token_recover_blocks.0."

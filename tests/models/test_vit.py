@@ -213,7 +213,6 @@ def test_it_trains_through_the_merge(images):
         assert jnp.isfinite(gradient).all() and (gradient != 0).any()
 
 
-@pytest.mark.slow
 def test_it_trains_alike_by_kernels(images):
     """With every kernel of a merging block, forward and back, as without."""
     config = ViTConfig(width=128, depth=2, num_heads=2, patch_size=4, image_size=16, num_classes=10)
